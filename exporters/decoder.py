@@ -1,0 +1,232 @@
+"""Decoder language models: their signature with a KV cache, the reference, and the export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import ExportError, require
+from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
+from onnxsmith.exporters.tracing import trace
+from onnxsmith.package import TEXT_GENERATION, TensorSpec
+from onnxsmith.program import TorchProgram
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxsmith.exporters.loading import LoadedModel
+
+__all__ = ["decoder_program", "trace_decoder"]
+
+# Different from each other, from 0 and 1, and unlikely to equal a size of the model: torch would
+# otherwise take two axes for one, or an axis for a constant.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+# transformers' sdpa attention takes these and silently leaves them out of the computation.
+_DROPPED_BY_SDPA = frozenset({"softcap", "s_aux"})
+
+
+def decoder_program(loaded: LoadedModel) -> TorchProgram:
+    """The model behind the signature that optimum and onnxruntime-genai use.
+
+    Inputs are ``input_ids`` and ``position_ids`` (batch, sequence), ``attention_mask``
+    (batch, total_sequence) and ``past_key_values.{layer}.{key,value}``
+    (batch, kv heads, past_sequence, head size); outputs are ``logits`` (batch, sequence, vocabulary) and
+    ``present.{layer}.{key,value}`` (batch, kv heads, total_sequence, head size).
+
+    Where transformers' default attention would leave out a part of the model's attention (soft-capping of
+    scores), the model is switched to the eager one, because what comes from here is what others are judged by.
+
+    Raises:
+        ExportError: Its cache is not one of key and value tensors.
+    """
+    torch = require("torch", purpose="exporting")
+    model: Any = loaded.module
+    with recorded_options() as options:
+        shapes = _cache_shapes(model)
+    if options & _DROPPED_BY_SDPA:
+        model.set_attn_implementation("eager")
+    names = [f"{layer}.{part}" for layer in range(len(shapes)) for part in ("key", "value")]
+    flat_shapes = [shape for pair in shapes for shape in pair]
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    cache_type = _type_name(model.dtype)
+    inputs = (
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("attention_mask", "int64", ("batch", "total_sequence")),
+        TensorSpec("position_ids", "int64", ("batch", "sequence")),
+        *(
+            TensorSpec(f"past_key_values.{name}", cache_type, ("batch", heads, "past_sequence", size))
+            for name, (heads, size) in zip(names, flat_shapes, strict=True)
+        ),
+    )
+    head = model.get_output_embeddings()
+    outputs = (
+        TensorSpec("logits", cache_type, ("batch", "sequence", int(head.weight.shape[0]))),
+        *(
+            TensorSpec(f"present.{name}", cache_type, ("batch", heads, "total_sequence", size))
+            for name, (heads, size) in zip(names, flat_shapes, strict=True)
+        ),
+    )
+    generator = torch.Generator().manual_seed(0)
+    examples = {
+        "input_ids": torch.randint(0, vocabulary, (_BATCH, _SEQUENCE), generator=generator),
+        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
+        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
+    } | {
+        f"past_key_values.{name}": torch.randn(_BATCH, heads, _PAST, size, generator=generator).to(
+            model.dtype
+        )
+        for name, (heads, size) in zip(names, flat_shapes, strict=True)
+    }
+    return TorchProgram(
+        module=_reference_module(model, len(shapes)),
+        inputs=inputs,
+        outputs=outputs,
+        examples=examples,
+        task=TEXT_GENERATION,
+        limits={"input_ids": vocabulary},
+        name=type(model).__name__,
+    )
+
+
+def trace_decoder(
+    loaded: LoadedModel, program: TorchProgram, *, attention: str = "auto", opset: int | None = None
+) -> tuple[ir.Model, dict[str, Any]]:
+    """Exports a decoder.
+
+    Args:
+        loaded: The model.
+        program: Its signature, from ``decoder_program``.
+        attention: ``fused`` emits GroupQueryAttention; ``standard`` emits ONNX operators only; ``auto``
+            is ``fused`` where the model allows it, and says why not where it does not.
+        opset: Version of the ONNX operator set.
+
+    Returns:
+        The graph, and what was decided, for the manifest.
+
+    Raises:
+        ExportError: It cannot be traced, or ``fused`` cannot represent its attention.
+    """
+    details: dict[str, Any] = {"attention": "standard"}
+    if attention in ("auto", "fused"):
+        try:
+            model = _trace_fused(loaded.module, program, opset)
+        except ExportError as error:
+            if attention == "fused":
+                raise
+            details["why_not_fused"] = str(error)
+        else:
+            return model, {"attention": "GroupQueryAttention"}
+    return trace(program, opset=opset), details
+
+
+def _trace_fused(model: Any, program: TorchProgram, opset: int | None) -> ir.Model:
+    layers = (len(program.inputs) - 3) // 2
+    with fused_attention(model) as traces:
+        return trace(program, _fused_module(model, layers, traces), opset=opset)
+
+
+def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Per layer, heads and head size of key and value, found by running one token through the model."""
+    import torch
+
+    # The class says so where it is honest; a state-space model would otherwise fail obscurely.
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
+        raise ExportError(
+            type(model).__name__,
+            got=f"a cache of type {type(cache).__name__}",
+            expected="key and value tensors for each layer",
+            remedy="Hybrid and state-space models are not supported yet",
+        )
+    found = []
+    for index, layer in enumerate(layers):
+        pair = (layer.keys, layer.values)
+        if any(not isinstance(t, torch.Tensor) or t.ndim != 4 for t in pair):
+            raise ExportError(
+                f"{type(model).__name__} layer {index}",
+                got="no key and value of four axes in its cache",
+                expected="(batch, heads, length, size)",
+                remedy="Hybrid and state-space models are not supported yet",
+            )
+        found.append(tuple((int(t.shape[1]), int(t.shape[3])) for t in pair))
+    return found  # type: ignore[return-value]  # pairs by construction
+
+
+def _reference_module(model: Any, layers: int) -> Any:
+    import torch
+    from transformers import DynamicCache
+
+    class Reference(torch.nn.Module):
+        """transformers' own attention and cache, behind flat tensors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            # Made without the configuration: that would give layers with a sliding window a cache that
+            # forgets, where the graph's cache keeps everything and masks.
+            cache = DynamicCache()
+            for layer in range(layers):
+                cache.update(
+                    tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"], layer
+                )
+            output = self.inner(
+                input_ids=tensors["input_ids"],
+                attention_mask=tensors["attention_mask"],
+                position_ids=tensors["position_ids"],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            result = {"logits": output.logits}
+            for index, layer in enumerate(output.past_key_values.layers):
+                result[f"present.{index}.key"] = layer.keys
+                result[f"present.{index}.value"] = layer.values
+            return result
+
+    return Reference().eval()
+
+
+def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
+    import torch
+
+    class Fused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+            past = [
+                (tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"])
+                for layer in range(layers)
+            ]
+            state = AttentionTrace.begin(
+                tensors["attention_mask"], tensors["input_ids"].shape[1], past, self.inner.dtype
+            )
+            traces.append(state)
+            logits = self.inner(
+                input_ids=tensors["input_ids"],
+                attention_mask=tensors["attention_mask"],
+                position_ids=tensors["position_ids"],
+                use_cache=False,
+            ).logits
+            missing = sorted(set(range(layers)) - set(state.present))
+            if missing:
+                raise ExportError(
+                    type(self.inner).__name__,
+                    got=f"layers {missing} did not use the attention interface",
+                    expected="every layer with a cache",
+                    remedy="Export it with --attention standard",
+                )
+            result = {"logits": logits}
+            for layer in range(layers):
+                result[f"present.{layer}.key"], result[f"present.{layer}.value"] = state.present[layer]
+            return result
+
+    return Fused().eval()
+
+
+def _type_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

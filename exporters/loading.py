@@ -1,0 +1,441 @@
+"""From a source to a PyTorch model in memory, with the files that belong to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import ExportError, OnnxsmithError, SourceError, UnknownNameError, require
+from onnxsmith.package import TEXT_GENERATION
+from onnxsmith.source import ModelSource, SourceKind
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TASKS", "LoadedModel", "file_sha256", "load_torch"]
+
+# Task -> (the transformers class that loads it, the architecture suffix that implies it).
+TASKS: Mapping[str, tuple[str, str]] = {
+    TEXT_GENERATION: ("AutoModelForCausalLM", "ForCausalLM"),
+    "text-classification": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
+    "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification"),
+    "question-answering": ("AutoModelForQuestionAnswering", "ForQuestionAnswering"),
+    "fill-mask": ("AutoModelForMaskedLM", "ForMaskedLM"),
+    "feature-extraction": ("AutoModel", "Model"),
+}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A PyTorch model with all that the export needs to know of it.
+
+    Attributes:
+        module: The model, in eval mode, on the CPU.
+        source: Where it came from.
+        task: The task; None for a plain module.
+        files: Tokenizer and configuration files by name.
+        provenance: For the manifest: files with hashes, architecture, number of parameters.
+        inputs: Example inputs by name, for a plain module.
+    """
+
+    module: torch.nn.Module
+    source: ModelSource
+    task: str | None
+    files: dict[str, bytes]
+    provenance: dict[str, Any]
+    inputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "float32") -> LoadedModel:
+    """Loads a PyTorch model.
+
+    Local sources never touch the network, nothing runs code from a model directory
+    (``trust_remote_code`` is off), and pickled weights are only read with ``weights_only``.
+
+    Args:
+        source: Where it is.
+        task: A name from ``TASKS``; found from the configuration where None.
+        dtype: The element type to load the weights in: ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        SourceError: It cannot be read.
+        TokenizerError: A GGUF file whose tokenizer cannot be rebuilt exactly.
+        UnknownNameError: No such task.
+    """
+    torch = require("torch", purpose=f"loading {source.text}")
+    if task is not None and task not in TASKS:
+        raise UnknownNameError("export", name=task, known=TASKS, kind="task")
+    loaded: LoadedModel
+    if source.kind is SourceKind.FACTORY:
+        loaded = _load_factory(source)
+    elif source.kind is SourceKind.GGUF:
+        loaded = _load_gguf(source, dtype=getattr(torch, dtype))
+    elif source.kind in (SourceKind.HUGGING_FACE_DIRECTORY, SourceKind.HUGGING_FACE_HUB):
+        loaded = _load_hugging_face(source, task=task, dtype=getattr(torch, dtype))
+    else:
+        raise SourceError(source.text, got="an ONNX model", expected="a source of a PyTorch model")
+    loaded.module.eval().requires_grad_(False)
+    loaded.provenance |= {
+        "architecture": type(loaded.module).__name__,
+        "parameters": sum(p.numel() for p in loaded.module.parameters()),
+    }
+    return loaded
+
+
+def _load_factory(source: ModelSource) -> LoadedModel:
+    torch = require("torch", purpose=f"loading {source.text}")
+    module_name, _, attribute = source.text.partition(":")
+    # A console script, unlike `python -m`, does not see the modules of the current directory.
+    with _importable(Path.cwd()):
+        with _users_code(source, f"importing {module_name}", skip="importlib"):
+            try:
+                factory: Any = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                own = f"{module_name}.".startswith(f"{error.name}.")
+                raise SourceError(
+                    source.text,
+                    got=f"no module named {error.name!r}",
+                    expected="an importable package.module:factory",
+                    remedy="Run from the directory that holds it, or install it"
+                    if own
+                    else f"{module_name} needs it: install it",
+                ) from error
+        for part in attribute.split("."):
+            if not hasattr(factory, part):
+                public = [n for n in dir(factory) if not n.startswith("_")]
+                raise UnknownNameError(source.text, name=part, known=public, kind="attribute")
+            factory = getattr(factory, part)
+        if not callable(factory):
+            raise SourceError(
+                source.text,
+                got=f"a {type(factory).__name__}",
+                expected="a function that returns a torch.nn.Module",
+            )
+        with _users_code(source, f"{attribute}()"):
+            made = factory if isinstance(factory, torch.nn.Module) else factory()
+            module, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+            if given is None:
+                given = _own_examples(module)
+    if not isinstance(module, torch.nn.Module):
+        raise SourceError(
+            source.text,
+            got=f"a {type(module).__name__}",
+            expected="a torch.nn.Module, or a pair (module, example inputs)",
+        )
+    if given is None:
+        raise SourceError(
+            source.text,
+            got="a module without example inputs",
+            expected="a pair (module, example inputs)",
+            remedy="Return (module, inputs) from the factory, inputs a tensor, a tuple or a dict by name, "
+            "or give the module an attribute example_inputs",
+        )
+    inputs = name_inputs(module, given, where=source.text)
+    return LoadedModel(module, source, None, {}, {"kind": str(source.kind), "text": source.text}, inputs)
+
+
+def _own_examples(module: Any) -> Any:
+    """The example inputs that a module carries (``example_input_array`` is Lightning's name)."""
+    for name in ("example_inputs", "example_input_array"):
+        given = getattr(module, name, None)
+        if given is not None:
+            return given() if callable(given) else given
+    return None
+
+
+def name_inputs(module: torch.nn.Module, given: Any, *, where: str) -> dict[str, torch.Tensor]:
+    """Gives each example input the name of the ``forward`` parameter that takes it.
+
+    Raises:
+        ExportError: An input is not a tensor, or there are more of them than parameters.
+    """
+    torch = require("torch", purpose="exporting")
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if isinstance(given, torch.Tensor):
+        given = (given,)
+    if isinstance(given, Mapping):
+        named = dict(given)
+    else:
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(given) > len(positional):
+            raise ExportError(
+                where, got=f"{len(given)} example inputs", expected=f"at most {len(positional)} for forward()"
+            )
+        named = {p.name: value for p, value in zip(positional, given, strict=False)}
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise ExportError(
+                where,
+                got=f"example input {name!r} is a {type(value).__name__}",
+                expected="a tensor",
+                remedy="Wrap the module so that forward() takes tensors",
+            )
+    return named
+
+
+def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:
+    transformers = require("transformers", purpose=f"loading {source.text}")
+    where = str(source.path) if source.path else source.target
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if source.path:
+        options["local_files_only"] = True
+    elif source.revision:
+        options["revision"] = source.revision
+    with _quiet(), _readable(source):
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+    task = task or _task_of(source, config)
+    auto = getattr(transformers, TASKS[task][0])
+    with _quiet(), _readable(source):
+        module, info = auto.from_pretrained(
+            where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills these with random numbers and only logs it.
+        raise SourceError(
+            source.text,
+            got=f"no weights for {len(missing)} tensors ({', '.join(missing[:3])}...)",
+            expected=f"a checkpoint for {task}",
+            remedy="Name the task that it was trained for with --task",
+        )
+    files = _tokenizer_files(source, where, options) | {"config.json": _config_json(module)}
+    provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}
+    if source.path:
+        weights = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.bin")])
+        provenance["files"] = [_file_entry(path) for path in weights]
+    else:
+        provenance["revision"] = getattr(config, "_commit_hash", None) or source.revision
+    return LoadedModel(module, source, task, files, provenance)
+
+
+def _task_of(source: ModelSource, config: Any) -> str:
+    architectures = list(getattr(config, "architectures", None) or [])
+    for architecture in architectures:
+        for task, (_, suffix) in TASKS.items():
+            if architecture.endswith(suffix) and not getattr(config, "is_encoder_decoder", False):
+                return task
+    raise SourceError(
+        source.text,
+        got=f"architecture {', '.join(architectures) or 'unnamed in config.json'}",
+        expected=f"one that ends in {', '.join(suffix for _, suffix in TASKS.values())}",
+        remedy=f"Name the task with --task: {', '.join(TASKS)}",
+    )
+
+
+def _tokenizer_files(source: ModelSource, where: str, options: Mapping[str, Any]) -> dict[str, bytes]:
+    transformers = require("transformers", purpose=f"loading {source.text}")
+    if source.path and not any((source.path / name).exists() for name in _TOKENIZER_FILES[:-1]):
+        return {}
+    with _quiet(), _readable(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    files = saved_files(tokenizer)
+    if source.path and (source.path / "generation_config.json").is_file():
+        files["generation_config.json"] = (source.path / "generation_config.json").read_bytes()
+    return files
+
+
+def saved_files(tokenizer: Any) -> dict[str, bytes]:
+    """The files that ``tokenizer.save_pretrained`` writes, by name."""
+    with tempfile.TemporaryDirectory(prefix="onnxsmith-tokenizer-") as directory:
+        with _quiet():
+            tokenizer.save_pretrained(directory)
+        # The configuration of a local tokenizer repeats the path that it was loaded from.
+        found = {p.name: p.read_bytes() for p in sorted(Path(directory).iterdir()) if p.is_file()}
+    if "tokenizer_config.json" in found:
+        config = json.loads(found["tokenizer_config.json"])
+        config.pop("name_or_path", None)
+        found["tokenizer_config.json"] = _json_bytes(config)
+    return {name: found[name] for name in sorted(found)}
+
+
+def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
+    from onnxsmith.exporters.gguf_file import GgufFile
+    from onnxsmith.exporters.gguf_tokenizer import build_tokenizer, special_token_ids
+
+    transformers = require("transformers", purpose=f"loading {source.text}")
+    require("accelerate", purpose=f"loading {source.text}")
+    assert source.path is not None
+    # The header is read and bounded, and the tokenizer rebuilt and checked, before any weight is: both
+    # are quick, and a wrong tokenizer makes every later minute worthless.
+    gguf = GgufFile.open(source.path)
+    tokenizer = build_tokenizer(gguf)
+    with _quiet(), _readable(source):
+        module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source.path.parent),
+            gguf_file=source.path.name,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    # transformers takes these from its own tokenizer conversion, which is wrong for some files.
+    ids = special_token_ids(gguf)
+    for config in (module.config, module.generation_config):
+        config.bos_token_id, config.eos_token_id = ids["bos"], ids["eos"]
+        config.pad_token_id = ids["pad"] if ids["pad"] is not None else ids["eos"]
+    files = saved_files(tokenizer) | {
+        "config.json": _config_json(module),
+        "generation_config.json": _json_bytes(module.generation_config.to_diff_dict()),
+    }
+    provenance = {
+        "kind": str(source.kind),
+        "text": source.text,
+        "files": [_file_entry(source.path)],
+        "quantization": gguf.tensor_types(),
+        "license": gguf.metadata.get("general.license"),
+    }
+    return LoadedModel(module, source, TEXT_GENERATION, files, provenance)
+
+
+def _config_json(module: Any) -> bytes:
+    config = json.loads(module.config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "_attn_implementation_autoset"):
+        config.pop(key, None)
+    config.setdefault("architectures", [type(module).__name__])
+    return _json_bytes(config)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    entry = str(directory)
+    added = entry not in sys.path
+    if added:
+        sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        if added and entry in sys.path:
+            sys.path.remove(entry)
+
+
+@contextlib.contextmanager
+def _readable(source: ModelSource) -> Iterator[None]:
+    """Turns what a damaged or foreign model directory raises into one error.
+
+    Readers of third parties raise anything from KeyError to struct.error on damaged files, so the net is
+    wide; what is not about the source (memory, an interrupt) passes through.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError as error:
+        if source.kind is SourceKind.HUGGING_FACE_HUB:
+            raise SourceError(
+                source.text,
+                got=f"neither a local path nor a hub model that can be reached ({_first_line(error)})",
+                expected="an existing directory, or a hub id and a network",
+                remedy="Check the spelling; with HF_HUB_OFFLINE=1 only cached models are found",
+            ) from error
+        raise SourceError(source.text, got=f"cannot be read: {_first_line(error)}") from error
+    except Exception as error:
+        remedy = None
+        if "trust_remote_code" in str(error):
+            remedy = (
+                "onnxsmith never runs code from a model directory. If you trust it, import its class in a "
+                "factory of your own and name that as package.module:factory"
+            )
+        raise SourceError(
+            source.text, got=f"cannot be read: {type(error).__name__}: {_first_line(error)}", remedy=remedy
+        ) from error
+
+
+@contextlib.contextmanager
+def _users_code(source: ModelSource, doing: str, *, skip: str = "") -> Iterator[None]:
+    """Turns what the user's own code raises into one error that names the line.
+
+    ``SystemExit`` too: importing a script without a main guard would otherwise end this process silently.
+    """
+    try:
+        yield
+    except (OnnxsmithError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) != Path(__file__) and not (skip and skip in frame.filename)
+        ]
+        place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        if isinstance(error, SyntaxError) and error.filename:
+            place = f" at {Path(error.filename).name}:{error.lineno}"
+        raise SourceError(
+            source.text,
+            got=f"{doing} fails{place}: {type(error).__name__}: {_first_line(error)}",
+            expected="code that runs and gives a torch.nn.Module",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps progress bars and advice of transformers off the terminal; errors still come as exceptions."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    # Read when tqdm is imported, so too late for this process, but processes that it starts inherit it.
+    bars = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    # The GGUF reader does not ask whether progress bars are wanted.
+    gguf_reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf_bar = gguf_reader.tqdm
+    gguf_reader.tqdm = lambda items, **_: items
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gguf_reader.tqdm = gguf_bar
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+        if bars is None:
+            os.environ.pop("TQDM_DISABLE", None)
+        else:
+            os.environ["TQDM_DISABLE"] = bars

@@ -1,0 +1,207 @@
+"""From a PyTorch program to an ONNX graph: torch.export, torch.onnx, and names that mean something."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import ExportError, OnnxsmithError, require
+from onnxsmith.package import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from onnxsmith.program import TorchProgram
+
+__all__ = ["trace"]
+
+
+def trace(
+    program: TorchProgram, module: torch.nn.Module | None = None, *, opset: int | None = None
+) -> ir.Model:
+    """Traces a program to an ONNX graph with the program's names and dynamic axes.
+
+    Weights of the graph are the module's own tensors, not copies.
+
+    Args:
+        program: The signature, with example inputs.
+        module: What to trace in place of ``program.module``; same signature.
+        opset: Version of the ONNX operator set; torch's default where None.
+
+    Raises:
+        ExportError: torch cannot trace it. The message names the module and the line.
+    """
+    torch = require("torch", purpose="exporting")
+    require("onnxscript", purpose="exporting")
+    module = program.module if module is None else module
+    adapter = _flat_module(module, [spec.name for spec in program.inputs], [s.name for s in program.outputs])
+    examples = tuple(program.examples[spec.name] for spec in program.inputs)
+    shapes = (
+        tuple(
+            {
+                axis: torch.export.Dim.AUTO
+                for axis, size in enumerate(spec.shape or ())
+                if not isinstance(size, int)
+            }
+            for spec in program.inputs
+        ),
+    )
+    try:
+        with _silence(), torch.no_grad():
+            exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)
+            onnx_program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[spec.name for spec in program.inputs],
+                output_names=[spec.name for spec in program.outputs],
+                # Our passes clean up, in an order that does not copy every transposed weight.
+                optimize=False,
+                verbose=False,
+            )
+    except OnnxsmithError:
+        raise
+    except Exception as error:
+        nested = _find(error, OnnxsmithError)
+        if nested is not None:
+            raise nested from None
+        raise _trace_error(program, error) from error
+    model: ir.Model = onnx_program.model
+    _name_axes(model, {s.name: s for s in (*program.inputs, *program.outputs)}, program.name)
+    _name_weights(model)
+    return model
+
+
+def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str]) -> torch.nn.Module:
+    import torch
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result = self.inner(**dict(zip(inputs, tensors, strict=True)))
+            return tuple(result[name] for name in outputs)
+
+    return Flat().eval()
+
+
+def _name_axes(model: ir.Model, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """Replaces torch's symbols (s43) by the program's axis names, in the whole graph."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        spec = specs[value.name or ""]
+        if spec.shape is None or value.shape is None:
+            continue
+        for axis, (wanted, got) in enumerate(zip(spec.shape, value.shape, strict=True)):
+            if isinstance(wanted, str) and isinstance(got, int):
+                raise ExportError(
+                    f"{where}: input {value.name!r} axis {axis} ({wanted})",
+                    got=f"torch fixed it to {got} while tracing",
+                    expected="a dynamic axis",
+                    remedy="The model branches on this size; make it independent of it, or fix the axis on purpose",
+                )
+            if isinstance(got, ir.SymbolicDim) and got.value is not None:
+                names.setdefault(got.value, str(wanted) if wanted is not None else got.value)
+    for value in [*model.graph.inputs, *model.graph.outputs, *_values(model)]:
+        if value.shape is None or value.shape.frozen:
+            continue
+        value.shape = ir.Shape(
+            [
+                names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) and d.value is not None else d
+                for d in value.shape
+            ]
+        )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        spec = specs[value.name or ""]
+        if spec.shape is not None:
+            value.shape = ir.Shape(list(spec.shape))
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Names weights as the state dict does, without the prefixes of the wrappers."""
+    graph = model.graph
+    prefix = "inner."
+    for name in [name for name in graph.initializers if name.startswith(prefix)]:
+        short = name
+        while short.startswith(prefix):
+            short = short[len(prefix) :]
+        if short not in graph.initializers:
+            # onnx_ir re-keys the mapping of initializers when a value is renamed.
+            graph.initializers[name].name = short
+
+
+def _find(error: BaseException, kind: type[OnnxsmithError]) -> OnnxsmithError | None:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, kind):
+            return current
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:
+    """One message with the model's own line, instead of torch's dump."""
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    frames = [
+        frame
+        for frame in traceback.extract_tb(root.__traceback__)
+        if f"{Path('site-packages') / 'torch'}" not in frame.filename and "onnxsmith" not in frame.filename
+    ]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    text = lines[0][:300] if lines else ""
+    return ExportError(
+        program.name,
+        got=f"torch cannot trace it{place}: {type(root).__name__}: {text}",
+        expected="a forward() without control flow on values of tensors",
+        remedy="Rewrite that line with torch.where or torch.cond",
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps the exporter's chatter off the terminal; failures come as exceptions."""
+    # torch prints the graph so far to standard error when a branch depends on a value.
+    exporting = sys.modules.get("torch.export._trace")
+    names = (
+        "torch.onnx",
+        "torch.export",
+        "onnxscript",
+        "onnx_ir",
+        "torch.onnx._internal.exporter._registration",
+    )
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            if exporting is not None:
+                vars(exporting)["print"] = lambda *_, **__: None
+            yield
+    finally:
+        if exporting is not None:
+            vars(exporting).pop("print", None)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

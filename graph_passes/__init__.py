@@ -1,0 +1,71 @@
+"""ONNX to ONNX: passes, the registry of them, and the function that runs a list of them on a package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from onnxsmith.graph_passes.presets import PRESETS, PassSpec
+from onnxsmith.graph_passes.registry import PASSES, load_pass, make_passes, pass_names
+from onnxsmith.package import ModelPackage, StepRecord
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxsmith.graph_passes.contract import GraphPass
+
+__all__ = [
+    "PASSES",
+    "PRESETS",
+    "PassSpec",
+    "load_pass",
+    "make_passes",
+    "operator_counts",
+    "pass_names",
+    "run_passes",
+]
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator there are, subgraphs included, most frequent first."""
+    from onnxsmith.graph_passes.cleanup import operator_counts as count
+
+    return count(model)
+
+
+def run_passes(
+    package: ModelPackage,
+    passes: Sequence[GraphPass],
+    *,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> ModelPackage:
+    """Runs passes, in order, on every graph of a package.
+
+    The given package is left as it is: graphs are cloned, weights are shared.
+
+    Args:
+        package: What to start from.
+        passes: What to run.
+        on_step: Called after each pass, for progress.
+
+    Raises:
+        PassError: A pass failed or refused the model.
+    """
+    result = package.derive()
+    for one in passes:
+        details: dict[str, object] = {}
+        began = time.perf_counter()
+        for name, component in result.components.items():
+            outcome = one(component.model)
+            changes = getattr(outcome, "changes", None)
+            if outcome.modified:
+                component.path = None
+            if changes is not None:
+                part = {"changes": changes.count, **changes.details, "skipped": changes.skipped}
+                details |= part if len(result.components) == 1 else {name: part}
+        record = StepRecord(one.name, one.arguments(), time.perf_counter() - began, details)
+        result.steps = (*result.steps, record)
+        if on_step is not None:
+            on_step(record)
+    return result

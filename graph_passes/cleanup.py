@@ -1,0 +1,206 @@
+"""Clean-up: what can go without changing what the graph computes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.structure import (
+    Fingerprint,
+    only_small_constants,
+    release_dead_users,
+    require_signature,
+    signature,
+)
+
+__all__ = ["Cleanup", "LowerIrVersion", "StripMetadata", "operator_counts"]
+
+# Operator set of the default domain -> the IR version that came with it
+# (https://github.com/onnx/onnx/blob/main/docs/Versioning.md). Runtimes in the field stop at an IR
+# version, whatever the graph uses of it.
+_IR_OF_OPSET = ((18, 8), (20, 9), (22, 10), (23, 11), (24, 12), (25, 13))
+# Folding uncovers rewrites and rewrites uncover folding. Two rounds have been seen to be enough.
+_ROUNDS = 8
+# Their result may be of any size, whatever the size of their inputs.
+_GROWING = frozenset({"Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
+_IR_OF_TYPE: Mapping[ir.DataType, int] = {
+    ir.DataType.INT4: 10,
+    ir.DataType.UINT4: 10,
+    ir.DataType.FLOAT8E4M3FN: 9,
+    ir.DataType.FLOAT8E5M2: 9,
+    ir.DataType.FLOAT4E2M1: 11,
+}
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator there are, subgraphs included, most frequent first."""
+    counts = Counter(
+        node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+        for node in model.graph.all_nodes()
+    )
+    return dict(counts.most_common())
+
+
+def _local_rules() -> list[Any]:
+    """The default rules of onnxscript, without those that end in several nodes.
+
+    The matcher tries all pairs of nodes of the graph for a pattern with two ends, for each node: 60 s for
+    the 4,500 nodes of a small decoder, where the other 45 rules together take 2 s.
+    """
+    from onnxscript import rewriter
+
+    # There is no public name for the default rules, only functions that apply all of them.
+    return [r for r in rewriter._DEFAULT_REWRITE_RULES if r._target_pattern.has_single_output_node]
+
+
+class Cleanup(GraphPass):
+    """Folds constants and removes what is dead, doubled or without effect.
+
+    Made of the passes of onnxscript and onnx_ir: constant folding with size limits, no-op and shape
+    rewrites, dead nodes and functions, common subexpressions, and equal small initializers.
+    """
+
+    name: ClassVar[str] = "cleanup"
+    summary: ClassVar[str] = "fold constants; remove dead, doubled and no-op nodes"
+
+    def __init__(self, *, max_input_elements: int = 1024, max_output_elements: int = 262144) -> None:
+        """Sets the limits.
+
+        Args:
+            max_input_elements: A node with a larger constant input is not folded.
+            max_output_elements: A node with a larger constant result is not folded.
+        """
+        self.max_input_elements = max_input_elements
+        self.max_output_elements = max_output_elements
+
+    def apply(self, model: ir.Model) -> Changes:
+        from onnxscript import rewriter
+
+        before, initializers = operator_counts(model), len(model.graph.initializers)
+        interface, state = signature(model), Fingerprint(model)
+        rules = rewriter.RewriteRuleSet(_local_rules())
+        rounds = 0
+        for _ in range(_ROUNDS):
+            self._round(model, rules)
+            last, state = state, Fingerprint(model)
+            if state == last:
+                break
+            rounds += 1
+        if not rounds:
+            return Changes()
+        require_signature(model, interface, self.name)
+        after = operator_counts(model)
+        differences = {op: before.get(op, 0) - after.get(op, 0) for op in (*before, *after)}
+        count = sum(abs(n) for n in differences.values()) + abs(initializers - len(model.graph.initializers))
+        return Changes(
+            max(1, count),
+            {
+                "nodes_before": sum(before.values()),
+                "nodes_after": sum(after.values()),
+                "removed": {op: n for op, n in differences.items() if n > 0},
+            },
+        )
+
+    def _round(self, model: ir.Model, rules: Any) -> None:
+        from onnxscript import optimizer
+
+        # Constants become initializers, so that equal ones can be found and stored once.
+        lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+        ir.passes.Sequential(common.InlinePass(), lift)(model)
+        with only_small_constants(model, max_elements=self.max_input_elements, keep=_normalized(model)):
+            optimizer.fold_constants_ir(
+                model,
+                onnx_shape_inference=True,
+                input_size_limit=self.max_input_elements,
+                output_size_limit=self.max_output_elements,
+                should_fold=self._should_fold,
+            )
+            release_dead_users(model)
+            rules.apply_to_model(model)
+        ir.passes.Sequential(
+            common.RemoveUnusedNodesPass(),
+            lift,
+            # Small ones only: comparing weights would read all of them.
+            common.DeduplicateInitializersPass(size_limit=self.max_input_elements),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+            common.RemoveUnusedOpsetsPass(),
+            # An output that is an input needs a node of its own; names must be unique.
+            common.OutputFixPass(),
+            common.NameFixPass(),
+        )(model)
+
+    def _should_fold(self, node: ir.Node) -> bool | None:
+        """False for what must not be computed; None leaves the decision to onnxscript."""
+        if node.op_type == "Bernoulli":
+            # Missing in onnxscript's list of random operators.
+            return False
+        # Unlike onnxscript's own limit, this one holds for Transpose too.
+        constants = (value.const_value for value in node.inputs if value is not None)
+        if any(tensor is not None and tensor.size > self.max_input_elements for tensor in constants):
+            return False
+        # Before it is computed, not after: an Expand of one element may have any size.
+        sizes = [_static_size(value) for value in node.outputs]
+        if any(size is not None and size > self.max_output_elements for size in sizes):
+            return False
+        return False if None in sizes and node.op_type in _GROWING else None
+
+
+def _static_size(value: ir.Value) -> int | None:
+    if value.shape is None or not value.shape.is_static():
+        return None
+    return math.prod(value.shape.numpy())
+
+
+def _normalized(model: ir.Model) -> set[ir.Value]:
+    """The weights that a BatchNormalization after them is folded into, and its own parameters."""
+    found: set[ir.Value] = set()
+    for node in model.graph:
+        producer = (
+            node.inputs[0].producer() if node.op_type == "BatchNormalization" and node.inputs[0] else None
+        )
+        if producer is not None and producer.op_type in ("Conv", "ConvTranspose", "Gemm"):
+            found.update(value for value in (*producer.inputs, *node.inputs) if value is not None)
+    return found
+
+
+class StripMetadata(GraphPass):
+    """Removes documentation strings and exporter metadata.
+
+    torch's exporter writes stack traces with the paths of the machine that it ran on.
+    """
+
+    name: ClassVar[str] = "strip_metadata"
+    summary: ClassVar[str] = "remove stack traces, paths and documentation strings that exporters leave"
+
+    def apply(self, model: ir.Model) -> Changes:
+        return Changes(int(common.ClearMetadataAndDocStringPass()(model).modified))
+
+
+class LowerIrVersion(GraphPass):
+    """Declares the lowest IR version that the graph's operator set and types need."""
+
+    name: ClassVar[str] = "lower_ir_version"
+    summary: ClassVar[str] = (
+        "declare the lowest IR version that the graph needs: older runtimes load it"
+    )
+
+    def apply(self, model: ir.Model) -> Changes:
+        opset = max((model.opset_imports.get(domain, 0) for domain in ("", "ai.onnx")), default=0)
+        needed = next((version for last, version in _IR_OF_OPSET if opset <= last), model.ir_version)
+        if model.functions:
+            needed = max(needed, 10)  # overloads and metadata of functions
+        for graph in model.graphs():
+            for value in graph.initializers.values():
+                needed = max(needed, _IR_OF_TYPE.get(value.dtype, 0) if value.dtype else 0)
+        if needed >= model.ir_version:
+            return Changes()
+        before, model.ir_version = model.ir_version, needed
+        return Changes(1, {"before": before, "after": needed})

@@ -1,0 +1,73 @@
+"""Fusion: many nodes into the one that ONNX Runtime has a kernel for."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxsmith.graph_passes.cleanup import operator_counts
+from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.structure import (
+    only_small_constants,
+    release_dead_users,
+    require_signature,
+    signature,
+)
+
+__all__ = ["FuseTransformer"]
+
+# onnxscript's limit for folding. Larger constants are weights, and no pattern needs to look into them.
+_MAX_CONSTANT_ELEMENTS = 8192
+# The one operator of ONNX Runtime that is registered, by an old mistake, in ONNX's own domain.
+_MISPLACED = frozenset({"SimplifiedLayerNormalization"})
+
+
+class FuseTransformer(GraphPass):
+    """Fuses normalisation, rotary embedding, attention and activation for ONNX Runtime.
+
+    Wraps ``onnxscript.rewriter.ort_fusions``. The result uses operators of the ``com.microsoft`` domain,
+    which only ONNX Runtime has. Where nothing was fused, the model stays as it is.
+    """
+
+    name: ClassVar[str] = "fuse_transformer"
+    summary: ClassVar[str] = "fuse RMSNorm, LayerNorm, skip, rotary, attention and Gelu for ONNX Runtime"
+
+    def apply(self, model: ir.Model) -> Changes:
+        """Fuses, and counts what came of it."""
+        from onnxscript.rewriter import ort_fusions
+
+        before, interface = operator_counts(model), signature(model)
+        with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
+            fused, counts = ort_fusions.optimize_for_ort(model)
+            if fused is not model:
+                model.graph = fused.graph
+            release_dead_users(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedOpsetsPass()(model)
+        require_signature(model, interface, self.name)
+        after = operator_counts(model)
+        skipped = {
+            name: "the pattern is not in the graph" for name, count in counts.items() if not count
+        }
+        made = {
+            op: count - before.get(op, 0)
+            for op, count in after.items()
+            if ("." in op or op in _MISPLACED) and count > before.get(op, 0)
+        }
+        if not made:
+            # What else it does on the way, such as Gemm into MatMul and Add, is no gain of its own.
+            return Changes(0, {"fused": {}}, skipped)
+        changed = sum(abs(after.get(op, 0) - before.get(op, 0)) for op in before.keys() | after.keys())
+        fired = {name: count for name, count in counts.items() if count}
+        return Changes(
+            changed,
+            {
+                "fused": fired,
+                "made": made,
+                "nodes_before": sum(before.values()),
+                "nodes_after": sum(after.values()),
+            },
+            skipped,
+        )

@@ -1,0 +1,75 @@
+"""Floating-point precision of the whole graph."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxsmith.errors import require
+from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+
+__all__ = ["ToFloat16"]
+
+_PROTOBUF_LIMIT_BYTES = 2**31 - 1
+
+
+class ToFloat16(GraphPass):
+    """Converts weights and computation to float16.
+
+    Wraps ``onnxruntime.transformers.float16``, which keeps operators that overflow or lack a float16 kernel
+    in float32. On the CPU provider this is a format for size, not for speed: most kernels there compute in
+    float32 behind casts.
+    """
+
+    name: ClassVar[str] = "to_float16"
+    summary: ClassVar[str] = "convert weights and computation to float16 (onnxruntime.transformers.float16)"
+
+    def __init__(self, *, keep_io_types: bool = True, keep_operators: tuple[str, ...] = ()) -> None:
+        """Sets what stays in float32.
+
+        Args:
+            keep_io_types: Keep inputs and outputs in float32, behind casts. Clients that do not look at
+                the type of an output read garbage otherwise.
+            keep_operators: Operator types that stay in float32 besides the defaults.
+        """
+        self.keep_io_types = keep_io_types
+        self.keep_operators = tuple(keep_operators)
+
+    def requires(self, model: ir.Model) -> None:
+        """Raises PreconditionError for models over 2 GB, which do not fit the protobuf that it works on."""
+        total = sum(
+            v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+        )
+        if total > _PROTOBUF_LIMIT_BYTES:
+            raise PreconditionError(
+                f"pass {self.name}",
+                got=f"{total} bytes of weights",
+                expected=f"at most {_PROTOBUF_LIMIT_BYTES}",
+            )
+
+    def apply(self, model: ir.Model) -> Changes:
+        float16 = require("onnxruntime.transformers.float16", purpose="the pass to_float16")
+        proto = ir.to_proto(model)
+        before = _float_bytes(model)
+        converted = float16.convert_float_to_float16(
+            proto,
+            keep_io_types=self.keep_io_types,
+            # Its shape inference cannot see through contrib operators; the types are already there.
+            disable_shape_infer=True,
+            op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *self.keep_operators],
+        )
+        result = ir.from_proto(converted)
+        model.graph = result.graph
+        model.functions.clear()
+        model.functions.update(result.functions)
+        after = _float_bytes(model)
+        return Changes(int(before != after), {"float32_bytes_before": before, "float32_bytes_after": after})
+
+
+def _float_bytes(model: ir.Model) -> int:
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.dtype == ir.DataType.FLOAT
+    )

@@ -1,0 +1,206 @@
+"""The artifact: a directory with models, what they need, and a manifest that says where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from onnxsmith._version import __version__
+from onnxsmith.environment import describe_environment
+from onnxsmith.errors import ModelFileError, OnnxsmithError, SourceError
+from onnxsmith.onnx_file import check_model
+from onnxsmith.package import ModelPackage
+from onnxsmith.package_io import MANIFEST_NAME, load_package, read_manifest
+
+__all__ = ["FileEntry", "Finding", "Manifest", "StepEntry", "to_plain", "verify_artifact", "write_manifest"]
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Model):
+    """One file of an artifact."""
+
+    bytes: int
+    sha256: str
+
+
+class StepEntry(_Model):
+    """One thing that was done to the model."""
+
+    name: str
+    parameters: dict[str, Any]
+    seconds: float
+    details: dict[str, Any]
+
+
+class Manifest(_Model):
+    """What an artifact is, where it comes from, and what was measured of it."""
+
+    schema_version: Literal[1]
+    onnxsmith: str
+    task: str | None
+    precision: str
+    components: dict[str, str]
+    source: dict[str, Any]
+    steps: list[StepEntry]
+    environment: dict[str, Any]
+    measurements: dict[str, Any]
+    recipe: dict[str, Any] | None
+    files: dict[str, FileEntry]
+
+
+def write_manifest(
+    package: ModelPackage,
+    directory: Path,
+    *,
+    measurements: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> Manifest:
+    """Writes ``manifest.json`` for everything that stands in a directory. Comes last.
+
+    Args:
+        package: What was saved there.
+        directory: The artifact.
+        measurements: What was measured of it.
+        recipe: What it was made by.
+    """
+    components = {}
+    for name, component in package.components.items():
+        assert component.path is not None, "the package was not saved"
+        components[name] = component.path.name
+    manifest = Manifest(
+        schema_version=1,
+        onnxsmith=__version__,
+        task=package.task,
+        precision=package.precision,
+        components=components,
+        source=to_plain(dict(package.source)),
+        steps=[StepEntry(**to_plain(dataclasses.asdict(step))) for step in package.steps],
+        environment=describe_environment(),
+        measurements=to_plain(measurements or {}),
+        recipe=recipe,
+        files=file_entries(directory),
+    )
+    text = json.dumps(manifest.model_dump(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def file_entries(directory: Path) -> dict[str, FileEntry]:
+    """Size and hash of each file in a directory but the manifest, by name."""
+    entries = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST_NAME:
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with an artifact.
+
+    Attributes:
+        where: The file or key.
+        problem: What is wrong with it.
+    """
+
+    where: str
+    problem: str
+
+
+def verify_artifact(directory: Path) -> list[Finding]:
+    """Checks an artifact: every byte against the manifest, and the manifest against the graphs.
+
+    Returns:
+        What is wrong; an empty list means that nothing is.
+
+    Raises:
+        SourceError: This is not an artifact.
+        ModelFileError: Its manifest cannot be read.
+    """
+    if not directory.is_dir() or not (directory / MANIFEST_NAME).is_file():
+        raise SourceError(
+            str(directory),
+            got="no manifest.json" if directory.is_dir() else "no such directory",
+            expected="an artifact made by onnxsmith",
+        )
+    try:
+        manifest = Manifest.model_validate(read_manifest(directory))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ModelFileError(
+            f"{directory / MANIFEST_NAME}: {key}", got=first["msg"], expected="a manifest of schema version 1"
+        ) from error
+    findings = _file_findings(directory, manifest)
+    for name, file in manifest.components.items():
+        if file not in manifest.files:
+            findings.append(Finding(f"components.{name}", f"{file} is not among the files of the manifest"))
+            continue
+        try:
+            check_model(directory / file)
+        except OnnxsmithError as error:
+            findings.append(Finding(file, str(error)))
+    if not findings:
+        findings += _graph_findings(directory, manifest)
+    return findings
+
+
+def _file_findings(directory: Path, manifest: Manifest) -> list[Finding]:
+    findings = []
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            findings.append(Finding(name, "the manifest names a path outside the artifact"))
+        elif path.is_symlink():
+            findings.append(Finding(name, "it is a link; expected a file"))
+        elif not path.is_file():
+            findings.append(Finding(name, "it is missing"))
+        elif path.stat().st_size != entry.bytes:
+            findings.append(Finding(name, f"it has {path.stat().st_size} bytes; expected {entry.bytes}"))
+        elif _sha256(path) != entry.sha256:
+            findings.append(Finding(name, "its content was changed (SHA-256 differs)"))
+    present = {
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
+    } - {MANIFEST_NAME}
+    findings += [
+        Finding(name, "it is not in the manifest") for name in sorted(present - manifest.files.keys())
+    ]
+    return findings
+
+
+def _graph_findings(directory: Path, manifest: Manifest) -> list[Finding]:
+    """What the manifest says of the graphs and the graphs do not bear out."""
+    found = load_package(directory).precision
+    if found != manifest.precision:
+        return [Finding("precision", f"the manifest says {manifest.precision}, the graph is {found}")]
+    return []
+
+
+def to_plain(value: Any) -> Any:
+    """Plain JSON data: no NaN, infinity, tuples or numpy scalars."""
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str | bytes):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,537 @@
+"""The command line. A command parses, calls one function of the library, shows the result, and exits.
+
+Exit status: 0 it worked and every check held; 1 a check, comparison or budget failed; 2 bad usage or bad
+input; 3 something that this environment lacks; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+from onnxsmith._version import __version__
+from onnxsmith.errors import BadInputError, OnnxsmithError
+
+__all__ = ["app", "main"]
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="onnxsmith",
+    help="PyTorch models become fast, small, checked ONNX deployments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 it worked; 1 a check failed; 2 bad input; 3 this environment lacks something.",
+)
+
+_FAILED = 1
+_INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """The entry point of the console script."""
+    # A scheduler's polite end is an interrupt: what was begun is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    app()
+    sys.exit(0)
+
+
+def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turns what a command raises or returns into an exit status, without a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            status = command(*args, **kwargs)
+            sys.stdout.flush()
+        except OnnxsmithError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was changed", _INTERRUPTED)
+        except MemoryError:
+            _fail("not enough memory for this model; use a machine with more", 3)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        except Exception as error:
+            if "ONNXSMITH_TRACEBACK" in os.environ:
+                raise
+            text = " ".join(str(error).split())[:500]
+            _fail(
+                f"internal error: {type(error).__name__}: {text}. This is a fault of onnxsmith; "
+                "please report it with the output of ONNXSMITH_TRACEBACK=1",
+                _FAILED,
+            )
+        if status:
+            raise SystemExit(status)
+
+    return run
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    sys.stderr.write(f"onnxsmith: {text}\n")
+    raise SystemExit(status) from None
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"onnxsmith {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output."),
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the artifact is to be.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
+Providers = Annotated[
+    list[str] | None,
+    typer.Option("--provider", metavar="P", help="Execution provider; may be repeated. [default: cpu]"),
+]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="An artifact, a directory with one ONNX model, or an .onnx file."),
+]
+Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Artifacts or .onnx files.")]
+
+
+@app.command()
+@_guarded
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML or JSON recipe.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Where the artifact is to be. [default: artifacts/NAME]"
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
+    ] = None,
+    force: Force = False,
+    json_target: Json = None,
+) -> int:
+    """The main job: from a recipe to a checked artifact and a report."""
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
+    from onnxsmith.pipeline.recipe import load_recipe
+    from onnxsmith.pipeline.run import run_recipe
+
+    loaded = load_recipe(recipe, overrides=settings or ())
+    destination = output or Path("artifacts") / loaded.name
+    report = run_recipe(
+        loaded,
+        destination,
+        base=recipe.resolve().parent,
+        force=force,
+        command=_command_line(),
+        progress=progress_for(),
+    )
+    if json_target:
+        emit_json(json_target, "run", {"report": report.to_json()})
+    if json_target != "-":
+        from onnxsmith.pipeline.tables import show_report
+
+        show_report(report, destination)
+    if not report.passed:
+        message(f"onnxsmith: {report.verdict}. See {destination}.failed{os.sep}report.html")
+        return _FAILED
+    return 0
+
+
+@app.command()
+@_guarded
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face directory or hub id, a .gguf file, pkg:package/file, or package.module:factory.",
+        ),
+    ],
+    output: Output,
+    task: Annotated[
+        str | None, typer.Option(metavar="T", help="The task; found from the model by default.")
+    ] = None,
+    exporter: Annotated[str, typer.Option(metavar="auto|torch", help="Which exporter.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="D", help="float32, float16 or bfloat16.")] = "float32",
+    opset: Annotated[
+        int | None, typer.Option(metavar="N", help="Operator set, 18 to 25; torch's default.")
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|fused|standard", help="Decoders: GroupQueryAttention or ONNX operators only."
+        ),
+    ] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before accepting.")
+    ] = True,
+    force: Force = False,
+    json_target: Json = None,
+) -> None:
+    """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted."""
+    from onnxsmith.errors import UnknownNameError
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.operations import export_model
+    from onnxsmith.pipeline.tables import show_export
+
+    if exporter not in ("auto", "torch"):
+        raise UnknownNameError("--exporter", name=exporter, known=("auto", "torch"), kind="exporter")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UnknownNameError("--dtype", name=dtype, known=("float32", "float16", "bfloat16"), kind="type")
+    package, comparison = export_model(
+        source,
+        output,
+        task=task,
+        dtype=dtype,
+        attention=attention,
+        opset=opset,
+        verify=verify,
+        force=force,
+        progress=progress_for(),
+    )
+    if json_target:
+        result = {"artifact": str(output), "task": package.task, "precision": package.precision}
+        emit_json(
+            json_target, "export", result | {"comparison": comparison.to_json() if comparison else None}
+        )
+    if json_target != "-":
+        show_export(package, comparison, output)
+
+
+@app.command()
+@_guarded
+def optimize(
+    model: Model,
+    output: Output,
+    preset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A ready-made list of passes; may be repeated.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="A pass; may be repeated."),
+    ] = None,
+    force: Force = False,
+    json_target: Json = None,
+) -> None:
+    """Run passes on an ONNX model: presets first, then single passes, each in the order given."""
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.operations import inspect_model, optimize_model
+    from onnxsmith.pipeline.tables import show_optimize
+
+    specs = [*_preset_specs(preset or []), *(_pass_spec(text) for text in passes or [])]
+    before, after = optimize_model(model, output, specs, force=force, progress=progress_for())
+    if json_target:
+        steps = [
+            {"name": s.name, "parameters": s.parameters, "seconds": s.seconds, "details": s.details}
+            for s in after.steps
+        ]
+        body = {"artifact": str(output), "steps": steps[len(before.steps) :]}
+        emit_json(json_target, "optimize", body | {"model": inspect_model(output)})
+    if json_target != "-":
+        show_optimize(before, after, output)
+
+
+@app.command()
+@_guarded
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="CANDIDATE...", help="Artifacts or .onnx files.")
+    ],
+    provider: Providers = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Inputs to use, one array for each.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of made-up cases; all kinds by default.")
+    ] = None,
+    atol: Annotated[float | None, typer.Option(metavar="X", help="Absolute tolerance.")] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Tolerance relative to the largest magnitude of the reference tensor."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Bounds of float32, float16, int8, int4; the candidate's own by default.",
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the made-up inputs.")] = 0,
+    json_target: Json = None,
+) -> int:
+    """Compare models with a reference on the same inputs; exit status 1 if any differs."""
+    from onnxsmith.comparison import Tolerance
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.operations import compare_models
+    from onnxsmith.pipeline.tables import show_comparisons
+
+    for name, value in (("--atol", atol), ("--rtol", rtol)):
+        if value is not None and not value >= 0:
+            raise BadInputError(f"compare: {name}", got=str(value), expected="0 or more")
+    bounds = None if atol is None and rtol is None else Tolerance(atol=atol, rtol=rtol)
+    results = compare_models(
+        reference,
+        candidates,
+        providers=provider or ["cpu"],
+        inputs=inputs,
+        samples=samples,
+        tolerance=bounds,
+        precision=tolerance,
+        task=task,
+        seed=seed,
+        progress=progress_for(),
+    )
+    passed = bool(results) and all(result.passed for result in results)
+    if json_target:
+        emit_json(json_target, "compare", {"passed": passed, "comparisons": [r.to_json() for r in results]})
+    if json_target != "-":
+        show_comparisons(results)
+    return 0 if passed else _FAILED
+
+
+@app.command()
+@_guarded
+def bench(
+    models: Models,
+    provider: Providers = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the prompt or sequence.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate (decoders).")] = 32,
+    batch: Annotated[int, typer.Option(metavar="N", help="Rows.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Intra-op threads; all processors by default.")
+    ] = None,
+    runs: Annotated[int, typer.Option(metavar="N", help="Rounds counted, after one that is not.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    json_target: Json = None,
+) -> int:
+    """Measure models in turn, each in a process of its own."""
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
+    from onnxsmith.pipeline.operations import bench_models
+    from onnxsmith.pipeline.tables import show_bench
+    from onnxsmith.runtime import BenchSettings
+
+    settings = BenchSettings(
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, threads=threads, runs=runs, seed=seed
+    )
+    results = bench_models(models, settings, providers=provider or ["cpu"], progress=progress_for())
+    if json_target:
+        emit_json(json_target, "bench", {"results": [result.to_json() for result in results]})
+    if json_target != "-":
+        show_bench(results)
+    for result in results:
+        if result.error:
+            message(f"onnxsmith: {result.error}")
+        elif result.noisy:
+            message(f"onnxsmith: {result.name}: spread {result.spread_pct:.0f} %: rerun on a quiet machine")
+    return max((result.exit_status for result in results), default=_FAILED)
+
+
+@app.command()
+@_guarded
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Upper bound of tokens.")] = 64,
+    provider: Annotated[str, typer.Option(metavar="P", help="Execution provider.")] = "cpu",
+    json_target: Json = None,
+) -> None:
+    """Continue a text with a language model, streamed; always the most likely token."""
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.operations import generate_text
+
+    pieces = []
+    for piece in generate_text(model, prompt, max_new_tokens=max_new_tokens, provider=provider):
+        if not pieces and json_target != "-":
+            sys.stdout.write(prompt)
+        pieces.append(piece)
+        if json_target != "-":
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json_target != "-":
+        sys.stdout.write("\n")
+    if json_target:
+        emit_json(json_target, "generate", {"prompt": prompt, "text": "".join(pieces)})
+
+
+@app.command()
+@_guarded
+def inspect(
+    model: Model,
+    top: Annotated[int, typer.Option(metavar="N", help="How many of the largest tensors to list.")] = 10,
+    json_target: Json = None,
+) -> None:
+    """Show size, operators, types and the largest tensors of a model, without reading its weights."""
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.operations import inspect_model
+    from onnxsmith.pipeline.tables import show_inspect
+
+    result = inspect_model(model, top=top)
+    if json_target:
+        emit_json(json_target, "inspect", result)
+    if json_target != "-":
+        show_inspect(result)
+
+
+@app.command()
+@_guarded
+def verify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory made by onnxsmith.")],
+    json_target: Json = None,
+) -> int:
+    """Check every byte of an artifact against its manifest, and the manifest against the graphs."""
+    from onnxsmith.pipeline.artifact import verify_artifact
+    from onnxsmith.pipeline.console import emit_json, message
+
+    findings = verify_artifact(artifact)
+    if json_target:
+        body = {
+            "passed": not findings,
+            "findings": [{"where": f.where, "problem": f.problem} for f in findings],
+        }
+        emit_json(json_target, "verify", body)
+    for finding in findings:
+        message(f"{artifact / finding.where}: {finding.problem}")
+    if json_target != "-":
+        sys.stdout.write(
+            f"{artifact}: {f'{len(findings)} problems' if findings else 'everything is as the manifest says'}\n"
+        )
+    return _FAILED if findings else 0
+
+
+@app.command()
+@_guarded
+def providers(json_target: Json = None) -> None:
+    """List the execution providers: which are installed, and what would bring the others."""
+    from onnxsmith.pipeline.console import emit_json, print_table
+    from onnxsmith.runtime.providers import PROVIDERS, available_providers
+
+    available = available_providers()
+    rows = [
+        {
+            "name": p.name,
+            "ort_name": p.ort_name,
+            "installed": p.ort_name in available,
+            "package": p.package,
+            "needs": p.needs,
+        }
+        for p in PROVIDERS.values()
+    ]
+    rows += [
+        {"name": name, "ort_name": name, "installed": True, "package": "", "needs": ""}
+        for name in available
+        if name not in {p.ort_name for p in PROVIDERS.values()}
+    ]
+    if json_target:
+        emit_json(json_target, "providers", {"providers": rows})
+    if json_target != "-":
+        print_table(
+            "",
+            ("provider", "installed", "in package", "needs"),
+            [
+                (str(r["name"]), "yes" if r["installed"] else "no", str(r["package"]), str(r["needs"]))
+                for r in rows
+            ],
+        )
+
+
+@app.command()
+@_guarded
+def passes(json_target: Json = None) -> None:
+    """List the passes with their parameters and defaults."""
+    from onnxsmith.graph_passes.registry import load_pass, pass_names
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.tables import describe_pass, show_passes
+
+    described = [describe_pass(load_pass(name)) for name in pass_names()]
+    if json_target:
+        emit_json(json_target, "passes", {"passes": described})
+    if json_target != "-":
+        show_passes(described)
+
+
+@app.command()
+@_guarded
+def presets(json_target: Json = None) -> None:
+    """List the ready-made lists of passes."""
+    from onnxsmith.graph_passes.presets import PRESETS
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.tables import show_presets
+
+    if json_target:
+        plain = {
+            name: [{"name": p, "parameters": dict(a)} for p, a in specs] for name, specs in PRESETS.items()
+        }
+        emit_json(json_target, "presets", {"presets": plain})
+    if json_target != "-":
+        show_presets()
+
+
+def _preset_specs(names: list[str]) -> list[tuple[str, Any]]:
+    from onnxsmith.errors import UnknownNameError
+    from onnxsmith.graph_passes.presets import PRESETS
+
+    for name in names:
+        if name not in PRESETS:
+            raise UnknownNameError("--preset", name=name, known=PRESETS, kind="preset")
+    return [spec for name in names for spec in PRESETS[name]]
+
+
+def _pass_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:key=value,key=value``; values are YAML, and a list's commas stand in brackets."""
+    import yaml
+
+    name, _, rest = text.partition(":")
+    arguments: dict[str, Any] = {}
+    for part in _split(rest):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise BadInputError(f"--pass {text}", got=f"{part!r}", expected="key=value")
+        try:
+            arguments[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInputError(
+                f"--pass {text}", got=f"the value {value!r}", expected="a YAML value"
+            ) from error
+    return name.strip(), arguments
+
+
+def _split(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
+
+
+def _command_line() -> str:
+    return shlex.join(["onnxsmith", *sys.argv[1:]])

@@ -1,0 +1,383 @@
+"""What each command does, as functions: anything that the command line can do, two lines of Python can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.comparison import Comparison, Tolerance, tolerance_for
+from onnxsmith.errors import BadInputError, CheckFailedError, FeedError
+from onnxsmith.onnx_file import weight_bytes
+from onnxsmith.package import ModelPackage, cache_pairs
+from onnxsmith.package_io import load_package, save_package
+from onnxsmith.pipeline.artifact import write_manifest
+from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
+from onnxsmith.progress import Progress
+from onnxsmith.source import ModelSource
+
+if TYPE_CHECKING:
+    from onnxsmith.graph_passes import PassSpec
+    from onnxsmith.program import TorchProgram
+    from onnxsmith.runtime import BenchResult, BenchSettings
+
+__all__ = [
+    "bench_models",
+    "compare_models",
+    "export_model",
+    "generate_text",
+    "inspect_model",
+    "optimize_model",
+]
+
+
+def export_model(
+    source: str,
+    destination: Path,
+    *,
+    task: str | None = None,
+    dtype: str = "float32",
+    attention: str = "auto",
+    opset: int | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[ModelPackage, Comparison | None]:
+    """Exports a PyTorch model to an artifact, and compares it with the PyTorch model before it is accepted.
+
+    Args:
+        source: See ``ModelSource.parse``.
+        destination: Where the artifact is to be.
+        task: A task of ``onnxsmith.exporters.TASKS``; found from the model where None.
+        dtype: The element type of the weights.
+        attention: See ``onnxsmith.exporters.export``.
+        opset: Version of the ONNX operator set; torch's default where None.
+        verify: Whether to compare. Without, the manifest says that nothing was compared.
+        force: Whether an artifact that is there may be replaced.
+        progress: Who listens.
+
+    Raises:
+        CheckFailedError: The ONNX model does not compute what the PyTorch model does; nothing was written.
+        OnnxsmithError: It could not be done.
+    """
+    from onnxsmith.exporters import export, load_torch, torch_program
+    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+
+    progress = progress or Progress()
+    check_destination(destination, force=force)
+    parsed = ModelSource.parse(source)
+    with progress.step("load"):
+        loaded = load_torch(parsed, task=task, dtype=dtype)
+    require_space(
+        destination.resolve().parent,
+        sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
+        purpose=f"export of {source}",
+    )
+    with progress.step("export"):
+        program = torch_program(loaded)
+        package = export(loaded, program, attention=attention, opset=opset)
+    with progress.step("clean up"):
+        package = run_passes(package, make_passes(PRESETS["clean"]))
+    comparison = None
+    with staged_directory(destination, force=force) as staging:
+        save_package(package, staging)
+        if verify:
+            with progress.step("compare"):
+                comparison = _compare_with_torch(program, package, source)
+            if not comparison.passed:
+                raise CheckFailedError(
+                    f"export of {source}",
+                    got=comparison.reason,
+                    expected="what PyTorch computes",
+                    remedy="Nothing was written. Keep it all the same with --no-verify, and look at it with "
+                    "`onnxsmith compare`",
+                )
+        write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
+    return package, comparison
+
+
+def _compare_with_torch(program: TorchProgram, package: ModelPackage, name: str) -> Comparison:
+    from onnxsmith.runtime import OrtSession, TorchSession, cases_for, compare_sessions, reference_outputs
+
+    with TorchSession(program) as reference, OrtSession(package, name=name) as candidate:
+        expected = reference_outputs(reference, cases_for(reference, limits=program.limits))
+        return compare_sessions(reference, candidate, expected, tolerance=tolerance_for(package.precision))
+
+
+def _summary(comparison: Comparison | None) -> dict[str, Any]:
+    if comparison is None:
+        return {"verified": False}
+    worst = comparison.worst
+    return {
+        "verified": True,
+        "passed": comparison.passed,
+        "tensors": len(comparison.tensors),
+        "tolerance": dataclasses.asdict(comparison.tolerance),
+        "worst": None if worst is None else dataclasses.asdict(worst),
+    }
+
+
+def optimize_model(
+    model: Path,
+    destination: Path,
+    specs: Sequence[PassSpec],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[ModelPackage, ModelPackage]:
+    """Runs passes on an ONNX model of any origin and writes an artifact.
+
+    Args:
+        model: An artifact, a directory with one ONNX model, or an ONNX file.
+        destination: Where the artifact is to be.
+        specs: Names and parameters of the passes.
+        force: Whether an artifact that is there may be replaced.
+        progress: Who listens.
+
+    Returns:
+        The package before and after.
+
+    Raises:
+        OnnxsmithError: It could not be done; nothing was written.
+    """
+    from onnxsmith.graph_passes import make_passes, run_passes
+
+    progress = progress or Progress()
+    if not specs:
+        raise BadInputError("optimize", got="no pass", expected="at least one --preset or --pass")
+    passes = make_passes(specs)
+    check_destination(destination, force=force)
+    before = load_package(model)
+    size = sum(weight_bytes(c.model) for c in before.components.values())
+    require_space(destination.resolve().parent, size, purpose=f"optimisation of {model}")
+    with progress.step("optimize", len(passes)) as step:
+        after = run_passes(before, passes, on_step=lambda record: step.advance(note=record.name))
+    if not after.source:
+        after.source = {"kind": "onnx", "text": str(model)}
+    with staged_directory(destination, force=force) as staging:
+        save_package(after, staging)
+        write_manifest(after, staging)
+    return before, after
+
+
+def compare_models(
+    reference: str,
+    candidates: Sequence[Path],
+    *,
+    providers: Sequence[str] = ("cpu",),
+    inputs: Path | None = None,
+    samples: int | None = None,
+    tolerance: Tolerance | None = None,
+    precision: str | None = None,
+    task: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Comparison]:
+    """Compares ONNX models with a reference, on the same inputs.
+
+    Args:
+        reference: A source of a PyTorch model, or an ONNX model, which then runs on the CPU.
+        candidates: Artifacts or ONNX files.
+        providers: Execution providers; each candidate runs on each of them.
+        inputs: An ``.npz`` file with one array for each input; made-up inputs of several shapes where None.
+        samples: How many cases of made-up inputs; all kinds where None.
+        tolerance: Bounds; by the candidate's precision where None.
+        precision: Take the bounds of this precision instead of the candidate's own.
+        task: For a PyTorch reference.
+        seed: Of the made-up inputs.
+        progress: Who listens.
+
+    Raises:
+        OnnxsmithError: The reference cannot be run, or a candidate cannot be read.
+    """
+    from onnxsmith.runtime import (
+        OrtSession,
+        cases_for,
+        compare_sessions,
+        load_cases,
+        reference_outputs,
+        resolve_provider,
+    )
+
+    progress = progress or Progress()
+    if not candidates:
+        raise BadInputError("compare", got="no candidate", expected="at least one")
+    if samples is not None and samples < 1:
+        raise BadInputError("compare: --samples", got=str(samples), expected="at least 1")
+    for provider in providers:
+        resolve_provider(provider)
+    packages = [(path, load_package(path)) for path in candidates]
+    for _, package in packages:
+        tolerance_for(precision or package.precision)
+    with progress.step("reference"):
+        session, limits = _open_reference(reference, task)
+    results = []
+    with session:
+        made = (
+            load_cases(inputs, session.inputs)
+            if inputs
+            else cases_for(session, limits=limits, samples=samples, seed=seed)
+        )
+        expected = reference_outputs(session, made)
+        with progress.step("compare", len(packages) * len(providers)) as step:
+            for path, package in packages:
+                bounds = tolerance or tolerance_for(precision or package.precision)
+                for provider in providers:
+                    with OrtSession(package, provider=provider, name=str(path)) as candidate:
+                        candidate.check_placement()
+                        results.append(compare_sessions(session, candidate, expected, tolerance=bounds))
+                    step.advance(note=str(path))
+    return results
+
+
+def _open_reference(reference: str, task: str | None) -> tuple[Any, Mapping[str, int]]:
+    from onnxsmith.exporters import load_torch, torch_program
+    from onnxsmith.runtime import OrtSession, TorchSession, value_limits
+
+    source = ModelSource.parse(reference)
+    if source.is_torch:
+        program = torch_program(load_torch(source, task=task))
+        program.name = reference
+        return TorchSession(program), program.limits
+    assert source.path is not None
+    package = load_package(source.path)
+    return OrtSession(package, name=reference), value_limits(package)
+
+
+def bench_models(
+    models: Sequence[Path],
+    settings: BenchSettings,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    progress: Progress | None = None,
+) -> list[BenchResult]:
+    """Measures models in turn, each on each provider, each in a process of its own.
+
+    Raises:
+        OnnxsmithError: A provider is not there, or a model cannot be read.
+    """
+    from onnxsmith.runtime import Candidate, benchmark, resolve_provider
+
+    progress = progress or Progress()
+    for provider in providers:
+        resolve_provider(provider)
+    for model in models:
+        load_package(model)
+    candidates = [
+        Candidate(str(model) if len(providers) == 1 else f"{model} [{provider}]", model, provider)
+        for model in models
+        for provider in providers
+    ]
+    with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
+        return benchmark(
+            candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
+        )
+
+
+def generate_text(model: Path, prompt: str, *, max_new_tokens: int = 64, provider: str = "cpu") -> Any:
+    """Continues a text, piece by piece.
+
+    Yields:
+        Text, as soon as it is certain: characters of several tokens come when they are whole.
+
+    Raises:
+        OnnxsmithError: The model is no decoder, or has no tokenizer.
+    """
+    from onnxsmith.pipeline.tokenization import PackageTokenizer
+    from onnxsmith.runtime import OrtSession, generate
+
+    if max_new_tokens < 1:
+        raise BadInputError("generate: --max-new-tokens", got=str(max_new_tokens), expected="at least 1")
+    package = load_package(model)
+    if not any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
+        raise FeedError(
+            str(model), got="a model without a KV cache", expected="a decoder with past_key_values.*"
+        )
+    tokenizer = PackageTokenizer(package)
+    ids: list[int] = []
+    shown = ""
+    prompt_ids = tokenizer.encode(prompt)
+    with OrtSession(package, provider=provider, name=str(model)) as session:
+        for token in generate(session, prompt_ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids):
+            ids.append(token)
+            text = tokenizer.continuation(prompt_ids, ids)
+            # A token may end in the middle of a character, which decodes to U+FFFD until the rest is there.
+            if text.endswith("\ufffd") or not text.startswith(shown):
+                continue
+            yield text[len(shown) :]
+            shown = text
+    text = tokenizer.continuation(prompt_ids, ids)
+    if len(text) > len(shown):
+        yield text[len(shown) :]
+
+
+def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
+    """What a model is made of, without reading its weights.
+
+    Args:
+        model: An artifact, a directory with one ONNX model, or an ONNX file.
+        top: How many of the largest tensors to list.
+
+    Raises:
+        OnnxsmithError: It cannot be read.
+    """
+    from onnxsmith.graph_passes import operator_counts
+
+    if top < 0:
+        raise BadInputError("inspect: --top", got=str(top), expected="at least 0")
+    package = load_package(model)
+    components = {}
+    for name, component in package.components.items():
+        graph = component.model.graph
+        tensors = [
+            (value.name or "?", value.const_value)
+            for inner in component.model.graphs()
+            for value in inner.initializers.values()
+            if value.const_value is not None
+        ]
+        by_type: dict[str, int] = {}
+        for _, tensor in tensors:
+            by_type[tensor.dtype.name.lower()] = by_type.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
+        largest = sorted(tensors, key=lambda item: -item[1].nbytes)[:top]
+        pairs = cache_pairs(component.inputs, component.outputs)
+        weights = weight_bytes(component.model)
+        components[name] = {
+            "file": component.path.name if component.path else None,
+            "ir_version": component.model.ir_version,
+            "opsets": dict(component.model.opset_imports),
+            "producer": component.model.producer_name,
+            "inputs": [str(spec) for spec in component.inputs],
+            "outputs": [str(spec) for spec in component.outputs],
+            "nodes": len(graph),
+            "operators": operator_counts(component.model),
+            "weight_bytes": weights,
+            "bytes_by_type": dict(sorted(by_type.items(), key=lambda item: -item[1])),
+            "largest": [
+                {"name": n, "type": t.dtype.name.lower(), "shape": list(t.shape.numpy()), "bytes": t.nbytes}
+                for n, t in largest
+            ],
+            "cache_bytes_per_token": _cache_bytes(pairs),
+        }
+    return {
+        "path": str(model),
+        "task": package.task,
+        "precision": package.precision,
+        "source": dict(package.source),
+        "steps": [step.name for step in package.steps],
+        "components": components,
+    }
+
+
+def _cache_bytes(pairs: Sequence[Any]) -> int:
+    """Bytes that one token of one row adds to the KV cache."""
+    import ml_dtypes
+    import numpy as np
+
+    total = 0
+    for pair in pairs:
+        heads, size = (a for i, a in enumerate(pair.past.shape or ()) if i in (1, 3))
+        if isinstance(heads, int) and isinstance(size, int):
+            dtype = getattr(ml_dtypes, pair.past.dtype, None) or pair.past.dtype
+            total += heads * size * np.dtype(dtype).itemsize
+    return total

@@ -1,0 +1,139 @@
+"""The report of a run: everything that was decided and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from onnxsmith.pipeline.artifact import to_plain
+
+__all__ = ["Budget", "Report", "StepTiming", "VariantReport", "write_report"]
+
+
+@dataclasses.dataclass
+class StepTiming:
+    """One step of a run.
+
+    Attributes:
+        name: What was done.
+        seconds: Wall time.
+        peak_rss_mb: The peak of this process so far.
+        note: What came of it.
+    """
+
+    name: str
+    seconds: float
+    peak_rss_mb: float
+    note: str = ""
+
+
+@dataclasses.dataclass
+class Budget:
+    """A limit and whether it was kept.
+
+    Attributes:
+        name: The key in the recipe.
+        limit: The highest allowed value.
+        value: What was measured; None where that failed.
+        passed: Whether it was kept.
+    """
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+
+
+@dataclasses.dataclass
+class VariantReport:
+    """One variant: what was done to it and what came of it. Sizes in MB are 10**6 bytes."""
+
+    name: str
+    precision: str = ""
+    provider: str = ""
+    chosen: bool = False
+    error: str | None = None
+    size_mb: float | None = None
+    placement: dict[str, Any] | None = None
+    passes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    comparison: dict[str, Any] | None = None
+    perplexity: dict[str, Any] | None = None
+    perplexity_increase_pct: float | None = None
+    kl_to_reference: float | None = None
+    top1_agreement: float | None = None
+    bench: dict[str, Any] | None = None
+    operators: dict[str, dict[str, int]] = dataclasses.field(
+        default_factory=lambda: {"before": {}, "after": {}}
+    )
+    budgets: list[Budget] = dataclasses.field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was made, agrees with torch as its precision allows, and keeps its budgets."""
+        agrees = self.comparison is not None and bool(self.comparison["passed"])
+        return self.error is None and agrees and all(budget.passed for budget in self.budgets)
+
+    @property
+    def reason(self) -> str:
+        """Why it did not pass."""
+        if self.error is not None:
+            return self.error
+        reasons = [
+            f"{b.name} is {_number(b.value)}; expected at most {b.limit:g}"
+            for b in self.budgets
+            if not b.passed
+        ]
+        if self.comparison is not None and not self.comparison["passed"]:
+            reasons.insert(0, self.comparison["reason"])
+        return "; ".join(reasons)
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything that a run decided and measured. JSON first; the HTML page is drawn from it."""
+
+    name: str
+    command: str
+    created: str
+    onnxsmith: str
+    source: dict[str, Any]
+    environment: dict[str, Any]
+    recipe: dict[str, Any]
+    steps: list[StepTiming] = dataclasses.field(default_factory=list)
+    reference: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variants: list[VariantReport] = dataclasses.field(default_factory=list)
+    chosen: str | None = None
+    verdict: str = ""
+    generation: dict[str, Any] | None = None
+    artifact: dict[str, Any] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether a variant was chosen and packed."""
+        return self.chosen is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        plain = dataclasses.asdict(self)
+        plain |= {"schema_version": 1, "passed": self.passed}
+        for variant, entry in zip(self.variants, plain["variants"], strict=True):
+            entry["passed"] = variant.passed
+            entry["reason"] = variant.reason
+        result: dict[str, Any] = to_plain(plain)
+        return result
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Writes ``report.json`` and ``report.html``."""
+    from onnxsmith.pipeline.report_html import render_html
+
+    plain = report.to_json()
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+    (directory / "report.html").write_text(render_html(plain), encoding="utf-8")
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"

@@ -1,0 +1,82 @@
+"""Texts to evaluate on: from files, and from Python packages that bring some."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.source import resolve_path
+
+__all__ = ["load_text", "text_sha256"]
+
+_ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def load_text(data: str, *, base: Path | None = None) -> str:
+    """Reads a text.
+
+    Args:
+        data: A text file (``.jsonl``: the key ``text`` of each line), ``pkg:package/file``, or
+            ``package.module:attribute``, a text, a list of texts or a mapping to texts.
+        base: The directory that relative paths start from.
+
+    Raises:
+        BadInputError: There is no such text, or it is empty.
+    """
+    path = None if _ATTRIBUTE.fullmatch(data) else resolve_path(data, base=base)
+    text = _from_attribute(data) if path is None else _from_file(path)
+    if not text.strip():
+        raise BadInputError(f"data {data}", got="an empty text", expected="some text")
+    return text
+
+
+def text_sha256(text: str) -> str:
+    """The SHA-256 of a text in UTF-8, in hex; it says which text a perplexity belongs to."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _from_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(
+            f"data {path}", got=f"cannot be read: {error}", expected="a text file in UTF-8"
+        ) from error
+    if path.suffix != ".jsonl":
+        return text
+    texts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInputError(
+                f"data {path}, line {number}", got="no object with a text", expected='{"text": "..."}'
+            ) from error
+    return "\n\n".join(texts)
+
+
+def _from_attribute(data: str) -> str:
+    module, _, attribute = data.partition(":")
+    try:
+        value: Any = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInputError(
+            f"data {data}", got=str(error), expected="a text file, or package.module:attribute"
+        ) from error
+    if isinstance(value, str):
+        return value
+    values = value.values() if isinstance(value, Mapping) else value
+    texts = list(values) if isinstance(values, Iterable) else [None]
+    if all(isinstance(text, str) for text in texts):
+        return "\n\n".join(texts)
+    raise BadInputError(
+        f"data {data}", got=f"a {type(value).__name__}", expected="a text, or a list or mapping of texts"
+    )

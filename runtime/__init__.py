@@ -1,0 +1,35 @@
+"""Running models: sessions on PyTorch and ONNX Runtime, comparison, benchmarks, decoding and scoring."""
+
+from __future__ import annotations
+
+from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
+from onnxsmith.runtime.compare import compare_sessions, reference_outputs
+from onnxsmith.runtime.decoding import Perplexity, generate, perplexity
+from onnxsmith.runtime.ort_session import OrtSession, Placement
+from onnxsmith.runtime.providers import PROVIDERS, available_providers, resolve_provider
+from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
+from onnxsmith.runtime.session import Session
+from onnxsmith.runtime.torch_session import TorchSession
+
+__all__ = [
+    "PROVIDERS",
+    "BenchResult",
+    "BenchSettings",
+    "Candidate",
+    "Case",
+    "OrtSession",
+    "Perplexity",
+    "Placement",
+    "Session",
+    "TorchSession",
+    "available_providers",
+    "benchmark",
+    "cases_for",
+    "compare_sessions",
+    "generate",
+    "load_cases",
+    "perplexity",
+    "reference_outputs",
+    "resolve_provider",
+    "value_limits",
+]

@@ -1,0 +1,104 @@
+"""onnxsmith: PyTorch models become fast, small, checked ONNX deployments.
+
+The names below are the public interface; each is imported when it is first used, so that importing
+onnxsmith costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith._version import __version__
+
+if TYPE_CHECKING:
+    from onnxsmith.comparison import Comparison, Tolerance
+    from onnxsmith.errors import OnnxsmithError
+    from onnxsmith.exporters import export, load_torch, torch_program
+    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+    from onnxsmith.package import ModelPackage
+    from onnxsmith.package_io import load_package, save_package
+    from onnxsmith.pipeline.artifact import verify_artifact
+    from onnxsmith.pipeline.operations import (
+        bench_models,
+        compare_models,
+        export_model,
+        generate_text,
+        inspect_model,
+        optimize_model,
+    )
+    from onnxsmith.pipeline.recipe import Recipe, load_recipe
+    from onnxsmith.pipeline.run import run_recipe
+    from onnxsmith.runtime import BenchSettings, OrtSession, TorchSession
+    from onnxsmith.source import ModelSource
+
+__all__ = [
+    "PRESETS",
+    "BenchSettings",
+    "Comparison",
+    "ModelPackage",
+    "ModelSource",
+    "OnnxsmithError",
+    "OrtSession",
+    "Recipe",
+    "Tolerance",
+    "TorchSession",
+    "__version__",
+    "bench_models",
+    "compare_models",
+    "export",
+    "export_model",
+    "generate_text",
+    "inspect_model",
+    "load_package",
+    "load_recipe",
+    "load_torch",
+    "make_passes",
+    "optimize_model",
+    "run_passes",
+    "run_recipe",
+    "save_package",
+    "torch_program",
+    "verify_artifact",
+]
+
+_HOMES: Mapping[str, str] = {
+    "PRESETS": "onnxsmith.graph_passes",
+    "BenchSettings": "onnxsmith.runtime",
+    "Comparison": "onnxsmith.comparison",
+    "ModelPackage": "onnxsmith.package",
+    "ModelSource": "onnxsmith.source",
+    "OnnxsmithError": "onnxsmith.errors",
+    "OrtSession": "onnxsmith.runtime",
+    "Recipe": "onnxsmith.pipeline.recipe",
+    "Tolerance": "onnxsmith.comparison",
+    "TorchSession": "onnxsmith.runtime",
+    "bench_models": "onnxsmith.pipeline.operations",
+    "compare_models": "onnxsmith.pipeline.operations",
+    "export": "onnxsmith.exporters",
+    "export_model": "onnxsmith.pipeline.operations",
+    "generate_text": "onnxsmith.pipeline.operations",
+    "inspect_model": "onnxsmith.pipeline.operations",
+    "load_package": "onnxsmith.package_io",
+    "load_recipe": "onnxsmith.pipeline.recipe",
+    "load_torch": "onnxsmith.exporters",
+    "make_passes": "onnxsmith.graph_passes",
+    "optimize_model": "onnxsmith.pipeline.operations",
+    "run_passes": "onnxsmith.graph_passes",
+    "run_recipe": "onnxsmith.pipeline.run",
+    "save_package": "onnxsmith.package_io",
+    "torch_program": "onnxsmith.exporters",
+    "verify_artifact": "onnxsmith.pipeline.artifact",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'onnxsmith' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

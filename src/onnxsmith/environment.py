@@ -1,0 +1,74 @@
+"""What machine and which versions a result comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from onnxsmith._version import __version__
+
+__all__ = ["describe_environment", "peak_rss_mb"]
+
+_PACKAGES = (
+    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxscript", "torch",
+    "tokenizers", "transformers", "gguf",
+)  # fmt: skip
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, processor, memory and threads, as plain data. Imports none of the packages that it names."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "onnxsmith": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "logical_cpus": usable_cpus(),
+        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "versions": versions,
+    }
+
+
+def usable_cpus() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float:
+    """The highest resident memory that this process had, in MB (10**6 bytes).
+
+    From ``VmHWM`` where there is one: ``ru_maxrss`` of a new process starts with its parent's peak.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)

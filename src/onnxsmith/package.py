@@ -1,0 +1,203 @@
+"""What an exporter makes, passes change and runtimes open: a model in ONNX with all that belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = [
+    "TEXT_GENERATION",
+    "CachePair",
+    "Component",
+    "ModelPackage",
+    "StepRecord",
+    "TensorSpec",
+    "cache_pairs",
+]
+
+TEXT_GENERATION = "text-generation"
+
+_BLOCK_QUANTIZED = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+_INTEGER_OPERATORS = frozenset(
+    {
+        "ConvInteger",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+_PAST = re.compile(r"past_key_values\.(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """The name, element type and axes of one input or output.
+
+    Attributes:
+        name: The value's name in the graph.
+        dtype: A numpy name such as ``float32`` (``bfloat16`` and the 4 and 8 bit types as in ``ml_dtypes``).
+        shape: One entry per axis: a size, the name of a dynamic axis, or None for an unnamed dynamic axis.
+            None instead of a tuple where even the rank is unknown.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        axes = "?" if self.shape is None else ", ".join("?" if a is None else str(a) for a in self.shape)
+        return f"{self.name}: {self.dtype}[{axes}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePair:
+    """One tensor of a KV cache: the input that takes it and the output that gives it back, longer.
+
+    Attributes:
+        past: The input, of shape (batch, kv heads, past length, head size).
+        present: The output, of shape (batch, kv heads, total length, head size).
+    """
+
+    past: TensorSpec
+    present: TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """One thing that was done to a model, for the manifest.
+
+    Attributes:
+        name: ``export`` or the name of a pass.
+        parameters: Every parameter with the value that was used, defaults included.
+        seconds: Wall time.
+        details: What it did: counts, what was skipped and why.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    seconds: float
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Component:
+    """One ONNX graph of a package.
+
+    Attributes:
+        model: The graph. Its weights stay on disk, memory-mapped, until something reads them.
+        path: The file that holds exactly this model, or None where the model was changed since.
+    """
+
+    model: ir.Model
+    path: Path | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's inputs, without initializers."""
+        initializers = self.model.graph.initializers
+        return tuple(_spec(value) for value in self.model.graph.inputs if value.name not in initializers)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The graph's outputs."""
+        return tuple(_spec(value) for value in self.model.graph.outputs)
+
+
+@dataclasses.dataclass
+class ModelPackage:
+    """A model in ONNX, with what a deployment needs besides the graph.
+
+    Attributes:
+        components: The graphs by name; ``model`` where there is one.
+        task: The Hugging Face task name, such as ``text-generation``; None where unknown.
+        files: Tokenizer, processor and configuration files: file name to content.
+        source: Where the model came from, for the manifest.
+        steps: What was done to it so far, oldest first.
+    """
+
+    components: dict[str, Component]
+    task: str | None = None
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: tuple[StepRecord, ...] = ()
+
+    @property
+    def main(self) -> Component:
+        """The only component.
+
+        Raises:
+            KeyError: There are several.
+        """
+        if len(self.components) != 1:
+            raise KeyError(f"the package has the components {', '.join(self.components)}; name one of them")
+        return next(iter(self.components.values()))
+
+    @property
+    def precision(self) -> str:
+        """What bounds the accuracy: ``int4`` or ``int8`` where operators compute with quantized weights, else
+        the floating-point type that most bytes of the weights have.
+        """
+        bits: set[int] = set()
+        floats: Counter[str] = Counter({"float32": 0})
+        for component in self.components.values():
+            for node in component.model.graph.all_nodes():
+                if node.op_type in _BLOCK_QUANTIZED:
+                    attribute = node.attributes.get("bits")
+                    bits.add(4 if attribute is None else attribute.as_int())
+                elif node.op_type in _INTEGER_OPERATORS:
+                    bits.add(8)
+            for value in component.model.graph.initializers.values():
+                if (
+                    value.dtype is not None
+                    and value.dtype.is_floating_point()
+                    and value.const_value is not None
+                ):
+                    floats[str(value.dtype.numpy())] += value.const_value.nbytes
+        if bits:
+            return "int4" if min(bits) <= 4 else "int8"
+        return floats.most_common(1)[0][0]
+
+    def derive(self, **changes: Any) -> ModelPackage:
+        """A package with the same weights and fields, but graphs of its own.
+
+        Graph structure is copied, tensors are shared, so this costs no weight memory.
+        """
+        components = {
+            name: Component(component.model.clone(), component.path)
+            for name, component in self.components.items()
+        }
+        return dataclasses.replace(self, components=components, files=dict(self.files), **changes)
+
+
+def cache_pairs(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> tuple[CachePair, ...]:
+    """Finds the KV cache in a signature, by the names that optimum and onnxruntime-genai agree on.
+
+    ``past_key_values.3.key`` goes with ``present.3.key``. Returns no pairs where there is no cache.
+    """
+    by_name = {spec.name: spec for spec in outputs}
+    return tuple(_pairs(inputs, by_name))
+
+
+def _pairs(inputs: tuple[TensorSpec, ...], outputs: Mapping[str, TensorSpec]) -> Iterator[CachePair]:
+    for spec in inputs:
+        match = _PAST.fullmatch(spec.name)
+        present = outputs.get(f"present.{match[1]}") if match else None
+        if present is not None:
+            yield CachePair(spec, present)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    dtype = "unknown" if value.dtype is None else str(value.dtype.numpy())
+    if value.shape is None:
+        return TensorSpec(value.name or "", dtype, None)
+    axes = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    return TensorSpec(value.name or "", dtype, axes)

@@ -1,0 +1,132 @@
+"""Packages on disk: a directory with ONNX files, configuration and, in an artifact, a manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from onnxsmith.errors import ModelFileError, SourceError
+from onnxsmith.onnx_file import load_model, save_model
+from onnxsmith.package import TEXT_GENERATION, Component, ModelPackage, StepRecord, cache_pairs
+
+__all__ = ["MANIFEST_NAME", "load_package", "read_manifest", "save_package"]
+
+MANIFEST_NAME = "manifest.json"
+
+# Configuration and tokenizer files are small; a stranger's directory may hold anything.
+_MAX_FILE_BYTES = 64 * 1024 * 1024
+_FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_NOT_PACKAGE_FILES = frozenset({MANIFEST_NAME, "report.json"})
+
+
+def save_package(package: ModelPackage, directory: Path) -> None:
+    """Writes the graphs and files of a package to a directory that exists.
+
+    Afterwards the package's components know where they are, and its weights are mapped from there.
+
+    Raises:
+        DestinationError: A file cannot be written.
+        ResourceError: The disk is full.
+    """
+    for name, component in package.components.items():
+        path = directory / f"{name}.onnx"
+        save_model(component.model, path)
+        component.model, component.path = load_model(path), path
+    for name, content in package.files.items():
+        (directory / name).write_bytes(content)
+
+
+def load_package(path: Path) -> ModelPackage:
+    """Opens an artifact, a directory with ONNX files of any origin, or one ONNX file.
+
+    Weights stay on disk, memory-mapped. A manifest is believed for the task and the lineage, but not
+    checked; see ``verify`` for that.
+
+    Raises:
+        SourceError: There is no model.
+        ModelFileError: A file is damaged, invalid or hostile.
+    """
+    if not path.exists():
+        raise SourceError(str(path), got="no such file or directory", expected="an artifact or an ONNX file")
+    if path.is_file():
+        # Beside a lone file there may be the files of another model; only a directory is a package.
+        return _finish(ModelPackage({"model": Component(load_model(path), path)}), {})
+    manifest = read_manifest(path) if (path / MANIFEST_NAME).is_file() else {}
+    names = _component_files(path, manifest)
+    package = ModelPackage(
+        components={name: Component(load_model(path / file), path / file) for name, file in names.items()}
+    )
+    for entry in sorted(path.iterdir()):
+        if entry.suffix not in _FILE_SUFFIXES or entry.name in _NOT_PACKAGE_FILES or not entry.is_file():
+            continue
+        if entry.stat().st_size <= _MAX_FILE_BYTES and path.resolve() in entry.resolve().parents:
+            package.files[entry.name] = entry.read_bytes()
+    return _finish(package, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact as plain data.
+
+    Raises:
+        ModelFileError: It is not JSON, or not an object.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFileError(str(path), got=f"cannot be read: {error}", expected="JSON") from error
+    if not isinstance(manifest, dict):
+        raise ModelFileError(str(path), got=f"a {type(manifest).__name__}", expected="a JSON object")
+    return manifest
+
+
+def _component_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    listed = manifest.get("components")
+    if isinstance(listed, dict) and listed:
+        for name, file in listed.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelFileError(
+                    str(path / MANIFEST_NAME),
+                    got=f"component {name!r} at {file!r}",
+                    expected="a plain file name",
+                )
+        return dict(listed)
+    found = sorted(p.name for p in path.glob("*.onnx"))
+    if not found:
+        raise SourceError(
+            str(path), got="a directory without .onnx files", expected="an artifact or an ONNX model"
+        )
+    if len(found) > 1:
+        raise SourceError(
+            str(path), got=f"{len(found)} ONNX files ({', '.join(found[:4])})", remedy="Name the file itself"
+        )
+    return {"model": found[0]}
+
+
+def _finish(package: ModelPackage, manifest: dict[str, Any]) -> ModelPackage:
+    task = manifest.get("task")
+    package.task = task if isinstance(task, str) else _guess_task(package)
+    source = manifest.get("source")
+    package.source = source if isinstance(source, dict) else {}
+    steps = manifest.get("steps")
+    if isinstance(steps, list):
+        package.steps = tuple(
+            StepRecord(
+                str(step.get("name", "?")),
+                step.get("parameters") or {},
+                float(step.get("seconds") or 0.0),
+                step.get("details") or {},
+            )
+            for step in steps
+            if isinstance(step, dict)
+        )
+    return package
+
+
+def _guess_task(package: ModelPackage) -> str | None:
+    for component in package.components.values():
+        names = {spec.name for spec in component.outputs}
+        if "logits" in names and cache_pairs(component.inputs, component.outputs):
+            return TEXT_GENERATION
+    return None

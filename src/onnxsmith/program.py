@@ -1,0 +1,38 @@
+"""A PyTorch model behind a flat signature of named tensors: what is exported, and what is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.package import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TorchProgram"]
+
+
+@dataclasses.dataclass
+class TorchProgram:
+    """A PyTorch module with named tensors in and out, as an ONNX graph has them.
+
+    Attributes:
+        module: Its ``forward`` takes the inputs as keyword arguments and returns a dict of tensors by
+            output name, in the order of ``outputs``. In eval mode.
+        inputs: The inputs, dynamic axes named.
+        outputs: The outputs, dynamic axes named.
+        examples: One tensor per input, usable for tracing.
+        task: The Hugging Face task name, or None.
+        limits: For integer inputs, one above the highest value that is valid, such as the vocabulary size.
+        name: For messages and reports.
+    """
+
+    module: torch.nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    examples: dict[str, torch.Tensor]
+    task: str | None = None
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    name: str = "torch"
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
