@@ -248,7 +248,7 @@ def _emit(
 
 
 def _check_mask(where: str, mask: Any, window: int | None) -> None:
-    """The mask decides under transformers' own attention, and the option is for other kernels: both must agree."""
+    """The mask decides in transformers' own attention, the option in other kernels: both must agree."""
     masked = mask.size if isinstance(mask, _Window) else None
     if mask is not None and masked is None:
         raise ExportError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
-from onnxsmith.exporters.tracing import trace
+from onnxsmith.exporters.tracing import line_of, trace
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import TorchProgram
 
@@ -27,13 +28,13 @@ _DROPPED_BY_SDPA = frozenset({"softcap", "s_aux"})
 def decoder_program(loaded: LoadedModel) -> TorchProgram:
     """The model behind the signature that optimum and onnxruntime-genai use.
 
-    Inputs are ``input_ids`` and ``position_ids`` (batch, sequence), ``attention_mask``
-    (batch, total_sequence) and ``past_key_values.{layer}.{key,value}``
+    Inputs are ``input_ids`` and, where the model takes them, ``position_ids`` (batch, sequence),
+    ``attention_mask`` (batch, total_sequence) and ``past_key_values.{layer}.{key,value}``
     (batch, kv heads, past_sequence, head size); outputs are ``logits`` (batch, sequence, vocabulary) and
     ``present.{layer}.{key,value}`` (batch, kv heads, total_sequence, head size).
 
     Where transformers' default attention would leave out a part of the model's attention (soft-capping of
-    scores), the model is switched to the eager one, because what comes from here is what others are judged by.
+    scores), the model is switched to the eager one: what comes from here is what others are judged by.
 
     Raises:
         ExportError: Its cache is not one of key and value tensors.
@@ -51,15 +52,16 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
     inputs = (
         TensorSpec("input_ids", "int64", ("batch", "sequence")),
         TensorSpec("attention_mask", "int64", ("batch", "total_sequence")),
-        TensorSpec("position_ids", "int64", ("batch", "sequence")),
+        *([TensorSpec("position_ids", "int64", ("batch", "sequence"))] if _takes_positions(model) else []),
         *(
             TensorSpec(f"past_key_values.{name}", cache_type, ("batch", heads, "past_sequence", size))
             for name, (heads, size) in zip(names, flat_shapes, strict=True)
         ),
     )
     head = model.get_output_embeddings()
+    classes = vocabulary if head is None else int(head.weight.shape[0])
     outputs = (
-        TensorSpec("logits", cache_type, ("batch", "sequence", int(head.weight.shape[0]))),
+        TensorSpec("logits", cache_type, ("batch", "sequence", classes)),
         *(
             TensorSpec(f"present.{name}", cache_type, ("batch", heads, "total_sequence", size))
             for name, (heads, size) in zip(names, flat_shapes, strict=True)
@@ -69,7 +71,11 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
     examples = {
         "input_ids": torch.randint(0, vocabulary, (_BATCH, _SEQUENCE), generator=generator),
         "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
-        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
+        **(
+            {"position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1)}
+            if _takes_positions(model)
+            else {}
+        ),
     } | {
         f"past_key_values.{name}": torch.randn(_BATCH, heads, _PAST, size, generator=generator).to(
             model.dtype
@@ -119,18 +125,29 @@ def trace_decoder(
 
 
 def _trace_fused(model: Any, program: TorchProgram, opset: int | None) -> ir.Model:
-    layers = (len(program.inputs) - 3) // 2
+    layers = sum(spec.name.startswith("past_key_values.") for spec in program.inputs) // 2
     with fused_attention(model) as traces:
         return trace(program, _fused_module(model, layers, traces), opset=opset)
+
+
+def _takes_positions(model: Any) -> bool:
+    """Not all do: models with ALiBi find the distances themselves."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Per layer, heads and head size of key and value, found by running one token through the model."""
     import torch
 
-    # The class says so where it is honest; a state-space model would otherwise fail obscurely.
-    with torch.no_grad():
-        output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
+    try:
+        with torch.no_grad():
+            output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
+    except Exception as error:
+        raise ExportError(
+            type(model).__name__,
+            got=f"it does not run on two tokens{line_of(error)}: {type(error).__name__}: {error}",
+            expected="a decoder that takes input_ids and use_cache",
+        ) from error
     cache = getattr(output, "past_key_values", None)
     layers = getattr(cache, "layers", None)
     if not layers or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
@@ -173,11 +190,12 @@ def _reference_module(model: Any, layers: int) -> Any:
                 cache.update(
                     tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"], layer
                 )
+            positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
             output = self.inner(
                 input_ids=tensors["input_ids"],
                 attention_mask=tensors["attention_mask"],
-                position_ids=tensors["position_ids"],
                 past_key_values=cache,
+                **positions,
                 use_cache=True,
             )
             result = {"logits": output.logits}
@@ -191,6 +209,8 @@ def _reference_module(model: Any, layers: int) -> Any:
 
 def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
     import torch
+
+    takes_cache_position = "cache_position" in inspect.signature(model.forward).parameters
 
     class Fused(torch.nn.Module):
         def __init__(self) -> None:
@@ -206,11 +226,16 @@ def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
                 tensors["attention_mask"], tensors["input_ids"].shape[1], past, self.inner.dtype
             )
             traces.append(state)
+            positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
+            if takes_cache_position:
+                # Without a cache the model would count from zero.
+                past_length, new = past[0][0].shape[2], tensors["input_ids"].shape[1]
+                positions["cache_position"] = torch.arange(past_length, past_length + new)
             logits = self.inner(
                 input_ids=tensors["input_ids"],
                 attention_mask=tensors["attention_mask"],
-                position_ids=tensors["position_ids"],
                 use_cache=False,
+                **positions,
             ).logits
             missing = sorted(set(range(layers)) - set(state.present))
             if missing:

@@ -9,6 +9,7 @@ wrong rule gives a tokenizer that works on most text and is wrong on the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +26,14 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 _DIGIT = r"\p{N}"
 _DIGITS3 = r"\p{N}{1,3}"
 
 # tokenizer.ggml.pre -> regular expressions, applied one after the other.
 _SPLITS: Mapping[str, tuple[str, ...]] = {
-    "default": (_GPT2,),
+    # Also where the key is missing: what llama.cpp then does, whatever the model was trained with.
+    "default": (_PUNCTUATION, _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
     "phi-2": (_GPT2,),
     "olmo": (_GPT2,),
@@ -60,6 +63,10 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
+# For these llama.cpp takes a whole word that is a token as that token, and adds a beginning token unless the
+# file says not to.
+_LLAMA3_RULES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3"})
+
 # Texts that have broken tokenizers before: leading and double spaces, digits, accents, other scripts,
 # characters outside the basic plane, line ends, tabs, code, no text.
 _PROBES = (
@@ -67,8 +74,8 @@ _PROBES = (
     "The capital of France is",
     " leading space",
     "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642\n\n\tdef f(x):\n    return x**2 - 3.14159",
-    "\u0417\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435, \u0645\u0631\u062d\u0628\u0627, "
-    "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\u0417\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435, "
+    "\u0645\u0631\u062d\u0628\u0627, \u0928\u092e\u0938\u094d\u0924\u0947",
     "1234567890 and 1,000,000.00",
     "\r\nWindows line\r\n",
     "",
@@ -131,11 +138,7 @@ def build_tokenizer(gguf: GgufFile) -> Any:
         ]
     )
     ids = special_token_ids(gguf)
-    if gguf.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and ids["bos"] is not None:
-        bos = tokens[ids["bos"]]
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
-        )
+    _add_template(backend, gguf, tokens, ids)
     length = gguf.metadata.get(f"{gguf.metadata.get('general.architecture')}.context_length")
     named = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     if "pad_token" not in named and "eos_token" in named:
@@ -150,6 +153,31 @@ def build_tokenizer(gguf: GgufFile) -> Any:
     )
     check_tokenizer(tokenizer, gguf)
     return tokenizer
+
+
+def _add_template(backend: Any, gguf: GgufFile, tokens: list[str], ids: Mapping[str, int | None]) -> None:
+    """Puts the beginning and end tokens around a text where the file asks for them."""
+    tokenizers = require("tokenizers", purpose="building a tokenizer")
+    by_rule = gguf.metadata.get("tokenizer.ggml.pre") in _LLAMA3_RULES
+    defaults = {"bos": gguf.metadata.get("tokenizer.ggml.model") == "llama" or by_rule, "eos": False}
+    around: dict[str, list[tuple[str, int]]] = {}
+    for name, default in defaults.items():
+        index = ids[name]
+        wanted = gguf.metadata.get(f"tokenizer.ggml.add_{name}_token", default) and index is not None
+        around[name] = [(tokens[index], index)] if wanted and index is not None else []
+    before, after = ([text for text, _ in around[name]] for name in ("bos", "eos"))
+    if not before and not after:
+        return
+    try:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=[*around["bos"], *around["eos"]],
+        )
+    except ValueError as error:
+        raise TokenizerError(
+            f"{gguf.path}: tokenizer.ggml.add_bos_token", got=f"a token that has no template: {error}"
+        ) from error
 
 
 def check_tokenizer(tokenizer: Any, gguf: GgufFile) -> None:
@@ -236,7 +264,7 @@ def _byte_level_bpe(gguf: GgufFile, tokens: list[str], types: list[int]) -> Any:
             remedy="Convert the model from its original Hugging Face directory instead",
         )
     vocabulary = {text: index for index, text in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(_bpe(gguf, vocabulary, pairs, ignore_merges=rule.startswith("llama")))
+    backend = tokenizers.Tokenizer(_bpe(gguf, vocabulary, pairs, ignore_merges=rule in _LLAMA3_RULES))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             *(
@@ -252,17 +280,21 @@ def _byte_level_bpe(gguf: GgufFile, tokens: list[str], types: list[int]) -> Any:
 
 def _sentencepiece_bpe(gguf: GgufFile, tokens: list[str], types: list[int]) -> Any:
     tokenizers = require("tokenizers", purpose="building a tokenizer")
+    where = f"{gguf.path}: tokenizer.ggml.scores"
     scores = gguf.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise TokenizerError(
-            f"{gguf.path}: tokenizer.ggml.scores", got="no scores", expected=f"{len(tokens)} numbers"
-        )
+    # NaN has no rank and would make the order of the merges one of chance.
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, float) and math.isfinite(score) for score in scores)
+    ):
+        raise TokenizerError(where, got="no scores", expected=f"{len(tokens)} finite numbers")
     vocabulary = {text: index for index, text in enumerate(tokens)}
     backend = tokenizers.Tokenizer(
         _bpe(
             gguf,
             vocabulary,
-            _merges_from_scores(tokens, types, scores),
+            _merges_from_scores(where, tokens, types, scores),
             byte_fallback=_BYTE in types,
             fuse_unk=True,
             unk_token=next((t for t, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None),
@@ -293,19 +325,33 @@ def _bpe(gguf: GgufFile, vocabulary: dict[str, int], merges: list[Any], **option
         ) from error
 
 
-def _merges_from_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_from_scores(
+    where: str, tokens: list[str], types: list[int], scores: list[float]
+) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE: each way to make a piece of two others, best score first.
 
-    SentencePiece merges the adjacent pair whose *result* has the highest score, so a pair's rank is the
-    score of the piece that it makes (Kudo and Richardson 2018, bpe_model.cc).
+    SentencePiece merges the adjacent pair whose *result* has the highest score, and of equal ones the first
+    in the text, so a pair's rank is the score of the piece that it makes (Kudo and Richardson 2018,
+    bpe_model.cc). In which order the ways to make one piece stand does not matter: two of them can only
+    compete for the same characters in a state that merging from the left never reaches (also fuzzed against
+    sentencepiece). Two different pieces of one score do compete, and no list of ranks can say "the first in
+    the text". User-defined pieces are found before anything is merged.
+
+    Raises:
+        TokenizerError: Two pieces have the same score.
     """
-    normal = {
-        t: s for t, kind, s in zip(tokens, types, scores, strict=True) if kind in (_NORMAL, _USER_DEFINED)
-    }
-    ranked: list[tuple[float, int, str, str]] = []
-    for order, (piece, score) in enumerate(normal.items()):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal:
-                ranked.append((-score, order, left, right))
-    return [(left, right) for _, _, left, right in sorted(ranked)]
+    normal = {t: s for t, kind, s in zip(tokens, types, scores, strict=True) if kind == _NORMAL}
+    ranked: list[tuple[float, str, str]] = []
+    made: dict[float, str] = {}
+    for piece, score in normal.items():
+        ways = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        found = [(-score, left, right) for left, right in ways if left in normal and right in normal]
+        if found and made.setdefault(score, piece) != piece:
+            raise TokenizerError(
+                where,
+                got=f"{made[score]!r} and {piece!r} both have the score {score:g}",
+                expected="scores that rank the pieces of a BPE",
+                remedy="Convert the model from its original tokenizer files instead",
+            )
+        ranked += found
+    return [(left, right) for _, left, right in sorted(ranked)]

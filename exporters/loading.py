@@ -12,20 +12,20 @@ import logging
 import os
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, OnnxsmithError, SourceError, UnknownNameError, require
+from onnxsmith.exporters.tracing import line_of
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TASKS", "LoadedModel", "file_sha256", "load_torch"]
+__all__ = ["DTYPES", "TASKS", "LoadedModel", "file_sha256", "load_torch"]
 
 # Task -> (the transformers class that loads it, the architecture suffix that implies it).
 TASKS: Mapping[str, tuple[str, str]] = {
@@ -37,6 +37,8 @@ TASKS: Mapping[str, tuple[str, str]] = {
     "feature-extraction": ("AutoModel", "Model"),
 }
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,7 +49,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
 )
 
 
@@ -81,16 +82,26 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
     Args:
         source: Where it is.
         task: A name from ``TASKS``; found from the configuration where None.
-        dtype: The element type to load the weights in: ``float32``, ``float16`` or ``bfloat16``.
+        dtype: The element type to load the weights in, from ``DTYPES``. A factory decides for itself.
 
     Raises:
-        SourceError: It cannot be read.
+        SourceError: It cannot be read, or it has no such task.
+        ModelFileError: A GGUF file that is damaged.
         TokenizerError: A GGUF file whose tokenizer cannot be rebuilt exactly.
-        UnknownNameError: No such task.
+        UnknownNameError: No such task or element type.
     """
     torch = require("torch", purpose=f"loading {source.text}")
     if task is not None and task not in TASKS:
         raise UnknownNameError("export", name=task, known=TASKS, kind="task")
+    if dtype not in DTYPES:
+        raise UnknownNameError("export", name=dtype, known=DTYPES, kind="dtype")
+    only = {SourceKind.FACTORY: None, SourceKind.GGUF: TEXT_GENERATION}
+    if task is not None and only.get(source.kind, task) != task:
+        raise SourceError(
+            source.text,
+            got=f"task {task}",
+            expected=f"{only[source.kind] or 'no task'} for a {source.kind} source",
+        )
     loaded: LoadedModel
     if source.kind is SourceKind.FACTORY:
         loaded = _load_factory(source)
@@ -113,7 +124,7 @@ def _load_factory(source: ModelSource) -> LoadedModel:
     module_name, _, attribute = source.text.partition(":")
     # A console script, unlike `python -m`, does not see the modules of the current directory.
     with _importable(Path.cwd()):
-        with _users_code(source, f"importing {module_name}", skip="importlib"):
+        with _users_code(source, f"importing {module_name}"):
             try:
                 factory: Any = importlib.import_module(module_name)
             except ModuleNotFoundError as error:
@@ -237,6 +248,9 @@ def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dt
 def _task_of(source: ModelSource, config: Any) -> str:
     architectures = list(getattr(config, "architectures", None) or [])
     for architecture in architectures:
+        # GPT2LMHeadModel and its like are older than the suffix ForCausalLM.
+        if architecture.endswith("LMHeadModel"):
+            return TEXT_GENERATION
         for task, (_, suffix) in TASKS.items():
             if architecture.endswith(suffix) and not getattr(config, "is_encoder_decoder", False):
                 return task
@@ -250,11 +264,11 @@ def _task_of(source: ModelSource, config: Any) -> str:
 
 def _tokenizer_files(source: ModelSource, where: str, options: Mapping[str, Any]) -> dict[str, bytes]:
     transformers = require("transformers", purpose=f"loading {source.text}")
-    if source.path and not any((source.path / name).exists() for name in _TOKENIZER_FILES[:-1]):
-        return {}
-    with _quiet(), _readable(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-    files = saved_files(tokenizer)
+    files: dict[str, bytes] = {}
+    if not source.path or any((source.path / name).exists() for name in _TOKENIZER_FILES):
+        with _quiet(), _readable(source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        files = saved_files(tokenizer)
     if source.path and (source.path / "generation_config.json").is_file():
         files["generation_config.json"] = (source.path / "generation_config.json").read_bytes()
     return files
@@ -380,7 +394,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _users_code(source: ModelSource, doing: str, *, skip: str = "") -> Iterator[None]:
+def _users_code(source: ModelSource, doing: str) -> Iterator[None]:
     """Turns what the user's own code raises into one error that names the line.
 
     ``SystemExit`` too: importing a script without a main guard would otherwise end this process silently.
@@ -390,12 +404,7 @@ def _users_code(source: ModelSource, doing: str, *, skip: str = "") -> Iterator[
     except (OnnxsmithError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename) != Path(__file__) and not (skip and skip in frame.filename)
-        ]
-        place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        place = line_of(error)
         if isinstance(error, SyntaxError) and error.filename:
             place = f" at {Path(error.filename).name}:{error.lineno}"
         raise SourceError(
@@ -421,7 +430,7 @@ def _quiet() -> Iterator[None]:
     os.environ["TQDM_DISABLE"] = "1"
     had_bars = transformers_logging.is_progress_bar_enabled()
     # The GGUF reader does not ask whether progress bars are wanted.
-    gguf_reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     gguf_bar = gguf_reader.tqdm
     gguf_reader.tqdm = lambda items, **_: items
     transformers_logging.disable_progress_bar()

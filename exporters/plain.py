@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.errors import ExportError, require
+from onnxsmith.errors import ExportError, OnnxsmithError, require
+from onnxsmith.exporters.tracing import line_of
 from onnxsmith.package import TensorSpec
 from onnxsmith.program import TorchProgram
 
@@ -113,10 +116,13 @@ def _finish(
     try:
         with torch.no_grad():
             results = module(**examples)
+    except OnnxsmithError:
+        raise
     except Exception as error:
+        text = str(error).strip().partition("\n")[0]
         raise ExportError(
             name,
-            got=f"forward() fails on the example inputs: {type(error).__name__}: {str(error).splitlines()[0]}",
+            got=f"forward() fails on the example inputs{line_of(error)}: {type(error).__name__}: {text}",
             expected="example inputs that run",
         ) from error
     if not results:
@@ -138,7 +144,13 @@ def _finish(
 
 def _named_outputs(module: torch.nn.Module, is_transformers: bool) -> torch.nn.Module:
     import torch
-    from torch.utils import _pytree as pytree
+
+    options: dict[str, Any] = {}
+    if is_transformers:
+        options["return_dict"] = True
+        # A decoder that is asked for features would give its cache as outputs.
+        if "use_cache" in inspect.signature(module.forward).parameters:
+            options["use_cache"] = False
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:
@@ -146,17 +158,43 @@ def _named_outputs(module: torch.nn.Module, is_transformers: bool) -> torch.nn.M
             self.inner = module
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            result = self.inner(**tensors, **({"return_dict": True} if is_transformers else {}))
-            if isinstance(result, torch.Tensor):
-                return {"output": result}
-            if hasattr(result, "__dataclass_fields__") and not hasattr(result, "keys"):
-                result = {field: getattr(result, field) for field in result.__dataclass_fields__}
-            leaves, _ = pytree.tree_flatten_with_path(dict(result) if hasattr(result, "keys") else result)
-            return {_output_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+            result = self.inner(**tensors, **options)
+            # A graph has one name space: an output may not be called as an input is.
+            return {
+                f"{name}_output" if name in tensors else name: tensor
+                for name, tensor in _flatten("", result, type(module).__name__)
+            }
 
     return Named().eval()
 
 
-def _output_name(path: Any) -> str:
-    parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-    return "output_" + ".".join(parts) if parts[0].isdigit() else ".".join(parts)
+def _flatten(name: str, value: Any, where: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in an output by dotted name: ``hidden_states.0``, and ``output_0`` for a bare number.
+
+    Raises:
+        ExportError: Something that may hold tensors and cannot be looked into.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield name or "output", value
+        return
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return
+    if isinstance(value, Mapping):
+        parts = [(str(key), part) for key, part in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        parts = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        parts = [(str(index) if name else f"output_{index}", part) for index, part in enumerate(value)]
+    elif dataclasses.is_dataclass(value):
+        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    else:
+        raise ExportError(
+            where,
+            got=f"output {name or 'of forward()'} is a {type(value).__name__}",
+            expected="tensors in tuples, lists, dicts or dataclasses",
+            remedy="Wrap the module so that forward() returns tensors",
+        )
+    for key, part in parts:
+        yield from _flatten(f"{name}.{key}" if name else key, part, where)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
 from onnxsmith.package import TensorSpec
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["trace"]
+__all__ = ["line_of", "trace"]
+
+# This folder, under both of its names: onnxsmith.exporters is a link.
+_HERE = Path(__file__).parent
+_SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def trace(
@@ -110,23 +115,35 @@ def _name_axes(model: ir.Model, specs: Mapping[str, TensorSpec], where: str) -> 
                     f"{where}: input {value.name!r} axis {axis} ({wanted})",
                     got=f"torch fixed it to {got} while tracing",
                     expected="a dynamic axis",
-                    remedy="The model branches on this size; make it independent of it, or fix the axis on purpose",
+                    remedy="The model branches on this size; make it independent of it",
                 )
             if isinstance(got, ir.SymbolicDim) and got.value is not None:
                 names.setdefault(got.value, str(wanted) if wanted is not None else got.value)
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
+        """``2*s43`` to ``2*batch``."""
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return _SYMBOL.sub(lambda match: names.get(match[0], match[0]), dim.value)
+
     for value in [*model.graph.inputs, *model.graph.outputs, *_values(model)]:
-        if value.shape is None or value.shape.frozen:
-            continue
-        value.shape = ir.Shape(
-            [
-                names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) and d.value is not None else d
-                for d in value.shape
-            ]
-        )
-    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not value.shape.frozen:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+    for value in model.graph.inputs:
         spec = specs[value.name or ""]
         if spec.shape is not None:
             value.shape = ir.Shape(list(spec.shape))
+    for value in model.graph.outputs:
+        spec = specs[value.name or ""]
+        if spec.shape is None or value.shape is None or len(spec.shape) != len(value.shape):
+            continue
+        # What is dynamic is known from tracing, what it is called from the signature.
+        value.shape = ir.Shape(
+            [
+                wanted if isinstance(wanted, str) and not isinstance(got, int) else got
+                for wanted, got in zip(spec.shape, value.shape, strict=True)
+            ]
+        )
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -158,17 +175,27 @@ def _find(error: BaseException, kind: type[OnnxsmithError]) -> OnnxsmithError | 
     return None
 
 
+def line_of(error: BaseException) -> str:
+    """The line of the model's or the user's code that raised: `` at file.py:7 `code```, or nothing."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path("site-packages", "torch").as_posix() not in Path(frame.filename).as_posix()
+        and not Path(frame.filename).is_relative_to(_HERE)
+        and not frame.filename.startswith("<")
+    ]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f" at {Path(last.filename).name}:{last.lineno}" + (f" `{last.line}`" if last.line else "")
+
+
 def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:
     """One message with the model's own line, instead of torch's dump."""
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
-    frames = [
-        frame
-        for frame in traceback.extract_tb(root.__traceback__)
-        if f"{Path('site-packages') / 'torch'}" not in frame.filename and "onnxsmith" not in frame.filename
-    ]
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
+    place = line_of(root)
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     text = lines[0][:300] if lines else ""
     return ExportError(

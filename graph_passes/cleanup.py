@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
@@ -29,12 +30,18 @@ _IR_OF_OPSET = ((18, 8), (20, 9), (22, 10), (23, 11), (24, 12), (25, 13))
 _ROUNDS = 8
 # Their result may be of any size, whatever the size of their inputs.
 _GROWING = frozenset({"Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
+# Element type -> the IR version that brought it. Those that an older onnx_ir does not know are left out.
 _IR_OF_TYPE: Mapping[ir.DataType, int] = {
-    ir.DataType.INT4: 10,
-    ir.DataType.UINT4: 10,
-    ir.DataType.FLOAT8E4M3FN: 9,
-    ir.DataType.FLOAT8E5M2: 9,
-    ir.DataType.FLOAT4E2M1: 11,
+    ir.DataType[name]: version
+    for version, names in {
+        9: ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"),
+        10: ("INT4", "UINT4"),
+        11: ("FLOAT4E2M1",),
+        12: ("FLOAT8E8M0",),
+        13: ("INT2", "UINT2"),
+    }.items()
+    for name in names
+    if name in ir.DataType.__members__
 }
 
 
@@ -47,8 +54,8 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _local_rules() -> list[Any]:
-    """The default rules of onnxscript, without those that end in several nodes.
+def _local_rules(opset: int) -> list[Any]:
+    """The default rules of onnxscript, without those that end in several nodes or need a later operator set.
 
     The matcher tries all pairs of nodes of the graph for a pattern with two ends, for each node: 60 s for
     the 4,500 nodes of a small decoder, where the other 45 rules together take 2 s.
@@ -56,7 +63,9 @@ def _local_rules() -> list[Any]:
     from onnxscript import rewriter
 
     # There is no public name for the default rules, only functions that apply all of them.
-    return [r for r in rewriter._DEFAULT_REWRITE_RULES if r._target_pattern.has_single_output_node]
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
+    # It writes the attribute allowzero, whatever the operator set.
+    return [rule for rule in rules if opset >= 14 or rule.name != "MaterializeReshapeShape"]
 
 
 class Cleanup(GraphPass):
@@ -75,16 +84,26 @@ class Cleanup(GraphPass):
         Args:
             max_input_elements: A node with a larger constant input is not folded.
             max_output_elements: A node with a larger constant result is not folded.
+
+        Raises:
+            BadInputError: A limit is negative.
         """
+        for name, limit in (
+            ("max_input_elements", max_input_elements),
+            ("max_output_elements", max_output_elements),
+        ):
+            if limit < 0:
+                raise BadInputError(f"pass {self.name}: {name}", got=str(limit), expected="0 or more")
         self.max_input_elements = max_input_elements
         self.max_output_elements = max_output_elements
 
     def apply(self, model: ir.Model) -> Changes:
+        """Cleans up until nothing changes any more."""
         from onnxscript import rewriter
 
         before, initializers = operator_counts(model), len(model.graph.initializers)
         interface, state = signature(model), Fingerprint(model)
-        rules = rewriter.RewriteRuleSet(_local_rules())
+        rules = rewriter.RewriteRuleSet(_local_rules(model.opset_imports.get("", 0)))
         rounds = 0
         for _ in range(_ROUNDS):
             self._round(model, rules)
@@ -181,6 +200,7 @@ class StripMetadata(GraphPass):
     summary: ClassVar[str] = "remove stack traces, paths and documentation strings that exporters leave"
 
     def apply(self, model: ir.Model) -> Changes:
+        """Removes them."""
         return Changes(int(common.ClearMetadataAndDocStringPass()(model).modified))
 
 
@@ -188,19 +208,36 @@ class LowerIrVersion(GraphPass):
     """Declares the lowest IR version that the graph's operator set and types need."""
 
     name: ClassVar[str] = "lower_ir_version"
-    summary: ClassVar[str] = (
-        "declare the lowest IR version that the graph needs: older runtimes load it"
-    )
+    summary: ClassVar[str] = "declare the lowest IR version that the graph needs: older runtimes load it"
 
     def apply(self, model: ir.Model) -> Changes:
+        """Lowers the version, never raises it."""
         opset = max((model.opset_imports.get(domain, 0) for domain in ("", "ai.onnx")), default=0)
         needed = next((version for last, version in _IR_OF_OPSET if opset <= last), model.ir_version)
         if model.functions:
             needed = max(needed, 10)  # overloads and metadata of functions
-        for graph in model.graphs():
-            for value in graph.initializers.values():
-                needed = max(needed, _IR_OF_TYPE.get(value.dtype, 0) if value.dtype else 0)
+        if model.device_configurations:
+            needed = max(needed, 11)
+        needed = max(needed, *(_IR_OF_TYPE.get(dtype, 0) for dtype in _element_types(model)), 0)
         if needed >= model.ir_version:
             return Changes()
         before, model.ir_version = model.ir_version, needed
         return Changes(1, {"before": before, "after": needed})
+
+
+def _element_types(model: ir.Model) -> set[ir.DataType]:
+    """Every element type that a value, a tensor or a Cast has."""
+    found: set[ir.DataType | None] = set()
+    for root in (model.graph, *(function.graph for function in model.functions.values())):
+        for graph in (root, *root.subgraphs()):
+            found.update(value.dtype for value in (*graph.inputs, *graph.initializers.values()))
+            for node in graph:
+                found.update(value.dtype for value in node.outputs)
+                for name, attribute in node.attributes.items():
+                    if attribute.is_ref():
+                        continue
+                    if attribute.type is ir.AttributeType.TENSOR:
+                        found.add(attribute.as_tensor().dtype)
+                    elif attribute.type is ir.AttributeType.INT and name in ("to", "dtype", "output_dtype"):
+                        found.add(ir.DataType(attribute.as_int()))
+    return {dtype for dtype in found if dtype is not None}

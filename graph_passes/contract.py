@@ -83,7 +83,8 @@ class GraphPass(ir.passes.InPlacePass):
         values = {}
         for key, value in arguments.items():
             try:
-                values[key] = pydantic.TypeAdapter(known[key].annotation).validate_python(value)
+                kind = known[key].annotation
+                values[key] = pydantic.TypeAdapter(kind).validate_python(_plain(value, kind))
             except pydantic.ValidationError as error:
                 raise BadInputError(
                     f"pass {cls.name}: {key}",
@@ -150,7 +151,9 @@ class GraphPass(ir.passes.InPlacePass):
         finally:
             if not committed:
                 for tensor, name in names:
-                    tensor.name = name
+                    if tensor.name != name:
+                        # None where it had none: an empty name is another byte in the file.
+                        tensor.name = name or None
         return Outcome(model, changes.count > 0, changes)
 
     def _failure(self, error: BaseException) -> PassError:
@@ -159,6 +162,18 @@ class GraphPass(ir.passes.InPlacePass):
             got=_root_cause(error),
             remedy="The model is unchanged; leave the pass out, or report this with the model",
         )
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """What a value means that comes from a command line, where everything is a string."""
+    if isinstance(value, str) and typing.get_origin(kind) is typing.Literal:
+        return {str(choice): choice for choice in typing.get_args(kind)}.get(value, value)
+    if isinstance(value, str) and typing.get_origin(kind) is tuple:
+        return (value,)
+    if isinstance(value, bool) and kind is not bool:
+        # pydantic takes True for the number 1.
+        return str(value)
+    return value
 
 
 def _copy(model: ir.Model) -> ir.Model:

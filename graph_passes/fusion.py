@@ -40,17 +40,13 @@ class FuseTransformer(GraphPass):
 
         before, interface = operator_counts(model), signature(model)
         with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
-            fused, counts = ort_fusions.optimize_for_ort(model)
-            if fused is not model:
-                model.graph = fused.graph
+            _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
         require_signature(model, interface, self.name)
         after = operator_counts(model)
-        skipped = {
-            name: "the pattern is not in the graph" for name, count in counts.items() if not count
-        }
+        skipped = {name: "the pattern is not in the graph" for name, count in counts.items() if not count}
         made = {
             op: count - before.get(op, 0)
             for op, count in after.items()

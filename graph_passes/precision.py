@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from onnxsmith.errors import require
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
@@ -49,11 +51,16 @@ class ToFloat16(GraphPass):
             )
 
     def apply(self, model: ir.Model) -> Changes:
+        """Converts, reading every weight once."""
         float16 = require("onnxruntime.transformers.float16", purpose="the pass to_float16")
-        proto = ir.to_proto(model)
+        # The converter does not look into functions, nor into files of external data.
+        common.InlinePass()(model)
+        for value in _initializers(model):
+            if value.const_value is not None and not isinstance(value.const_value, ir.TensorProtoTensor):
+                value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
         before = _float_bytes(model)
         converted = float16.convert_float_to_float16(
-            proto,
+            ir.to_proto(model),
             keep_io_types=self.keep_io_types,
             # Its shape inference cannot see through contrib operators; the types are already there.
             disable_shape_infer=True,
@@ -67,9 +74,18 @@ class ToFloat16(GraphPass):
         return Changes(int(before != after), {"float32_bytes_before": before, "float32_bytes_after": after})
 
 
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
 def _float_bytes(model: ir.Model) -> int:
-    return sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.dtype == ir.DataType.FLOAT
-    )
+    """The bytes of all float32 constants, in initializers and attributes, in the graph and its subgraphs."""
+    tensors = [value.const_value for value in _initializers(model)]
+    for node in model.graph.all_nodes():
+        tensors += [
+            attribute.as_tensor()
+            for attribute in node.attributes.values()
+            if attribute.type is ir.AttributeType.TENSOR
+        ]
+    return sum(t.nbytes for t in tensors if t is not None and t.dtype == ir.DataType.FLOAT)

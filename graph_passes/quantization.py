@@ -6,10 +6,8 @@ The formats are those of the operators' definitions
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import fnmatch
-import os
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -19,161 +17,13 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
+from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.weights import MatMulWeight, find_matmul_weights
 
 __all__ = ["QuantizeWeights", "QuantizedBlocks", "dequantize_blocks", "quantize_blocks"]
 
 _DOMAIN = "com.microsoft"
-# How much of a matrix one thread works on at a time, in elements: temporary arrays stay in the cache.
-_CHUNK_ELEMENTS = 1 << 18
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedBlocks:
-    """A matrix of shape (N, K) in blocks along K.
-
-    Attributes:
-        codes: uint8, (N, blocks, block_size * bits / 8); two 4 bit codes to a byte, the first one low.
-        scales: float32, (N, blocks).
-        zero_points: uint8, (N, ceil(blocks * bits / 8)), packed as the codes are; None if symmetric, where
-            the zero point is 2 ** (bits - 1).
-        bits: 4 or 8.
-        block_size: Weights to a block.
-        columns: K; the last block is filled up with zeros.
-    """
-
-    codes: npt.NDArray[np.uint8]
-    scales: npt.NDArray[np.float32]
-    zero_points: npt.NDArray[np.uint8] | None
-    bits: int
-    block_size: int
-    columns: int
-
-
-def quantize_blocks(
-    matrix: npt.NDArray[np.float32], *, bits: int, block_size: int, symmetric: bool, search_steps: int = 0
-) -> QuantizedBlocks:
-    """Rounds a matrix to blocks of ``bits`` bits along its last axis.
-
-    Round to nearest, after a search over ``search_steps`` narrower ranges for the one with the smallest
-    squared error of each block: clipping a lone large weight often costs less than a coarser grid
-    (Nagel et al. 2021, A White Paper on Neural Network Quantization, section 3.1).
-
-    Args:
-        matrix: (N, K), float32.
-        bits: 4 or 8.
-        block_size: Weights to a block, a power of two from 16.
-        symmetric: Whether the zero point is fixed to the middle of the codes.
-        search_steps: Number of narrower ranges tried; 0 takes the full range.
-    """
-    rows, columns = matrix.shape
-    blocks = -(-columns // block_size)
-    codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    zeros = np.empty((rows, blocks), np.uint8)
-    step = max(1, _CHUNK_ELEMENTS // max(1, blocks * block_size))
-
-    def work(begin: int) -> None:
-        part = matrix[begin : begin + step]
-        if blocks * block_size != columns:
-            part = np.pad(part, ((0, 0), (0, blocks * block_size - columns)))
-        values = part.reshape(-1, blocks, block_size)
-        scale, zero = _search(values, bits, symmetric, search_steps)
-        code = _round(values, scale, zero, bits)
-        codes[begin : begin + step] = code if bits == 8 else code[..., 0::2] | (code[..., 1::2] << 4)
-        scales[begin : begin + step] = scale
-        zeros[begin : begin + step] = zero
-
-    # numpy releases the interpreter lock in these loops, so threads are enough.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(work, range(0, rows, step)):
-            pass
-    return QuantizedBlocks(
-        codes, scales, None if symmetric else _pack_zero_points(zeros, bits), bits, block_size, columns
-    )
-
-
-def dequantize_blocks(blocks: QuantizedBlocks) -> npt.NDArray[np.float32]:
-    """The matrix (N, K) that the operators compute with."""
-    codes = blocks.codes
-    if blocks.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
-    count = blocks.scales.shape[1]
-    if blocks.zero_points is None:
-        zeros = np.full(blocks.scales.shape, 1 << (blocks.bits - 1), np.uint8)
-    elif blocks.bits == 8:
-        zeros = blocks.zero_points
-    else:
-        packed = blocks.zero_points
-        zeros = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count]
-    values = (codes.astype(np.float32) - zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
-    return values.reshape(len(codes), -1)[:, : blocks.columns]
-
-
-def _search(
-    values: npt.NDArray[np.float32], bits: int, symmetric: bool, steps: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-    best_scale, best_zero = _grid(low, high, bits, symmetric)
-    if not steps:
-        return best_scale, best_zero
-    best_error = _error(values, best_scale, best_zero, bits)
-    for step in range(1, steps + 1):
-        shrink = np.float32(1 - 0.5 * step / (steps + 1))
-        scale, zero = _grid(low * shrink, high * shrink, bits, symmetric)
-        error = _error(values, scale, zero, bits)
-        better = error < best_error
-        best_scale = np.where(better, scale, best_scale)
-        best_zero = np.where(better, zero, best_zero)
-        best_error = np.where(better, error, best_error)
-    return best_scale, best_zero
-
-
-def _grid(
-    low: npt.NDArray[np.float32], high: npt.NDArray[np.float32], bits: int, symmetric: bool
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    levels = (1 << bits) - 1
-    if symmetric:
-        # The side with one code more takes the larger magnitude, hence the sign of the scale.
-        half = np.float32(1 << (bits - 1))
-        scale = np.where(-low >= high, -low, -high) / half
-        zero = np.full(low.shape, half, np.uint8)
-    else:
-        scale = (high - low) / np.float32(levels)
-        safe = np.where(scale == 0, 1, scale)
-        zero = np.clip(np.rint(-low / safe), 0, levels).astype(np.uint8)
-    return np.where(scale == 0, np.float32(1), scale).astype(np.float32), zero
-
-
-def _round(
-    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.uint8], bits: int
-) -> npt.NDArray[np.uint8]:
-    codes = values * (1 / scale)[..., None]
-    np.rint(codes, out=codes)
-    codes += zero[..., None]
-    np.clip(codes, 0, (1 << bits) - 1, out=codes)
-    return codes.astype(np.uint8)
-
-
-def _error(
-    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.uint8], bits: int
-) -> npt.NDArray[np.float32]:
-    difference = _round(values, scale, zero, bits).astype(np.float32)
-    difference -= zero[..., None]
-    difference *= scale[..., None]
-    difference -= values
-    result: npt.NDArray[np.float32] = np.einsum("rbk,rbk->rb", difference, difference)
-    return result
-
-
-def _pack_zero_points(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    if bits == 8:
-        return zeros
-    if zeros.shape[1] % 2:
-        zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    packed: npt.NDArray[np.uint8] = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
-    return packed
 
 
 class _Memo:
@@ -226,7 +76,7 @@ class QuantizeWeights(GraphPass):
         block_size: Literal[16, 32, 64, 128, 256] = 32,
         symmetric: bool = False,
         accuracy_level: Literal[0, 1, 2, 3, 4] = 4,
-        search_steps: int = 8,
+        search_steps: int = 9,
         embeddings: bool = True,
         skip_nodes: tuple[str, ...] = (),
     ) -> None:
@@ -238,7 +88,7 @@ class QuantizeWeights(GraphPass):
             symmetric: Without zero points.
             accuracy_level: What MatMulNBits may compute in: 0 the input's type, 4 int8 (much faster on a
                 CPU; activations are rounded to 8 bits in blocks).
-            search_steps: Narrower ranges tried for each block; 0 is plain round to nearest.
+            search_steps: Grids tried for each block; 0 is plain round to nearest.
             embeddings: Also quantize embeddings (Gather).
             skip_nodes: Patterns of node or weight names that keep their precision.
 

@@ -32,17 +32,15 @@ PASSES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def _known() -> dict[str, str]:
-    third_party = {
-        point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    }
+def _third_party() -> dict[str, importlib.metadata.EntryPoint]:
     # A foreign package must not silently replace one of ours.
-    return {**third_party, **PASSES}
+    points = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    return {point.name: point for point in points if point.name not in PASSES}
 
 
 def pass_names() -> list[str]:
     """The names of all passes that are installed, sorted."""
-    return sorted(_known())
+    return sorted({*PASSES, *_third_party()})
 
 
 def load_pass(name: str) -> type[GraphPass]:
@@ -54,20 +52,28 @@ def load_pass(name: str) -> type[GraphPass]:
     """
     from onnxsmith.graph_passes.contract import GraphPass
 
-    known = _known()
-    if name not in known:
-        raise UnknownNameError("passes", name=name, known=known, kind="pass")
-    module, _, attribute = known[name].partition(":")
+    if name in PASSES:
+        module, _, attribute = PASSES[name].partition(":")
+        ours: type[GraphPass] = getattr(importlib.import_module(module), attribute)
+        return ours
+    points = _third_party()
+    if name not in points:
+        raise UnknownNameError("passes", name=name, known=pass_names(), kind="pass")
+    point = points[name]
+    where, expected = f"pass {name}", f"a GraphPass class with the name {name!r}"
+    package = repr(point.dist.name) if point.dist is not None else "that brings it"
+    remedy = f"Update or remove the package {package}"
     try:
-        loaded = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        if name in PASSES:
-            raise
-        raise BadInputError(
-            f"pass {name}", got=f"its entry point {known[name]} fails: {error}", expected="a GraphPass class"
-        ) from error
+        loaded = point.load()
+    except Exception as error:
+        # Whatever foreign code raises on import.
+        got = f"its entry point {point.value} fails: {type(error).__name__}: {error}"
+        raise BadInputError(where, got=got, expected=expected, remedy=remedy) from error
     if not (isinstance(loaded, type) and issubclass(loaded, GraphPass)):
-        raise BadInputError(f"pass {name}", got=f"{known[name]} is {loaded!r}", expected="a GraphPass class")
+        raise BadInputError(where, got=f"{point.value} is {loaded!r}", expected=expected, remedy=remedy)
+    if getattr(loaded, "name", None) != name:
+        got = f"{point.value} has the name {getattr(loaded, 'name', None)!r}"
+        raise BadInputError(where, got=got, expected=expected, remedy=remedy)
     return loaded
 
 

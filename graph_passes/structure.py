@@ -108,7 +108,7 @@ def release_dead_users(model: ir.Model) -> None:
 
 
 def require_signature(model: ir.Model, expected: tuple[Any, ...], name: str) -> None:
-    """Raises PassError where a rewrite changed the graph's inputs or outputs, which is a bug of the rewrite."""
+    """Raises PassError where a rewrite changed the inputs or outputs, which is a bug of the rewrite."""
     got = signature(model)
     if got != expected:
         raise PassError(

@@ -135,6 +135,7 @@ class TransposeWeights(GraphPass):
     summary: ClassVar[str] = "store weights the way round that MatMul reads them; tied weights stay tied"
 
     def apply(self, model: ir.Model) -> Changes:
+        """Replaces each Transpose of a weight by a weight that is computed when it is written."""
         graph = model.graph
         skipped: dict[str, str] = {}
         count = 0
@@ -142,7 +143,7 @@ class TransposeWeights(GraphPass):
             if not is_transpose(node):
                 continue
             source = node.inputs[0]
-            if source is None or source.const_value is None or source.is_graph_input():
+            if source is None or constant_of(source) is None or not source.is_initializer():
                 continue
             if len(source.uses()) != 1 or source.is_graph_output():
                 skipped[source.name or "?"] = f"used in {len(source.uses())} places, so it stays shared"
@@ -152,11 +153,13 @@ class TransposeWeights(GraphPass):
                 skipped[source.name or "?"] = "its transpose is an output of the graph"
                 continue
             tensor = source.const_value
+            assert tensor is not None
             shape = ir.Shape(tensor.shape.numpy()[::-1])
             name = source.name
-            source_name = f"{name}_untransposed"
-            graph.initializers.pop(name or "", None)
-            source.name = source_name
+            graph.initializers.pop(name or "")
+            # Before it is renamed, because that would rename the tensor, which other models may share.
+            source.const_value = None
+            source.name = f"{name}_untransposed"
             value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
             value.const_value = _transposed(tensor, shape, name)
             graph.register_initializer(value)

@@ -366,7 +366,7 @@ def generate(
     from onnxsmith.pipeline.console import emit_json
     from onnxsmith.pipeline.operations import generate_text
 
-    pieces = []
+    pieces: list[str] = []
     for piece in generate_text(model, prompt, max_new_tokens=max_new_tokens, provider=provider):
         if not pieces and json_target != "-":
             sys.stdout.write(prompt)

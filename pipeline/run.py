@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import shutil
 import tempfile
 import time
@@ -295,8 +296,7 @@ class _Job:
         entry.perplexity = dataclasses.asdict(scored)
         entry.kl_to_reference = scored.kl_to_reference
         entry.top1_agreement = scored.top1_agreement
-        torch_value = self.report.reference["perplexity"]["value"]
-        entry.perplexity_increase_pct = 100 * (scored.value / torch_value - 1)
+        entry.perplexity_increase_pct = scored.increase_pct
 
     def _tokens(self, spec: PerplexitySpec, directory: Path, limit: int) -> Any:
         tokenizer = PackageTokenizer(load_package(directory))
@@ -363,9 +363,12 @@ class _Job:
             )
             raise _NothingChosenError
         key = self.recipe.choose
-        chosen = min(
-            passed, key=lambda v: _values(v).get(key) if _values(v).get(key) is not None else float("inf")
-        )  # type: ignore[arg-type,return-value]
+
+        def measured(variant: VariantReport) -> float:
+            value = _values(variant).get(key)
+            return math.inf if value is None else value
+
+        chosen = min(passed, key=measured)
         chosen.chosen = True
         self.report.chosen = chosen.name
         failed = [v.name for v in self.report.variants if not v.passed]

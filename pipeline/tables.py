@@ -33,7 +33,7 @@ def show_report(report: Report, destination: Path) -> None:
     """The end of a run: a table of variants, where things are, and what the artifact says."""
     plain = report.to_json()
     reference = plain["reference"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "torch",
             "reference",
@@ -60,7 +60,7 @@ def show_report(report: Report, destination: Path) -> None:
             )
         )
     decoder = any(v["perplexity"] for v in plain["variants"])
-    headers = ("variant", "checks", "MB", "perplexity", "KL", "prefill tok/s", "decode tok/s", "peak MB")
+    headers: tuple[str, ...] = ("variant", "checks", "MB", "perplexity", "KL", "prefill tok/s", "decode tok/s", "peak MB")
     if not decoder:
         keep = (0, 1, 2, 6, 7)
         headers = tuple("rows/s" if i == 6 else headers[i] for i in keep)

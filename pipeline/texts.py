@@ -74,7 +74,7 @@ def _from_attribute(data: str) -> str:
     if isinstance(value, str):
         return value
     values = value.values() if isinstance(value, Mapping) else value
-    texts = list(values) if isinstance(values, Iterable) else [None]
+    texts: list[Any] = list(values) if isinstance(values, Iterable) else [None]
     if all(isinstance(text, str) for text in texts):
         return "\n\n".join(texts)
     raise BadInputError(

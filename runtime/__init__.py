@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
-from onnxsmith.runtime.decoding import Perplexity, generate, perplexity
+from onnxsmith.runtime.decoding import generate
 from onnxsmith.runtime.ort_session import OrtSession, Placement
 from onnxsmith.runtime.providers import PROVIDERS, available_providers, resolve_provider
 from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
+from onnxsmith.runtime.scoring import Perplexity, perplexity
 from onnxsmith.runtime.session import Session
 from onnxsmith.runtime.torch_session import TorchSession
 

@@ -1,23 +1,20 @@
-"""Token by token: the KV cache between calls, generation, and the scoring of a text."""
+"""Token by token: the KV cache between calls, and generation."""
 
 from __future__ import annotations
 
 import abc
-import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxsmith.comparison import kl_divergence
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.samples import decoder_feeds
 from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["Decoder", "Perplexity", "ScoredWindow", "generate", "open_decoder", "perplexity", "score"]
+__all__ = ["Decoder", "generate", "open_decoder"]
 
 Tokens = npt.NDArray[np.int64]
 
@@ -144,139 +141,3 @@ def generate(
             return
         yield token
         tokens = np.array([[token]], np.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredWindow:
-    """One window of a text under teacher forcing.
-
-    Attributes:
-        logits: (window - 1, vocabulary): each position's prediction of the next token.
-        losses: (window - 1,): negative log-likelihood of the next token, in nats.
-    """
-
-    logits: Array
-    losses: npt.NDArray[np.float64]
-
-
-def score(session: Session, tokens: Tokens, *, window: int) -> Iterator[ScoredWindow]:
-    """Scores a text in windows that do not overlap, each from an empty cache.
-
-    Every backend is given the same tokens in the same windows, so results can be compared position by
-    position. A rest of fewer than two tokens is left out.
-
-    Args:
-        session: An open decoder.
-        tokens: (length,).
-        window: Tokens in a window.
-    """
-    for begin in range(0, len(tokens), window):
-        part = tokens[begin : begin + window]
-        if len(part) < 2:
-            return
-        feeds = decoder_feeds(session.inputs, part[None])
-        logits = session.run(feeds, ["logits"])["logits"][0, :-1].astype(np.float32)
-        shifted = logits.astype(np.float64)
-        shifted -= shifted.max(axis=-1, keepdims=True)
-        normaliser = np.log(np.exp(shifted).sum(axis=-1))
-        yield ScoredWindow(logits, normaliser - shifted[np.arange(len(part) - 1), part[1:]])
-
-
-@dataclasses.dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text, and how far its predictions are from a reference's.
-
-    Attributes:
-        value: exp of the mean loss.
-        low: Lower end of the 95 % confidence interval.
-        high: Upper end. The interval takes windows as independent; it says how much another text of the
-            same kind would move the value, and is wide for short texts. Differences between variants on
-            the same text are much better known than that.
-        tokens: Tokens predicted.
-        windows: Windows scored.
-        kl_to_reference: Mean KL(reference || model) over the positions, in nats; None without reference.
-        top1_agreement: Share of positions with the reference's most likely token; None without reference.
-    """
-
-    value: float
-    low: float
-    high: float
-    tokens: int
-    windows: int
-    kl_to_reference: float | None = None
-    top1_agreement: float | None = None
-
-
-def perplexity(
-    session: Session,
-    tokens: Tokens,
-    *,
-    window: int,
-    reference_logits: Array | None = None,
-    keep_logits: Array | None = None,
-    on_window: Callable[[int], None] | None = None,
-) -> Perplexity:
-    """Measures the perplexity of a text.
-
-    Args:
-        session: An open decoder.
-        tokens: (length,).
-        window: Tokens in a window.
-        reference_logits: (tokens predicted, vocabulary), as ``keep_logits`` of the reference was filled.
-        keep_logits: Filled with this model's logits; usually a memory-mapped file.
-        on_window: Called with the number of windows done.
-
-    Raises:
-        BadInputError: The text or the window is shorter than two tokens, or the result is not a number.
-    """
-    if window < 2:
-        raise BadInputError("perplexity: window", got=str(window), expected="at least two tokens")
-    losses: list[npt.NDArray[np.float64]] = []
-    divergences: list[float] = []
-    agreements = position = 0
-    for number, scored in enumerate(score(session, tokens, window=window), 1):
-        count = len(scored.losses)
-        losses.append(scored.losses)
-        if keep_logits is not None:
-            keep_logits[position : position + count] = scored.logits
-        if reference_logits is not None:
-            expected = np.asarray(reference_logits[position : position + count])
-            ours = scored.logits.astype(np.float64)
-            divergences += kl_divergence(expected.astype(np.float64), ours).tolist()
-            agreements += int((expected.argmax(-1) == scored.logits.argmax(-1)).sum())
-        position += count
-        if on_window is not None:
-            on_window(number)
-    if not losses:
-        raise BadInputError("perplexity", got=f"a text of {len(tokens)} tokens", expected="at least two")
-    means = np.array([part.mean() for part in losses])
-    weights = np.array([len(part) for part in losses])
-    mean = float(np.average(means, weights=weights))
-    # exp of more than 700 is beyond what a float holds, and a model that guesses has the logarithm of its
-    # vocabulary.
-    if not mean < 700:
-        raise BadInputError(
-            session.name,
-            got=f"a mean loss of {mean:g} nats",
-            expected="a perplexity that is a number",
-            remedy="The model is broken",
-        )
-    error = 0.0
-    if len(losses) > 1:
-        variance = float(np.average((means - mean) ** 2, weights=weights)) / (len(losses) - 1)
-        error = _t_quantile(len(losses) - 1) * math.sqrt(variance)
-    return Perplexity(
-        value=math.exp(mean),
-        low=math.exp(mean - error),
-        high=math.exp(min(mean + error, 700.0)),
-        tokens=position,
-        windows=len(losses),
-        kl_to_reference=float(np.mean(divergences)) if divergences else None,
-        top1_agreement=agreements / position if reference_logits is not None else None,
-    )
-
-
-def _t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution, from the usual table."""
-    table = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-    return table[freedom - 1] if freedom <= len(table) else 1.96 + 2.5 / freedom

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,9 +278,11 @@ def load_cases(path: Path, inputs: tuple[TensorSpec, ...]) -> list[Case]:
         FeedError: Not such a file, or arrays that cannot be read without pickle.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
+        # Opened here, because numpy leaves its own file open where the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
             feeds = {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    # A single array, from an .npy file, is no context manager: a TypeError.
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise FeedError(
             str(path), got=f"cannot be read: {error}", expected="an .npz file with one array for each input"
         ) from error

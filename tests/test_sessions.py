@@ -160,7 +160,7 @@ def test_an_empty_integer_array_changes_its_width() -> None:
 
 
 def test_an_unknown_output_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="unknown output 'hiden'.*Did you mean 'hidden'"):
+    with pytest.raises(UnknownNameError, match=r"unknown output 'hiden'.*Did you mean 'hidden'"):
         Echo(IDS, HIDDEN).run({"ids": ids(1, 1), "hidden": hidden(1, 1, 4)}, ["hiden"])
 
 
@@ -207,7 +207,8 @@ def test_a_graph_that_onnx_runtime_does_not_know_is_refused(tmp_path: Path) -> N
     onnx = pytest.importorskip("onnx")
     from onnxsmith.package_io import load_package
 
-    text = '<ir_version: 9, opset_import: ["" : 20, "nobody" : 1]> g (float[n] x) => (float[n] y) { y = nobody.Op(x) }'
+    opsets = '<ir_version: 9, opset_import: ["" : 20, "nobody" : 1]>'
+    text = f"{opsets} g (float[n] x) => (float[n] y) {{ y = nobody.Op(x) }}"
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
     with pytest.raises(ModelFileError, match=r"refuses the model on CPUExecutionProvider: .*nobody"):
         OrtSession(load_package(tmp_path / "m.onnx"))

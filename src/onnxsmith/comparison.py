@@ -49,15 +49,16 @@ class Tolerance:
     min_top1_agreement: float | None = None
 
 
-# By the precision of the candidate. Quantized weights move every logit, so there the shape of the
-# distribution is bounded, not its elements.
+# By the precision of the candidate. Quantized weights move every element, so there only the direction is
+# bounded: it catches a broken graph. How much a quantized model loses is a question for a text or a data
+# set, not for made-up inputs, and is held by budgets.
 TOLERANCES: Mapping[str, Tolerance] = {
     "float64": Tolerance(atol=1e-9, rtol=1e-9, min_cosine=0.999999),
     "float32": Tolerance(atol=1e-5, rtol=1e-4, min_cosine=0.9999),
     "float16": Tolerance(atol=1e-3, rtol=2e-2, min_cosine=0.999),
     "bfloat16": Tolerance(atol=1e-2, rtol=1e-1, min_cosine=0.99),
-    "int8": Tolerance(min_cosine=0.98, max_kl=0.05),
-    "int4": Tolerance(min_cosine=0.80, max_kl=1.0),
+    "int8": Tolerance(min_cosine=0.97),
+    "int4": Tolerance(min_cosine=0.70),
 }
 
 

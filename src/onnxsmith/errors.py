@@ -172,7 +172,6 @@ _INSTALL: Mapping[str, str] = {
     "transformers": "pip install 'onnxsmith[torch]'",
     "gguf": "pip install 'onnxsmith[torch]'",
     "accelerate": "pip install 'onnxsmith[torch]'",
-    "tokenizers": "pip install 'onnxsmith[torch]'",
     "onnxruntime": "pip install onnxruntime",
 }
 

@@ -14,7 +14,7 @@ __all__ = ["ModelSource", "SourceKind", "resolve_path"]
 
 _PACKAGE_SCHEME = "pkg:"
 _FACTORY = re.compile(r"[A-Za-z_][\w]*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", re.ASCII)
 
 
 class SourceKind(enum.StrEnum):
@@ -96,7 +96,7 @@ class ModelSource:
             return ModelSource(SourceKind.FACTORY, text)
         looks_like_path = (
             text.startswith((".", "/", "~", _PACKAGE_SCHEME))
-            or text.count("/") > 1
+            or text.partition("@")[0].count("/") > 1
             or path.suffix.lower() in {".gguf", ".onnx", ".safetensors", ".pt", ".pth", ".bin"}
         )
         if not looks_like_path and _HUB_ID.fullmatch(text):

@@ -1,0 +1,184 @@
+"""How well a model predicts a text, and how far its predictions are from another model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxsmith.comparison import kl_divergence
+from onnxsmith.errors import BadInputError
+from onnxsmith.runtime.samples import decoder_feeds
+from onnxsmith.runtime.session import Array, Session
+
+__all__ = ["Perplexity", "ScoredWindow", "perplexity", "score"]
+
+Floats = npt.NDArray[np.float64]
+
+# Positions that are worked on at a time: float64 copies of a whole window's logits would take gigabytes
+# for a large vocabulary.
+_CHUNK_POSITIONS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredWindow:
+    """One window of a text under teacher forcing.
+
+    Attributes:
+        logits: (window - 1, vocabulary), float32: each position's prediction of the next token.
+        targets: (window - 1,): the tokens that really come next.
+    """
+
+    logits: Array
+    targets: npt.NDArray[np.int64]
+
+    def losses(self) -> Floats:
+        """(window - 1,): negative log-likelihood of each next token, in nats."""
+        return _losses(self.logits, self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text.
+
+    The 95 % intervals take tokens as independent, as llama.cpp's ``perplexity`` does. That of the increase
+    is of paired differences, token by token, and so is far narrower than that of the value.
+
+    Attributes:
+        value: exp of the mean loss.
+        low: Lower end of its interval.
+        high: Upper end.
+        tokens: Tokens predicted.
+        windows: Windows scored.
+        increase_pct: Increase over the reference, in percent; None without a reference, like all below.
+        increase_low_pct: Lower end of its interval.
+        increase_high_pct: Upper end.
+        kl_to_reference: Mean KL(reference || model) over the positions, in nats.
+        top1_agreement: Share of positions with the reference's most likely token.
+    """
+
+    value: float
+    low: float
+    high: float
+    tokens: int
+    windows: int
+    increase_pct: float | None = None
+    increase_low_pct: float | None = None
+    increase_high_pct: float | None = None
+    kl_to_reference: float | None = None
+    top1_agreement: float | None = None
+
+
+def score(session: Session, tokens: npt.NDArray[np.int64], *, window: int) -> Iterator[ScoredWindow]:
+    """Runs a text through a decoder in windows that do not overlap, each from an empty cache.
+
+    Every backend is given the same tokens in the same windows, so results can be compared position by
+    position. A rest of fewer than two tokens is left out.
+
+    Args:
+        session: An open decoder.
+        tokens: (length,).
+        window: Tokens in a window.
+    """
+    for begin in range(0, len(tokens), window):
+        part = tokens[begin : begin + window]
+        if len(part) < 2:
+            return
+        logits = session.run(decoder_feeds(session.inputs, part[None]), ["logits"])["logits"]
+        yield ScoredWindow(logits[0, :-1].astype(np.float32, copy=False), part[1:])
+
+
+def perplexity(
+    session: Session,
+    tokens: npt.NDArray[np.int64],
+    *,
+    window: int,
+    reference_logits: Array | None = None,
+    keep_logits: Array | None = None,
+    on_window: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Measures the perplexity of a text.
+
+    Args:
+        session: An open decoder.
+        tokens: (length,).
+        window: Tokens in a window.
+        reference_logits: (tokens predicted, vocabulary), as ``keep_logits`` of the reference was filled.
+        keep_logits: Filled with this model's logits; usually a memory-mapped file.
+        on_window: Called with the number of windows done.
+
+    Raises:
+        BadInputError: The text or the window is shorter than two tokens, or the result is not a number.
+    """
+    if window < 2:
+        raise BadInputError("perplexity: window", got=str(window), expected="at least two tokens")
+    losses: list[Floats] = []
+    differences: list[Floats] = []
+    divergence = 0.0
+    agreements = position = 0
+    for number, scored in enumerate(score(session, tokens, window=window), 1):
+        count = len(scored.targets)
+        losses.append(scored.losses())
+        if keep_logits is not None:
+            keep_logits[position : position + count] = scored.logits
+        if reference_logits is not None:
+            expected = reference_logits[position : position + count]
+            differences.append(losses[-1] - _losses(expected, scored.targets))
+            for part in _chunks(count):
+                ours, theirs = scored.logits[part], np.asarray(expected[part])
+                divergence += float(kl_divergence(theirs.astype(np.float64), ours.astype(np.float64)).sum())
+                agreements += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        position += count
+        if on_window is not None:
+            on_window(number)
+    if not losses:
+        raise BadInputError("perplexity", got=f"a text of {len(tokens)} tokens", expected="at least two")
+    mean, low, high = _interval(np.concatenate(losses))
+    # exp of more than 700 is beyond what a float holds, and a model that guesses has the logarithm of its
+    # vocabulary.
+    if not mean < 700:
+        raise BadInputError(
+            session.name,
+            got=f"a mean loss of {mean:g} nats",
+            expected="a perplexity that is a number",
+            remedy="The model is broken",
+        )
+    result = Perplexity(math.exp(mean), math.exp(low), math.exp(min(high, 700.0)), position, len(losses))
+    if reference_logits is None:
+        return result
+    increases = [100 * math.expm1(min(end, 700.0)) for end in _interval(np.concatenate(differences))]
+    return dataclasses.replace(
+        result,
+        increase_pct=increases[0],
+        increase_low_pct=increases[1],
+        increase_high_pct=increases[2],
+        kl_to_reference=divergence / position,
+        top1_agreement=agreements / position,
+    )
+
+
+def _losses(logits: Array, targets: npt.NDArray[np.int64]) -> Floats:
+    losses = np.empty(len(targets), np.float64)
+    for part in _chunks(len(targets)):
+        shifted = np.asarray(logits[part]).astype(np.float64)
+        shifted -= shifted.max(axis=-1, keepdims=True)
+        wanted = shifted[np.arange(len(shifted)), targets[part]]
+        losses[part] = np.log(np.exp(shifted).sum(axis=-1)) - wanted
+    return losses
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    for begin in range(0, count, _CHUNK_POSITIONS):
+        yield slice(begin, min(begin + _CHUNK_POSITIONS, count))
+
+
+def _interval(values: Floats) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % interval from the standard error."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, mean, mean
+    error = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, mean - error, mean + error

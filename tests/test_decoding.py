@@ -1,0 +1,257 @@
+"""Generation and perplexity, against transformers and against torch's own cross entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxsmith.errors import BadInputError, FeedError, ModelFileError
+from onnxsmith.exporters import LoadedModel
+from onnxsmith.package import ModelPackage
+from onnxsmith.program import TorchProgram
+from onnxsmith.runtime import OrtSession, TorchSession, generate, perplexity
+from onnxsmith.runtime.decoding import open_decoder, score
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxruntime")
+
+Make = Callable[..., ModelPackage]
+PROMPTS = ([5], [1, 20, 9, 33], [60, 2, 2, 41, 7, 19, 3, 28, 11, 50, 13, 44])
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def session(tiny_package: ModelPackage) -> Iterator[OrtSession]:
+    with OrtSession(tiny_package, threads=1, name="tiny") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def torch_session(tiny_program: TorchProgram) -> TorchSession:
+    return TorchSession(tiny_program)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(7).integers(0, 64, 150, dtype=np.int64)
+
+
+def greedy(loaded: LoadedModel, prompt: list[int], count: int) -> list[int]:
+    """What transformers generates, without a stop token."""
+    ids = torch.tensor([prompt])
+    model: Any = loaded.module
+    with torch.inference_mode():
+        result = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            # Not None, which would take the configuration's.
+            eos_token_id=-1,
+            pad_token_id=3,
+        )
+    return [int(token) for token in result[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=[f"{len(p)}-tokens" for p in PROMPTS])
+def test_greedy_tokens_are_those_of_transformers(
+    session: OrtSession, torch_session: TorchSession, tiny_loaded: LoadedModel, prompt: list[int]
+) -> None:
+    expected = greedy(tiny_loaded, prompt, NEW)
+    assert len(expected) == NEW
+    # A model that says one thing for ever would not notice a wrong cache.
+    assert len(set(expected)) > 4
+    assert list(generate(session, prompt, max_new_tokens=NEW)) == expected
+    assert list(generate(torch_session, prompt, max_new_tokens=NEW)) == expected
+
+
+def test_a_generation_starts_from_an_empty_cache(session: OrtSession) -> None:
+    first = list(generate(session, PROMPTS[1], max_new_tokens=8))
+    list(generate(session, PROMPTS[2], max_new_tokens=8))
+    assert list(generate(session, PROMPTS[1], max_new_tokens=8)) == first
+
+
+def test_a_stop_token_ends_the_text_and_is_not_given(session: OrtSession) -> None:
+    whole = list(generate(session, PROMPTS[1], max_new_tokens=NEW))
+    stop = whole[5]
+    until = whole.index(stop)
+    assert list(generate(session, PROMPTS[1], max_new_tokens=NEW, stop={stop})) == whole[:until]
+    assert list(generate(session, PROMPTS[1], max_new_tokens=NEW, stop=[whole[0]])) == []
+    unsaid = next(token for token in range(64) if token not in whole)
+    assert list(generate(session, PROMPTS[1], max_new_tokens=NEW, stop={unsaid})) == whole
+
+
+def test_tokens_come_one_by_one(session: OrtSession) -> None:
+    text = generate(session, PROMPTS[1], max_new_tokens=10**9)
+    assert [next(text) for _ in range(3)] == list(generate(session, PROMPTS[1], max_new_tokens=3))
+    assert list(generate(session, PROMPTS[1], max_new_tokens=0)) == []
+
+
+def test_an_empty_prompt_is_refused(session: OrtSession) -> None:
+    with pytest.raises(BadInputError, match="prompt: no tokens; expected at least one"):
+        next(generate(session, [], max_new_tokens=1))
+
+
+def test_a_token_that_is_not_in_the_vocabulary_is_reported(session: OrtSession) -> None:
+    with pytest.raises(ModelFileError, match=r"tiny: ONNX Runtime fails.*Gather.*values do not fit"):
+        next(generate(session, [64], max_new_tokens=1))
+
+
+@pytest.mark.parametrize("backend", ["session", "torch_session"])
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(
+    backend: str, request: pytest.FixtureRequest, torch_session: TorchSession
+) -> None:
+    ids = np.random.default_rng(1).integers(0, 64, (2, 12), dtype=np.int64)
+    whole = open_decoder(torch_session).step(ids)
+    decoder = open_decoder(request.getfixturevalue(backend))
+    pieces = [decoder.step(ids[:, begin:end]) for begin, end in ((0, 5), (5, 6), (6, 12))]
+    assert decoder.length == 12
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-4)
+    decoder.reset()
+    assert decoder.length == 0
+    np.testing.assert_allclose(decoder.step(ids[:1]), whole[:1], atol=1e-4)
+
+
+def test_a_model_without_a_cache_is_no_decoder(onnx_package: Make) -> None:
+    text = "g (float[batch, n] x) => (float[batch, n] logits) { logits = Relu(x) }"
+    with (
+        OrtSession(onnx_package(text), name="plain") as plain,
+        pytest.raises(
+            FeedError, match=r"plain: a model with the outputs logits; expected a decoder with logits"
+        ),
+    ):
+        next(generate(plain, [1], max_new_tokens=1))
+
+
+def test_an_input_that_no_decoder_has_is_named(onnx_package: Make) -> None:
+    text = """g (int64[b, s] input_ids, float[b] pixels, float[b, 1, p, 2] past_key_values.0.key)
+        => (float[b, s] logits, float[b, 1, p, 2] present.0.key) {
+        logits = Cast<to = 1>(input_ids)
+        present.0.key = Identity(past_key_values.0.key)
+    }"""
+    with (
+        OrtSession(onnx_package(text)) as other,
+        pytest.raises(FeedError, match=r"input 'pixels': an input that decoders are not known to have"),
+    ):
+        next(generate(other, [1], max_new_tokens=1))
+
+
+def torch_losses(loaded: LoadedModel, tokens: Any, window: int) -> list[Any]:
+    """The losses of each window, by transformers and cross_entropy."""
+    model: Any = loaded.module
+    losses = []
+    for part in torch.split(torch.from_numpy(tokens), window):
+        if len(part) < 2:
+            continue
+        with torch.inference_mode():
+            logits = model(input_ids=part[None]).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1].double(), part[1:], reduction="none"))
+    return losses
+
+
+# 150 = 2 * 75: no rest. 150 = 4 * 32 + 22: a short rest. 150 = 149 + 1: a rest that predicts nothing.
+@pytest.mark.parametrize(("window", "windows"), [(75, 2), (32, 5), (149, 1), (150, 1), (1000, 1), (2, 75)])
+def test_perplexity_is_that_of_torch(
+    session: OrtSession,
+    torch_session: TorchSession,
+    tiny_loaded: LoadedModel,
+    tokens: Any,
+    window: int,
+    windows: int,
+) -> None:
+    losses = torch_losses(tiny_loaded, tokens, window)
+    expected = math.exp(float(torch.cat(losses).mean()))
+    seen: list[int] = []
+    result = perplexity(session, tokens, window=window, on_window=seen.append)
+    assert result.value == pytest.approx(expected, rel=1e-4)
+    assert (result.windows, result.tokens) == (windows, sum(len(part) for part in losses))
+    assert len(losses) == windows
+    assert seen == list(range(1, windows + 1))
+    assert result.low <= result.value <= result.high
+    assert (result.kl_to_reference, result.top1_agreement) == (None, None)
+    assert perplexity(torch_session, tokens, window=window).value == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_losses_of_a_window_are_those_of_torch(
+    session: OrtSession, tiny_loaded: LoadedModel, tokens: Any
+) -> None:
+    windows = list(score(session, tokens, window=40))
+    expected = torch_losses(tiny_loaded, tokens, 40)
+    assert len(windows) == 4
+    for window, losses in zip(windows, expected, strict=True):
+        assert window.logits.shape == (len(losses), 64)
+        np.testing.assert_allclose(window.losses, losses.numpy(), atol=1e-4)
+
+
+def test_a_model_that_knows_its_text_has_a_lower_perplexity(session: OrtSession, tokens: Any) -> None:
+    own = [9, *generate(session, [9], max_new_tokens=100)]
+    known = perplexity(session, np.array(own, np.int64), window=64)
+    assert 1.0 <= known.value < 0.5 * perplexity(session, tokens, window=64).value
+
+
+def test_the_interval_is_students(session: OrtSession, tokens: Any) -> None:
+    result = perplexity(session, tokens[:128], window=32)
+    means = np.array([window.losses.mean() for window in score(session, tokens[:128], window=32)])
+    # 3.182 is the 97.5 % quantile of Student's t with three degrees of freedom.
+    half = 3.182 * means.std(ddof=1) / math.sqrt(4)
+    assert half > 0.01
+    assert math.log(result.low) == pytest.approx(means.mean() - half, abs=1e-3)
+    assert math.log(result.high) == pytest.approx(means.mean() + half, abs=1e-3)
+
+
+def test_one_window_has_no_spread(session: OrtSession, tokens: Any) -> None:
+    result = perplexity(session, tokens, window=200)
+    assert result.low == result.value == result.high
+
+
+def test_predictions_are_compared_with_the_references(
+    session: OrtSession, torch_session: TorchSession, tokens: Any
+) -> None:
+    kept = np.zeros((150 - 5, 64), np.float32)
+    reference = perplexity(torch_session, tokens, window=32, keep_logits=kept)
+    assert reference.tokens == len(kept)
+    assert np.abs(kept).max(axis=1).min() > 0
+    result = perplexity(session, tokens, window=32, reference_logits=kept)
+    assert result.kl_to_reference is not None
+    assert 0 <= result.kl_to_reference < 1e-8
+    assert result.top1_agreement == 1.0
+    # The same distributions in the wrong places.
+    turned = perplexity(session, tokens, window=32, reference_logits=kept[::-1])
+    assert turned.kl_to_reference is not None
+    assert turned.kl_to_reference > 0.1
+    assert turned.top1_agreement is not None
+    assert turned.top1_agreement < 0.9
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_text_that_is_too_short_is_refused(session: OrtSession, length: int) -> None:
+    with pytest.raises(BadInputError, match=f"perplexity: a text of {length} tokens; expected at least two"):
+        perplexity(session, np.zeros(length, np.int64), window=32)
+
+
+@pytest.mark.parametrize("window", [-1, 0, 1])
+def test_a_window_that_is_too_short_is_refused(session: OrtSession, tokens: Any, window: int) -> None:
+    with pytest.raises(BadInputError, match=f"window: {window}; expected at least two tokens"):
+        perplexity(session, tokens, window=window)
+
+
+@pytest.mark.parametrize(("factor", "loss"), [(math.nan, "nan"), (1e6, r"\d+\S*")])
+def test_a_broken_model_is_reported(
+    tiny_program: TorchProgram, tokens: Any, factor: float, loss: str
+) -> None:
+    class Broken(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, **tensors: Any) -> dict[str, Any]:
+            results: dict[str, Any] = tiny_program.module(**tensors)
+            return {**results, "logits": results["logits"] * factor}
+
+    program = dataclasses.replace(tiny_program, module=Broken(), name="broken")
+    with (
+        TorchSession(program) as broken,
+        pytest.raises(BadInputError, match=f"broken: a mean loss of {loss} nats; expected a perplexity"),
+    ):
+        perplexity(broken, tokens, window=64)
