@@ -192,6 +192,12 @@ def name_inputs(module: torch.nn.Module, given: Any, *, where: str) -> dict[str,
         given = (given,)
     if isinstance(given, Mapping):
         named = dict(given)
+    elif not isinstance(given, (tuple, list)):
+        raise ExportError(
+            where,
+            got=f"example inputs are a {type(given).__name__}",
+            expected="a tensor, a tuple of tensors or a dict by name",
+        )
     else:
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(given) > len(positional):
@@ -226,15 +232,7 @@ def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dt
         module, info = auto.from_pretrained(
             where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        # transformers fills these with random numbers and only logs it.
-        raise SourceError(
-            source.text,
-            got=f"no weights for {len(missing)} tensors ({', '.join(missing[:3])}...)",
-            expected=f"a checkpoint for {task}",
-            remedy="Name the task that it was trained for with --task",
-        )
+    _refuse_missing(source, info, expected=f"a checkpoint for {task}")
     files = _tokenizer_files(source, where, options) | {"config.json": _config_json(module)}
     provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}
     if source.path:
@@ -243,6 +241,21 @@ def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dt
     else:
         provenance["revision"] = getattr(config, "_commit_hash", None) or source.revision
     return LoadedModel(module, source, task, files, provenance)
+
+
+def _refuse_missing(source: ModelSource, info: Mapping[str, Any], *, expected: str) -> None:
+    """Refuses a model with made-up weights: transformers fills gaps with random numbers and only logs it."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = "..." if len(missing) > 3 else ""
+        raise SourceError(
+            source.text,
+            got=f"no weights for {len(missing)} tensors ({', '.join(missing[:3])}{more})",
+            expected=expected,
+            remedy="The file is incomplete"
+            if source.kind is SourceKind.GGUF
+            else "Name the task that it was trained for with --task",
+        )
 
 
 def _task_of(source: ModelSource, config: Any) -> str:
@@ -300,13 +313,15 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
     gguf = GgufFile.open(source.path)
     tokenizer = build_tokenizer(gguf)
     with _quiet(), _readable(source):
-        module = transformers.AutoModelForCausalLM.from_pretrained(
+        module, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(source.path.parent),
             gguf_file=source.path.name,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+    _refuse_missing(source, info, expected="all weights of the architecture")
     # transformers takes these from its own tokenizer conversion, which is wrong for some files.
     ids = special_token_ids(gguf)
     for config in (module.config, module.generation_config):

@@ -81,7 +81,7 @@ def trace(
         raise _trace_error(program, error) from error
     model: ir.Model = onnx_program.model
     _name_axes(model, {s.name: s for s in (*program.inputs, *program.outputs)}, program.name)
-    _name_weights(model)
+    _name_weights(model, adapter)
     return model
 
 
@@ -95,7 +95,15 @@ def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str])
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             result = self.inner(**dict(zip(inputs, tensors, strict=True)))
-            return tuple(result[name] for name in outputs)
+            # torch gives a value one name: an output that is an input, a weight or another output as well
+            # would lose its own.
+            taken = {id(tensor) for tensor in (*tensors, *self.parameters(), *self.buffers())}
+            found = []
+            for name in outputs:
+                tensor = result[name]
+                found.append(tensor.clone() if id(tensor) in taken else tensor)
+                taken.add(id(tensor))
+            return tuple(found)
 
     return Flat().eval()
 
@@ -105,6 +113,10 @@ def _name_axes(model: ir.Model, specs: Mapping[str, TensorSpec], where: str) -> 
     import onnx_ir as ir
 
     names: dict[str, str] = {}
+    for value in [*model.graph.inputs, *model.graph.outputs, *_values(model)]:
+        # torch writes an axis that it fixed while tracing as a symbol named "2".
+        if value.shape is not None and not value.shape.frozen:
+            value.shape = ir.Shape([int(str(dim)) if str(dim).isdecimal() else dim for dim in value.shape])
     for value in model.graph.inputs:
         spec = specs[value.name or ""]
         if spec.shape is None or value.shape is None:
@@ -151,15 +163,16 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _name_weights(model: ir.Model) -> None:
-    """Names weights as the state dict does, without the prefixes of the wrappers."""
+def _name_weights(model: ir.Model, module: torch.nn.Module) -> None:
+    """Names weights as the state dict does, without the wrappers' prefixes; tied ones by their first name."""
     graph = model.graph
-    prefix = "inner."
-    for name in [name for name in graph.initializers if name.startswith(prefix)]:
-        short = name
-        while short.startswith(prefix):
-            short = short[len(prefix) :]
-        if short not in graph.initializers:
+    firsts = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in every:
+        short = firsts[id(tensor)]
+        while short.startswith("inner."):
+            short = short.removeprefix("inner.")
+        if name in graph.initializers and short not in graph.initializers:
             # onnx_ir re-keys the mapping of initializers when a value is renamed.
             graph.initializers[name].name = short
 

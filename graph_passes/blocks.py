@@ -173,15 +173,15 @@ def _grid(
     levels = (1 << bits) - 1
     if symmetric:
         # The side with one code more takes the larger magnitude, hence the sign of the scale.
-        scale = np.where(-low >= high, -low, -high) / np.float32((1 << (bits - 1)) + shift)
+        exact = np.where(-low >= high, -low, -high) / np.float32((1 << (bits - 1)) + shift)
     else:
         # Not of the difference, which may overflow.
-        scale = high / np.float32(levels + shift) - low / np.float32(levels + shift)
-    scale = scale.astype(scale_type).astype(np.float32)
+        exact = high / np.float32(levels + shift) - low / np.float32(levels + shift)
+    scale: npt.NDArray[np.float32] = exact.astype(scale_type).astype(np.float32)
     # Below the normal numbers the reciprocal overflows; such weights are zeros to any purpose.
-    scale = np.where(np.abs(scale) < _SMALLEST_SCALE, np.float32(1), scale)
+    scale[np.abs(scale) < _SMALLEST_SCALE] = 1
     if symmetric:
-        return scale, np.full(low.shape, 1 << (bits - 1), np.uint8)
+        return scale, np.full(scale.shape, 1 << (bits - 1), np.uint8)
     zero: npt.NDArray[np.uint8] = np.clip(np.rint(-low / scale), 0, levels).astype(np.uint8)
     return scale, zero
 
@@ -223,5 +223,4 @@ def _pack_zero_points(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np
         return zeros
     if zeros.shape[1] % 2:
         zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    packed: npt.NDArray[np.uint8] = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
-    return packed
+    return np.asarray(zeros[:, 0::2] | (zeros[:, 1::2] << 4), np.uint8)

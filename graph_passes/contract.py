@@ -151,9 +151,8 @@ class GraphPass(ir.passes.InPlacePass):
         finally:
             if not committed:
                 for tensor, name in names:
-                    if tensor.name != name:
-                        # None where it had none: an empty name is another byte in the file.
-                        tensor.name = name or None
+                    if _name_of(tensor) != name:
+                        tensor.name = name
         return Outcome(model, changes.count > 0, changes)
 
     def _failure(self, error: BaseException) -> PassError:
@@ -216,7 +215,14 @@ def _tensor_names(model: ir.Model) -> list[tuple[ir.TensorProtocol, str | None]]
                 if attribute.type is ir.AttributeType.TENSOR and not attribute.is_ref():
                     tensor = attribute.as_tensor()
                     tensors[id(tensor)] = tensor
-    return [(tensor, tensor.name) for tensor in tensors.values()]
+    return [(tensor, _name_of(tensor)) for tensor in tensors.values()]
+
+
+def _name_of(tensor: ir.TensorProtocol) -> str | None:
+    """The name, with none told from an empty one, which is another byte in the file."""
+    if isinstance(tensor, ir.TensorProtoTensor) and not tensor.raw.HasField("name"):
+        return None
+    return tensor.name
 
 
 def _graphs(model: ir.Model) -> Iterator[ir.Graph]:

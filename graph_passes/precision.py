@@ -14,6 +14,7 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionErro
 __all__ = ["ToFloat16"]
 
 _PROTOBUF_LIMIT_BYTES = 2**31 - 1
+_CASTS = ("graph_input_cast", "graph_output_cast")
 
 
 class ToFloat16(GraphPass):
@@ -59,6 +60,9 @@ class ToFloat16(GraphPass):
             if value.const_value is not None and not isinstance(value.const_value, ir.TensorProtoTensor):
                 value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.dtype, name=value.name)
         before = _float_bytes(model)
+        if not before:
+            return Changes()
+        _free_names(model)
         converted = float16.convert_float_to_float16(
             ir.to_proto(model),
             keep_io_types=self.keep_io_types,
@@ -70,8 +74,20 @@ class ToFloat16(GraphPass):
         model.graph = result.graph
         model.functions.clear()
         model.functions.update(result.functions)
+        # The converter appends its casts at the end, whoever reads them.
+        model.graph.sort()
         after = _float_bytes(model)
         return Changes(int(before != after), {"float32_bytes_before": before, "float32_bytes_after": after})
+
+
+def _free_names(model: ir.Model) -> None:
+    """Renames the casts of an earlier run, whose names the converter gives again."""
+    for node in model.graph:
+        if (node.name or "").startswith(_CASTS):
+            node.name = f"earlier_{node.name}"
+        for value in node.outputs:
+            if (value.name or "").startswith(_CASTS) and not value.is_graph_output():
+                value.name = f"earlier_{value.name}"
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

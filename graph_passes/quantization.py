@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,13 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
-from onnxsmith.graph_passes.weights import MatMulWeight, find_matmul_weights
+from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
 
 __all__ = ["QuantizeWeights", "QuantizedBlocks", "dequantize_blocks", "quantize_blocks"]
 
 _DOMAIN = "com.microsoft"
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_MATMULS = frozenset({("", "MatMul"), (_DOMAIN, "FusedMatMul")})
 
 
 class _Memo:
@@ -93,8 +95,18 @@ class QuantizeWeights(GraphPass):
             skip_nodes: Patterns of node or weight names that keep their precision.
 
         Raises:
-            BadInputError: ``search_steps`` is negative or above 100.
+            BadInputError: A value that is not among those listed, or ``search_steps`` below 0 or above 100.
         """
+        known = self.parameters()
+        given = {"bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
+        for name, value in given.items():
+            choices = get_args(known[name].annotation)
+            if value not in choices:
+                raise BadInputError(
+                    f"pass {self.name}: {name}",
+                    got=repr(value),
+                    expected=f"one of {', '.join(map(str, choices))}",
+                )
         if not 0 <= search_steps <= 100:
             raise BadInputError(
                 "pass quantize_weights: search_steps", got=str(search_steps), expected="0 to 100"
@@ -107,49 +119,33 @@ class QuantizeWeights(GraphPass):
         self.embeddings = embeddings
         self.skip_nodes = tuple(skip_nodes)
 
-    def requires(self, model: ir.Model) -> None:
-        """Raises PreconditionError where there is nothing to quantize."""
-        found = next((w for w in find_matmul_weights(model) if isinstance(w, MatMulWeight)), None)
-        if found is None and not (self.embeddings and next(self._embeddings(model), None)):
-            raise PreconditionError(
-                f"pass {self.name}",
-                got="no MatMul or Gather with a constant float matrix",
-                expected="at least one",
-                remedy="The model may be quantized already, or compute with Gemm or Conv only",
-            )
-
     def apply(self, model: ir.Model) -> Changes:
+        """Replaces what can be replaced; the weights themselves are rounded when they are written.
+
+        Raises:
+            PreconditionError: There is nothing to quantize, or everything was skipped.
+        """
         changes = Changes()
         groups: dict[tuple[str, bool], list[MatMulWeight | ir.Node]] = {}
         sources: dict[tuple[str, bool], _Source] = {}
-        for found in find_matmul_weights(model):
-            if not isinstance(found, MatMulWeight):
-                node, reason = found
-                changes.skipped[node.name or "?"] = reason
-                continue
-            reason = self._refusal(found.node, found.source, found.in_features)
+        for user, reason in self._candidates(model):
+            node = user.node if isinstance(user, MatMulWeight) else user
             if reason:
-                changes.skipped[found.node.name or "?"] = reason
+                changes.skipped[_label(node)] = reason
                 continue
-            key = (found.source.name or "", found.is_transposed)
-            sources[key] = _Source(found.source, found.is_transposed)
-            groups.setdefault(key, []).append(found)
-        for node in self._embeddings(model) if self.embeddings else ():
-            table = node.inputs[0]
-            assert table is not None and table.const_value is not None
-            reason = self._refusal(node, table, table.const_value.shape.numpy()[1])
-            if reason:
-                changes.skipped[node.name or "?"] = reason
-                continue
-            key = (table.name or "", True)
-            sources[key] = _Source(table, True)
-            groups.setdefault(key, []).append(node)
+            source = user.source if isinstance(user, MatMulWeight) else user.inputs[0]
+            assert source is not None
+            is_transposed = user.is_transposed if isinstance(user, MatMulWeight) else True
+            key = (source.name or "", is_transposed)
+            sources[key] = _Source(source, is_transposed)
+            groups.setdefault(key, []).append(user)
+        if not groups:
+            self._refuse(changes.skipped)
         for key, users in groups.items():
             self._replace(model, sources[key], users)
             changes.count += len(users)
         common.RemoveUnusedNodesPass()(model)
-        if changes.count:
-            model.opset_imports.setdefault(_DOMAIN, 1)
+        model.opset_imports.setdefault(_DOMAIN, 1)
         changes.details = {
             "bits": self.bits,
             "matmuls": sum(isinstance(u, MatMulWeight) for users in groups.values() for u in users),
@@ -158,26 +154,62 @@ class QuantizeWeights(GraphPass):
         }
         return changes
 
-    def _embeddings(self, model: ir.Model) -> Iterator[ir.Node]:
-        for node in model.graph:
-            if (node.domain, node.op_type) != ("", "Gather"):
-                continue
-            axis = node.attributes.get("axis")
-            table = node.inputs[0]
-            if table is None or table.const_value is None or not table.is_initializer():
-                continue
-            is_float = table.const_value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-            if (axis is None or axis.as_int() == 0) and len(table.const_value.shape) == 2 and is_float:
-                yield node
+    def _refuse(self, skipped: dict[str, str]) -> NoReturn:
+        if not skipped:
+            raise PreconditionError(
+                f"pass {self.name}",
+                got="no MatMul or Gather with a constant float matrix",
+                expected="at least one",
+                remedy="The model may be quantized already, or compute with Gemm or Conv only",
+            )
+        shown = [f"{name}: {reason}" for name, reason in list(skipped.items())[:5]]
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise PreconditionError(
+            f"pass {self.name}",
+            got=f"nothing to quantize, because every candidate was skipped ({'; '.join(shown)}{more})",
+            expected="at least one MatMul or Gather with a constant float matrix that fits",
+            remedy="Change block_size or skip_nodes, or leave the pass out; the model is unchanged",
+        )
 
-    def _refusal(self, node: ir.Node, weight: ir.Value, columns: int) -> str:
+    def _candidates(self, model: ir.Model) -> Iterator[tuple[MatMulWeight | ir.Node, str]]:
+        """Every node with a weight that might be quantized, and why it is not, or an empty string."""
+        for found in find_matmul_weights(model):
+            if isinstance(found, MatMulWeight):
+                yield found, self._refusal(found.node, found.source, found.in_features, found.out_features)
+            else:
+                yield found
+        for node in model.graph if self.embeddings else ():
+            table = _embedding_table(node)
+            tensor = constant_of(table)
+            if table is None or tensor is None:
+                continue
+            if not table.is_initializer():
+                yield node, "the weight is a Constant node; expected an initializer (run cleanup first)"
+                continue
+            rows, columns = tensor.shape.numpy()
+            yield node, self._refusal(node, table, columns, rows)
+        inner = list(model.graph.subgraphs())
+        for function in model.functions.values():
+            inner += [function.graph, *function.subgraphs()]
+        for node in (node for graph in inner for node in graph):
+            if _has_constant_matrix(node) or (self.embeddings and _embedding_table(node) is not None):
+                yield node, "it is in a subgraph or function; only the main graph is quantized"
+
+    def _refusal(self, node: ir.Node, weight: ir.Value, columns: int, rows: int) -> str:
+        names = (node.name or "", weight.name or "")
         for pattern in self.skip_nodes:
-            if fnmatch.fnmatchcase(node.name or "", pattern) or fnmatch.fnmatchcase(
-                weight.name or "", pattern
-            ):
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 return f"skip_nodes has {pattern!r}"
+        if weight.is_graph_output():
+            return "the weight is an output of the graph"
+        if not rows or not columns:
+            return "the weight is empty"
         if columns % self.block_size:
             return f"rows of {columns} are no multiple of block_size {self.block_size}"
+        left = node.inputs[0]
+        rank = left.shape.rank() if left is not None and left.shape is not None else 2
+        if node.op_type != "Gather" and rank < 2:
+            return f"the left side has {rank} axes; expected at least 2"
         return ""
 
     def _replace(self, model: ir.Model, source: _Source, users: list[MatMulWeight | ir.Node]) -> None:
@@ -189,7 +221,11 @@ class QuantizeWeights(GraphPass):
         rows, columns = (first, second) if source.is_transposed else (second, first)
         blocks = columns // self.block_size
         shared = any(isinstance(user, ir.Node) for user in users)
+        # Scales have the type of the activations, which is the type that the weight had.
+        scale_type = tensor.dtype
         options = {
+            "name": name,
+            "scale_type": scale_type.numpy(),
             "bits": self.bits,
             "block_size": self.block_size,
             "symmetric": self.symmetric,
@@ -206,8 +242,6 @@ class QuantizeWeights(GraphPass):
             code_shape,
             lambda: memo.get().codes.reshape(code_shape),
         )
-        # Scales have the type of the activations, which is the type that the weight had.
-        scale_type = tensor.dtype
         scales = _lazy(
             graph,
             f"{name}_scales",
@@ -259,7 +293,7 @@ class QuantizeWeights(GraphPass):
                 "accuracy_level": self.accuracy_level,
             },
             domain=_DOMAIN,
-            name=f"{weight.node.name}_nbits",
+            name=f"{weight.node.name or weight.node.outputs[0].name}_nbits",
         )
 
     def _gather(self, node: ir.Node, codes: ir.Value, scales: ir.Value, zeros: ir.Value | None) -> ir.Node:
@@ -269,11 +303,41 @@ class QuantizeWeights(GraphPass):
             [codes, indices, scales, *([zeros] if zeros is not None else [])],
             {"gather_axis": 0, "quantize_axis": 1, "block_size": self.block_size, "bits": self.bits},
             domain=_DOMAIN,
-            name=f"{node.name}_nbits",
+            name=f"{node.name or node.outputs[0].name}_nbits",
         )
 
 
+def _label(node: ir.Node) -> str:
+    return node.name or f"{node.op_type} of {node.outputs[0].name!r}"
+
+
+def _has_constant_matrix(node: ir.Node) -> bool:
+    if (node.domain, node.op_type) not in _MATMULS:
+        return False
+    tensor = constant_of(node.inputs[1])
+    return tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) == 2
+
+
+def _embedding_table(node: ir.Node) -> ir.Value | None:
+    """The constant float matrix whose rows a Gather looks up, or None."""
+    if (node.domain, node.op_type) != ("", "Gather"):
+        return None
+    axis, table = node.attributes.get("axis"), node.inputs[0]
+    tensor = constant_of(table)
+    if tensor is None or tensor.dtype not in _FLOATS or len(tensor.shape) != 2:
+        return None
+    return table if axis is None or axis.as_int() in (0, -2) else None
+
+
+def _unused(graph: ir.Graph, name: str) -> str:
+    """The name, with a number behind it where something has it already."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken.update(value.name for node in graph.all_nodes() for value in node.outputs)
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(len(taken) + 1))) if n not in taken)
+
+
 def _lazy(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.Value:
+    name = _unused(graph, name)
     value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
     value.const_value = ir.LazyTensor(
         lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
@@ -288,6 +352,7 @@ def _lazy(graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...]
 def _reshape(
     graph: ir.Graph, before: ir.Node, value: ir.Value, shape: tuple[int, ...], name: str
 ) -> ir.Value:
+    name = _unused(graph, name)
     target = ir.Value(
         name=f"{name}_shape", shape=ir.Shape([len(shape)]), type=ir.TensorType(ir.DataType.INT64)
     )

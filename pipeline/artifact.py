@@ -55,6 +55,8 @@ class Manifest(_Model):
     measurements: dict[str, Any]
     recipe: dict[str, Any] | None
     files: dict[str, FileEntry]
+    content_sha256: str
+    """Of everything else in the manifest, as JSON with sorted keys and without spaces."""
 
 
 def write_manifest(
@@ -77,6 +79,7 @@ def write_manifest(
         assert component.path is not None, "the package was not saved"
         components[name] = component.path.name
     manifest = Manifest(
+        content_sha256="",
         schema_version=1,
         onnxsmith=__version__,
         task=package.task,
@@ -86,9 +89,10 @@ def write_manifest(
         steps=[StepEntry(**to_plain(dataclasses.asdict(step))) for step in package.steps],
         environment=describe_environment(),
         measurements=to_plain(measurements or {}),
-        recipe=recipe,
+        recipe=to_plain(recipe),
         files=file_entries(directory),
     )
+    manifest = manifest.model_copy(update={"content_sha256": _content_sha256(manifest)})
     text = json.dumps(manifest.model_dump(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (directory / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
     return manifest
@@ -142,7 +146,14 @@ def verify_artifact(directory: Path) -> list[Finding]:
             f"{directory / MANIFEST_NAME}: {key}", got=first["msg"], expected="a manifest of schema version 1"
         ) from error
     findings = _file_findings(directory, manifest)
+    if manifest.content_sha256 != _content_sha256(manifest):
+        findings.append(Finding(MANIFEST_NAME, "it was edited (content_sha256 differs)"))
+    if not manifest.components:
+        findings.append(Finding("components", "the manifest names no graph"))
     for name, file in manifest.components.items():
+        if Path(file).name != file:
+            findings.append(Finding(f"components.{name}", f"{file!r} is not a plain file name"))
+            continue
         if file not in manifest.files:
             findings.append(Finding(f"components.{name}", f"{file} is not among the files of the manifest"))
             continue
@@ -158,24 +169,36 @@ def verify_artifact(directory: Path) -> list[Finding]:
 def _file_findings(directory: Path, manifest: Manifest) -> list[Finding]:
     findings = []
     for name, entry in manifest.files.items():
-        path = directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            findings.append(Finding(name, "the manifest names a path outside the artifact"))
-        elif path.is_symlink():
-            findings.append(Finding(name, "it is a link; expected a file"))
-        elif not path.is_file():
-            findings.append(Finding(name, "it is missing"))
-        elif path.stat().st_size != entry.bytes:
-            findings.append(Finding(name, f"it has {path.stat().st_size} bytes; expected {entry.bytes}"))
-        elif _sha256(path) != entry.sha256:
-            findings.append(Finding(name, "its content was changed (SHA-256 differs)"))
+        try:
+            problem = _file_problem(directory, name, entry)
+        except (OSError, ValueError) as error:
+            problem = f"it cannot be read: {error}"
+        if problem:
+            findings.append(Finding(name, problem))
     present = {
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
     } - {MANIFEST_NAME}
     findings += [
         Finding(name, "it is not in the manifest") for name in sorted(present - manifest.files.keys())
     ]
     return findings
+
+
+def _file_problem(directory: Path, name: str, entry: FileEntry) -> str | None:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "the manifest names a path outside the artifact"
+    # The artifact itself may be a link, such as one to the current version.
+    inside = [part for part in (path, *path.parents) if part != directory and part.is_relative_to(directory)]
+    if any(part.is_symlink() for part in inside):
+        return "it is a link; expected a file"
+    if not path.is_file():
+        return "it is missing"
+    if path.stat().st_size != entry.bytes:
+        return f"it has {path.stat().st_size} bytes; expected {entry.bytes}"
+    return None if _sha256(path) == entry.sha256 else "its content was changed (SHA-256 differs)"
 
 
 def _graph_findings(directory: Path, manifest: Manifest) -> list[Finding]:
@@ -196,9 +219,18 @@ def to_plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, str | int | float | bool) or value is None:
+    if isinstance(value, str):
+        # A path or argument that is not UTF-8 holds halves of surrogate pairs, which no file takes.
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int | float | bool) or value is None:
         return value
     return str(value)
+
+
+def _content_sha256(manifest: Manifest) -> str:
+    content = manifest.model_dump(exclude={"content_sha256"})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

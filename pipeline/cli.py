@@ -6,23 +6,32 @@ input; 3 something that this environment lacks; 130 interrupted.
 
 from __future__ import annotations
 
-import functools
+import io
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, NoReturn
 
 import typer
 
 from onnxsmith._version import __version__
-from onnxsmith.errors import BadInputError, OnnxsmithError
+from onnxsmith.pipeline.arguments import (
+    Force,
+    Json,
+    Model,
+    Models,
+    Output,
+    Providers,
+    command_line,
+    known,
+    pass_spec,
+    preset_specs,
+    tolerance_of,
+)
+from onnxsmith.pipeline.ending import FAILED, guarded, interrupt
 
 __all__ = ["app", "main"]
-
-P = ParamSpec("P")
 
 app = typer.Typer(
     name="onnxsmith",
@@ -34,54 +43,17 @@ app = typer.Typer(
     epilog="Exit status: 0 it worked; 1 a check failed; 2 bad input; 3 this environment lacks something.",
 )
 
-_FAILED = 1
-_INTERRUPTED = 130
-
 
 def main() -> NoReturn:
     """The entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A scheduler's polite end is an interrupt: what was begun is cleaned up.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupt)
     app()
     sys.exit(0)
-
-
-def _guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """Turns what a command raises or returns into an exit status, without a traceback."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            status = command(*args, **kwargs)
-            sys.stdout.flush()
-        except OnnxsmithError as error:
-            _fail(str(error), error.exit_status)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was changed", _INTERRUPTED)
-        except MemoryError:
-            _fail("not enough memory for this model; use a machine with more", 3)
-        except BrokenPipeError:
-            # Whoever read our output has seen enough. Python would complain once more when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
-        except Exception as error:
-            if "ONNXSMITH_TRACEBACK" in os.environ:
-                raise
-            text = " ".join(str(error).split())[:500]
-            _fail(
-                f"internal error: {type(error).__name__}: {text}. This is a fault of onnxsmith; "
-                "please report it with the output of ONNXSMITH_TRACEBACK=1",
-                _FAILED,
-            )
-        if status:
-            raise SystemExit(status)
-
-    return run
-
-
-def _fail(text: str, status: int) -> NoReturn:
-    sys.stderr.write(f"onnxsmith: {text}\n")
-    raise SystemExit(status) from None
 
 
 def _version(value: bool) -> None:
@@ -99,25 +71,8 @@ def _root(
     pass
 
 
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="FILE", help="Write the full result as JSON; - for standard output."),
-]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the artifact is to be.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
-Providers = Annotated[
-    list[str] | None,
-    typer.Option("--provider", metavar="P", help="Execution provider; may be repeated. [default: cpu]"),
-]
-Model = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="An artifact, a directory with one ONNX model, or an .onnx file."),
-]
-Models = Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Artifacts or .onnx files.")]
-
-
 @app.command()
-@_guarded
+@guarded
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML or JSON recipe.")],
     output: Annotated[
@@ -145,7 +100,7 @@ def run(
         destination,
         base=recipe.resolve().parent,
         force=force,
-        command=_command_line(),
+        command=command_line(),
         progress=progress_for(),
     )
     if json_target:
@@ -156,18 +111,19 @@ def run(
         show_report(report, destination)
     if not report.passed:
         message(f"onnxsmith: {report.verdict}. See {destination}.failed{os.sep}report.html")
-        return _FAILED
+        return FAILED
     return 0
 
 
 @app.command()
-@_guarded
+@guarded
 def export(
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face directory or hub id, a .gguf file, pkg:package/file, or package.module:factory.",
+            help="A Hugging Face directory or hub id, a .gguf file, pkg:package/file, "
+            "or package.module:factory.",
         ),
     ],
     output: Output,
@@ -192,15 +148,13 @@ def export(
     json_target: Json = None,
 ) -> None:
     """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted."""
-    from onnxsmith.errors import UnknownNameError
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.operations import export_model
     from onnxsmith.pipeline.tables import show_export
 
-    if exporter not in ("auto", "torch"):
-        raise UnknownNameError("--exporter", name=exporter, known=("auto", "torch"), kind="exporter")
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise UnknownNameError("--dtype", name=dtype, known=("float32", "float16", "bfloat16"), kind="type")
+    known("--exporter", exporter, ("auto", "torch"), kind="exporter")
+    known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
+    known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
     package, comparison = export_model(
         source,
         output,
@@ -222,7 +176,7 @@ def export(
 
 
 @app.command()
-@_guarded
+@guarded
 def optimize(
     model: Model,
     output: Output,
@@ -241,7 +195,7 @@ def optimize(
     from onnxsmith.pipeline.operations import inspect_model, optimize_model
     from onnxsmith.pipeline.tables import show_optimize
 
-    specs = [*_preset_specs(preset or []), *(_pass_spec(text) for text in passes or [])]
+    specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
     before, after = optimize_model(model, output, specs, force=force, progress=progress_for())
     if json_target:
         steps = [
@@ -255,7 +209,7 @@ def optimize(
 
 
 @app.command()
-@_guarded
+@guarded
 def compare(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
     candidates: Annotated[
@@ -283,26 +237,21 @@ def compare(
         ),
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the made-up inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
     json_target: Json = None,
 ) -> int:
     """Compare models with a reference on the same inputs; exit status 1 if any differs."""
-    from onnxsmith.comparison import Tolerance
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.operations import compare_models
     from onnxsmith.pipeline.tables import show_comparisons
 
-    for name, value in (("--atol", atol), ("--rtol", rtol)):
-        if value is not None and not value >= 0:
-            raise BadInputError(f"compare: {name}", got=str(value), expected="0 or more")
-    bounds = None if atol is None and rtol is None else Tolerance(atol=atol, rtol=rtol)
     results = compare_models(
         reference,
         candidates,
         providers=provider or ["cpu"],
         inputs=inputs,
         samples=samples,
-        tolerance=bounds,
+        tolerance=tolerance_of(atol, rtol),
         precision=tolerance,
         task=task,
         seed=seed,
@@ -313,11 +262,11 @@ def compare(
         emit_json(json_target, "compare", {"passed": passed, "comparisons": [r.to_json() for r in results]})
     if json_target != "-":
         show_comparisons(results)
-    return 0 if passed else _FAILED
+    return 0 if passed else FAILED
 
 
 @app.command()
-@_guarded
+@guarded
 def bench(
     models: Models,
     provider: Providers = None,
@@ -328,7 +277,7 @@ def bench(
         int | None, typer.Option(metavar="N", help="Intra-op threads; all processors by default.")
     ] = None,
     runs: Annotated[int, typer.Option(metavar="N", help="Rounds counted, after one that is not.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
     json_target: Json = None,
 ) -> int:
     """Measure models in turn, each in a process of its own."""
@@ -348,13 +297,11 @@ def bench(
     for result in results:
         if result.error:
             message(f"onnxsmith: {result.error}")
-        elif result.noisy:
-            message(f"onnxsmith: {result.name}: spread {result.spread_pct:.0f} %: rerun on a quiet machine")
-    return max((result.exit_status for result in results), default=_FAILED)
+    return max((result.exit_status for result in results), default=FAILED)
 
 
 @app.command()
-@_guarded
+@guarded
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
@@ -381,7 +328,7 @@ def generate(
 
 
 @app.command()
-@_guarded
+@guarded
 def inspect(
     model: Model,
     top: Annotated[int, typer.Option(metavar="N", help="How many of the largest tensors to list.")] = 10,
@@ -400,7 +347,7 @@ def inspect(
 
 
 @app.command()
-@_guarded
+@guarded
 def verify(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory made by onnxsmith.")],
     json_target: Json = None,
@@ -419,14 +366,13 @@ def verify(
     for finding in findings:
         message(f"{artifact / finding.where}: {finding.problem}")
     if json_target != "-":
-        sys.stdout.write(
-            f"{artifact}: {f'{len(findings)} problems' if findings else 'everything is as the manifest says'}\n"
-        )
-    return _FAILED if findings else 0
+        count = f"{len(findings)} problem{'' if len(findings) == 1 else 's'}"
+        sys.stdout.write(f"{artifact}: {count if findings else 'everything is as the manifest says'}\n")
+    return FAILED if findings else 0
 
 
 @app.command()
-@_guarded
+@guarded
 def providers(json_target: Json = None) -> None:
     """List the execution providers: which are installed, and what would bring the others."""
     from onnxsmith.pipeline.console import emit_json, print_table
@@ -458,11 +404,12 @@ def providers(json_target: Json = None) -> None:
                 (str(r["name"]), "yes" if r["installed"] else "no", str(r["package"]), str(r["needs"]))
                 for r in rows
             ],
+            text=("installed", "in package", "needs"),
         )
 
 
 @app.command()
-@_guarded
+@guarded
 def passes(json_target: Json = None) -> None:
     """List the passes with their parameters and defaults."""
     from onnxsmith.graph_passes.registry import load_pass, pass_names
@@ -477,7 +424,7 @@ def passes(json_target: Json = None) -> None:
 
 
 @app.command()
-@_guarded
+@guarded
 def presets(json_target: Json = None) -> None:
     """List the ready-made lists of passes."""
     from onnxsmith.graph_passes.presets import PRESETS
@@ -491,47 +438,3 @@ def presets(json_target: Json = None) -> None:
         emit_json(json_target, "presets", {"presets": plain})
     if json_target != "-":
         show_presets()
-
-
-def _preset_specs(names: list[str]) -> list[tuple[str, Any]]:
-    from onnxsmith.errors import UnknownNameError
-    from onnxsmith.graph_passes.presets import PRESETS
-
-    for name in names:
-        if name not in PRESETS:
-            raise UnknownNameError("--preset", name=name, known=PRESETS, kind="preset")
-    return [spec for name in names for spec in PRESETS[name]]
-
-
-def _pass_spec(text: str) -> tuple[str, dict[str, Any]]:
-    """``name:key=value,key=value``; values are YAML, and a list's commas stand in brackets."""
-    import yaml
-
-    name, _, rest = text.partition(":")
-    arguments: dict[str, Any] = {}
-    for part in _split(rest):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise BadInputError(f"--pass {text}", got=f"{part!r}", expected="key=value")
-        try:
-            arguments[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise BadInputError(
-                f"--pass {text}", got=f"the value {value!r}", expected="a YAML value"
-            ) from error
-    return name.strip(), arguments
-
-
-def _split(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part for part in parts if part.strip()]
-
-
-def _command_line() -> str:
-    return shlex.join(["onnxsmith", *sys.argv[1:]])

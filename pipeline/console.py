@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onnxsmith._version import __version__
 from onnxsmith.environment import describe_environment
-from onnxsmith.errors import DestinationError
+from onnxsmith.errors import DestinationError, ResourceError
 from onnxsmith.pipeline.artifact import to_plain
+from onnxsmith.pipeline.staging import write_beside
 from onnxsmith.progress import Progress, Step
 
 __all__ = ["TerminalProgress", "emit_json", "message", "print_table", "progress_for"]
@@ -34,6 +36,12 @@ class TerminalProgress(Progress):
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Step]:
+        """Opens a step, shown until it ends.
+
+        Args:
+            name: What is being done.
+            total: Number of parts, if known.
+        """
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -48,8 +56,7 @@ class TerminalProgress(Progress):
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            *((TimeRemainingColumn(),) if total else ()),
+            TimeRemainingColumn(elapsed_when_finished=True) if total else TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", style="dim"),
         )
         with Progress(*columns, console=Console(stderr=True), transient=False) as bars:
@@ -66,26 +73,62 @@ class TerminalProgress(Progress):
             bars.update(task, total=total or 1, completed=total or max(done, 1), note=step.note)
 
 
-def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on standard output; columns after the first are aligned to the right."""
+def print_table(
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    spare: Sequence[str] = (),
+    text: Collection[str] = (),
+) -> None:
+    """Prints a table on standard output.
+
+    Columns in which nothing stands are left out.
+
+    Args:
+        title: Above the table; none where empty.
+        headers: Of the columns.
+        rows: The cells.
+        spare: Columns that a narrow terminal does without, the first to go first.
+        text: Columns besides the first that are aligned to the left.
+
+    Raises:
+        BrokenPipeError: Nobody reads standard output any more.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    # A pipe has no width; a narrow guess would cut the numbers.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=False)
+    widths = {
+        header: max(len(header), *(len(row[number]) for row in rows))
+        for number, header in enumerate(headers)
+        if any(row[number] for row in rows)
+    }
+    for header in spare:
+        if sum(widths.values()) + 2 * (len(widths) - 1) <= console.width:
+            break
+        widths.pop(header, None)
     table = Table(
-        title=title or None,
+        title=Text(title) if title else None,
         title_justify="left",
         title_style="bold",
         header_style="bold",
         box=None,
         pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number == 0 else "right", overflow="fold")
+    for number, header in enumerate(widths):
+        justify: Literal["left", "right"] = "left" if number == 0 or header in text else "right"
+        table.add_column(header, justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    # A pipe has no width; a narrow guess would cut the numbers.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=False)
-    console.print(table)
+        # Not markup: a name may hold brackets.
+        table.add_row(*(Text(row[n]) for n, header in enumerate(headers) if header in widths))
+    with console.capture() as captured:
+        console.print(table)
+    # Not through rich, which ends the process where the pipe is broken.
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def emit_json(target: str, command: str, body: dict[str, Any]) -> None:
@@ -93,6 +136,7 @@ def emit_json(target: str, command: str, body: dict[str, Any]) -> None:
 
     Raises:
         DestinationError: The file cannot be written.
+        ResourceError: The disk is full.
     """
     document = {
         "schema_version": 1,
@@ -105,11 +149,8 @@ def emit_json(target: str, command: str, body: dict[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
     try:
-        # Whole or not at all, like everything else that is written.
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_beside(Path(target), text)
     except OSError as error:
-        raise DestinationError(f"--json {target}", got=f"cannot be written: {error.strerror}") from error
+        kind = ResourceError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else DestinationError
+        raise kind(f"--json {target}", got=f"cannot be written: {error.strerror}") from error

@@ -98,9 +98,9 @@ def export_model(
 
 
 def _compare_with_torch(program: TorchProgram, package: ModelPackage, name: str) -> Comparison:
-    from onnxsmith.runtime import OrtSession, TorchSession, cases_for, compare_sessions, reference_outputs
+    from onnxsmith.runtime import OrtBackend, TorchBackend, cases_for, compare_sessions, reference_outputs
 
-    with TorchSession(program) as reference, OrtSession(package, name=name) as candidate:
+    with TorchBackend().open(program) as reference, OrtBackend().open(package, name=name) as candidate:
         expected = reference_outputs(reference, cases_for(reference, limits=program.limits))
         return compare_sessions(reference, candidate, expected, tolerance=tolerance_for(package.precision))
 
@@ -191,22 +191,14 @@ def compare_models(
     Raises:
         OnnxsmithError: The reference cannot be run, or a candidate cannot be read.
     """
-    from onnxsmith.runtime import (
-        OrtSession,
-        cases_for,
-        compare_sessions,
-        load_cases,
-        reference_outputs,
-        resolve_provider,
-    )
+    from onnxsmith.runtime import OrtBackend, cases_for, compare_sessions, load_cases, reference_outputs
 
     progress = progress or Progress()
     if not candidates:
         raise BadInputError("compare", got="no candidate", expected="at least one")
     if samples is not None and samples < 1:
         raise BadInputError("compare: --samples", got=str(samples), expected="at least 1")
-    for provider in providers:
-        resolve_provider(provider)
+    backends = [OrtBackend(provider) for provider in providers]
     packages = [(path, load_package(path)) for path in candidates]
     for _, package in packages:
         tolerance_for(precision or package.precision)
@@ -223,8 +215,8 @@ def compare_models(
         with progress.step("compare", len(packages) * len(providers)) as step:
             for path, package in packages:
                 bounds = tolerance or tolerance_for(precision or package.precision)
-                for provider in providers:
-                    with OrtSession(package, provider=provider, name=str(path)) as candidate:
+                for backend in backends:
+                    with backend.open(package, name=str(path)) as candidate:
                         candidate.check_placement()
                         results.append(compare_sessions(session, candidate, expected, tolerance=bounds))
                     step.advance(note=str(path))
@@ -233,16 +225,15 @@ def compare_models(
 
 def _open_reference(reference: str, task: str | None) -> tuple[Any, Mapping[str, int]]:
     from onnxsmith.exporters import load_torch, torch_program
-    from onnxsmith.runtime import OrtSession, TorchSession, value_limits
+    from onnxsmith.runtime import OrtBackend, TorchBackend, value_limits
 
     source = ModelSource.parse(reference)
     if source.is_torch:
         program = torch_program(load_torch(source, task=task))
-        program.name = reference
-        return TorchSession(program), program.limits
+        return TorchBackend().open(program, name=reference), program.limits
     assert source.path is not None
     package = load_package(source.path)
-    return OrtSession(package, name=reference), value_limits(package)
+    return OrtBackend().open(package, name=reference), value_limits(package)
 
 
 def bench_models(
@@ -338,7 +329,7 @@ def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
         ]
         by_type: dict[str, int] = {}
         for _, tensor in tensors:
-            by_type[tensor.dtype.name.lower()] = by_type.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
+            by_type[_type_name(tensor)] = by_type.get(_type_name(tensor), 0) + tensor.nbytes
         largest = sorted(tensors, key=lambda item: -item[1].nbytes)[:top]
         pairs = cache_pairs(component.inputs, component.outputs)
         weights = weight_bytes(component.model)
@@ -354,7 +345,7 @@ def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
             "weight_bytes": weights,
             "bytes_by_type": dict(sorted(by_type.items(), key=lambda item: -item[1])),
             "largest": [
-                {"name": n, "type": t.dtype.name.lower(), "shape": list(t.shape.numpy()), "bytes": t.nbytes}
+                {"name": n, "type": _type_name(t), "shape": list(t.shape.numpy()), "bytes": t.nbytes}
                 for n, t in largest
             ],
             "cache_bytes_per_token": _cache_bytes(pairs),
@@ -367,6 +358,12 @@ def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
         "steps": [step.name for step in package.steps],
         "components": components,
     }
+
+
+def _type_name(tensor: Any) -> str:
+    """A numpy name, as signatures have them; ONNX calls float32 just FLOAT."""
+    name = str(tensor.dtype.name).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _cache_bytes(pairs: Sequence[Any]) -> int:

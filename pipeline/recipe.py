@@ -6,15 +6,15 @@ A recipe is YAML or JSON. Its schema is exported with ``python -m onnxsmith.pipe
 
 from __future__ import annotations
 
-import difflib
-import json
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic_core import PydanticCustomError
 
-from onnxsmith.errors import RecipeError
+from onnxsmith.pipeline._recipe_text import RecipeText
 
 __all__ = [
     "BenchmarkSpec",
@@ -29,8 +29,37 @@ __all__ = [
 ]
 
 
+def _broken_rule(at: tuple[str | int, ...], got: str, expected: str) -> PydanticCustomError:
+    """A rule about several keys that does not hold; ``at`` is the key to blame, below the model."""
+    return PydanticCustomError(
+        "rule", "{got}; expected {expected}", {"at": at, "got": got, "expected": expected}
+    )
+
+
+# What a budget or a choice is measured by.
+_MEASURED_BY: Mapping[str, str] = {
+    "perplexity": "perplexity",
+    "perplexity_increase_pct": "perplexity",
+    "kl_to_reference": "perplexity",
+    "latency_ms": "benchmark",
+    "peak_rss_mb": "benchmark",
+}
+
+
 class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_boolean_numbers(cls, data: Any) -> Any:
+        for name, field in cls.model_fields.items():
+            kinds = {field.annotation, *typing.get_args(field.annotation)}
+            # pydantic takes true for the number 1.
+            if kinds & {int, float} and isinstance(data, dict) and isinstance(data.get(name), bool):
+                raise _broken_rule((name,), str(data[name]).lower(), "a number")
+        return data
 
 
 class ExportSpec(_Model):
@@ -39,7 +68,7 @@ class ExportSpec(_Model):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Element type that the weights are loaded and exported in."""
     attention: Literal["auto", "fused", "standard"] = "auto"
-    """Decoders: fused is GroupQueryAttention, standard is ONNX operators only, auto is fused where possible."""
+    """Decoders: fused is GroupQueryAttention, standard ONNX operators only, auto is fused where possible."""
     opset: int | None = pydantic.Field(default=None, ge=18, le=25)
     """Version of the ONNX operator set; the exporter's default where absent."""
 
@@ -63,10 +92,12 @@ class Variant(_Model):
     @pydantic.model_validator(mode="after")
     def _one_of(self) -> Variant:
         if (self.preset is None) == (self.passes is None):
-            raise ValueError("give either preset or passes")
-        for entry in self.passes or ():
+            got = "neither preset nor passes" if self.preset is None else "both preset and passes"
+            raise _broken_rule((), got, "one of them")
+        for number, entry in enumerate(self.passes or ()):
             if isinstance(entry, dict) and len(entry) != 1:
-                raise ValueError("an entry of passes is a name, or one name with its parameters")
+                got = f"an entry with {len(entry)} names"
+                raise _broken_rule(("passes", number), got, "a name, or one name with its parameters")
         return self
 
     def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
@@ -130,13 +161,13 @@ class Budgets(_Model):
 
     perplexity_increase_pct: float | None = None
     """Highest increase of perplexity over torch, in percent."""
-    kl_to_reference: float | None = None
+    kl_to_reference: float | None = pydantic.Field(default=None, ge=0)
     """Highest mean KL divergence from torch's predictions, in nats."""
-    size_mb: float | None = None
+    size_mb: float | None = pydantic.Field(default=None, gt=0)
     """Largest size of graph and weights, in MB (10**6 bytes)."""
-    latency_ms: float | None = None
+    latency_ms: float | None = pydantic.Field(default=None, gt=0)
     """Highest median of one call; for decoders of one decoded token."""
-    peak_rss_mb: float | None = None
+    peak_rss_mb: float | None = pydantic.Field(default=None, gt=0)
     """Highest peak of resident memory of a process that runs the variant."""
 
 
@@ -159,30 +190,23 @@ class Recipe(_Model):
     """Of the variants that keep the budgets, the one with the least of this is packed."""
     prompt: str | None = None
     """Decoders: the packed artifact continues this text, as the last check."""
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
         names = [variant.name for variant in self.variants]
-        double = next((n for n in names if names.count(n) > 1), None)
-        if double is not None:
-            raise ValueError(f"two variants are named {double!r}")
-        needs = {
-            "budgets.perplexity_increase_pct": self.budgets.perplexity_increase_pct is not None,
-            "budgets.kl_to_reference": self.budgets.kl_to_reference is not None,
-            "choose: perplexity": self.choose == "perplexity",
-        }
-        for key, needed in needs.items():
-            if needed and self.evaluation.perplexity is None:
-                raise ValueError(f"{key} needs evaluation.perplexity")
-        needs = {
-            "budgets.latency_ms": self.budgets.latency_ms is not None,
-            "budgets.peak_rss_mb": self.budgets.peak_rss_mb is not None,
-            "choose: latency_ms": self.choose == "latency_ms",
-        }
-        for key, needed in needs.items():
-            if needed and self.evaluation.benchmark is None:
-                raise ValueError(f"{key} needs evaluation.benchmark")
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise _broken_rule(
+                    ("variants", number, "name"), f"a second variant named {name!r}", "unique names"
+                )
+        budgets = self.budgets.model_dump(exclude_none=True)
+        needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
+        needs.append((self.choose, ("choose",)))
+        for measured, at in needs:
+            part = _MEASURED_BY.get(measured)
+            if part and getattr(self.evaluation, part) is None:
+                raise _broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
         return self
 
 
@@ -196,146 +220,10 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: It cannot be read, or does not validate. The message names the line and the key.
     """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path), got=f"cannot be read: {error}", expected="a YAML or JSON recipe"
-        ) from error
-    try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
-        raise RecipeError(
-            where, got=getattr(error, "problem", None) or "not YAML", expected="YAML or JSON"
-        ) from error
-    if not isinstance(data, dict):
-        raise RecipeError(str(path), got=f"a {type(data).__name__}", expected="a mapping of keys to values")
+    text = RecipeText.read(path)
     for override in overrides:
-        _override(data, override)
+        text.override(override)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(text.data)
     except pydantic.ValidationError as error:
-        raise _explain(path, tree, error) from error
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    where = f"--set {text}"
-    if not equals or not key.strip():
-        raise RecipeError(where, got="no key=value", expected="for example budgets.size_mb=100")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(where, got=f"a value that is not YAML: {value!r}") from error
-    parts: list[str] = key.strip().split(".")
-    target: Any = data
-    for part in parts[:-1]:
-        target = _descend(target, part, where, create=True)
-    if isinstance(target, list):
-        target[_index(target, parts[-1], where)] = parsed
-    elif isinstance(target, dict):
-        target[parts[-1]] = parsed
-    else:
-        raise RecipeError(
-            where, got=f"{'.'.join(parts[:-1])} is a plain value", expected="a mapping or a list"
-        )
-
-
-def _descend(target: Any, part: str, where: str, *, create: bool) -> Any:
-    if isinstance(target, list):
-        return target[_index(target, part, where)]
-    if isinstance(target, dict):
-        if create and target.get(part) is None:
-            target[part] = {}
-        return target[part]
-    raise RecipeError(where, got=f"{part!r} is below a plain value", expected="a mapping or a list")
-
-
-def _index(target: list[Any], part: str, where: str) -> int:
-    # Variants are easier to name than to count.
-    for number, item in enumerate(target):
-        if isinstance(item, dict) and item.get("name") == part:
-            return number
-    if part.isdigit() and int(part) < len(target):
-        return int(part)
-    names = [item["name"] for item in target if isinstance(item, dict) and "name" in item]
-    raise RecipeError(
-        where, got=f"{part!r}", expected=f"one of {', '.join(names) or f'0 to {len(target) - 1}'}"
-    )
-
-
-def _explain(path: Path, tree: Any, error: pydantic.ValidationError) -> RecipeError:
-    first = error.errors()[0]
-    location = [
-        part for part in first["loc"] if not (isinstance(part, str) and part.startswith(("str", "dict[")))
-    ]
-    line = _line_of(tree, location)
-    key = ".".join(str(part) for part in location) or "recipe"
-    where = f"{path}, line {line}: {key}"
-    more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        return RecipeError(
-            where,
-            got=f"unknown key {str(location[-1])!r}",
-            expected=f"one of {', '.join(known)}" if known else None,
-            remedy=(f"Did you mean {near[0]!r}?" if near else "") + more or None,
-        )
-    if first["type"] == "missing":
-        return RecipeError(where, got="it is missing", expected="a value", remedy=more.strip() or None)
-    message = first["msg"].removeprefix("Value error, ")
-    shown = json.dumps(first["input"], default=str)
-    return RecipeError(
-        where,
-        got=shown if len(shown) < 80 else f"{shown[:77]}...",
-        expected=message[0].lower() + message[1:].removeprefix("nput should be "),
-        remedy=more.strip() or None,
-    )
-
-
-def _line_of(tree: Any, location: Sequence[Any]) -> int:
-    """The line of a key in the YAML tree, or of the nearest mapping that encloses it."""
-    import yaml
-
-    node, line = tree, tree.start_mark.line + 1 if tree is not None else 1
-    for part in location:
-        found = None
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if found is not None:
-                line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = node.value[part]
-            line, node = found.start_mark.line + 1, found
-        if found is None:
-            break
-    return line
-
-
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    """The known keys of the part of the schema that a location leads to."""
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        model = next((m for m in _models_in(field.annotation)), None)
-    return sorted(getattr(model, "model_fields", {}))
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    import typing
-
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+        raise text.explain(error, Recipe) from error

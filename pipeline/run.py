@@ -1,13 +1,14 @@
-"""The main job: recipe -> export -> variants -> comparison -> measurements -> the chosen artifact and a report."""
+"""The main job: from a recipe to compared and measured variants, the chosen artifact and a report."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
+import json
 import math
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,13 +19,18 @@ import numpy as np
 from onnxsmith._version import __version__
 from onnxsmith.comparison import tolerance_for
 from onnxsmith.environment import describe_environment, peak_rss_mb, usable_cpus
-from onnxsmith.errors import CheckFailedError, OnnxsmithError, ResourceError, SourceError
+from onnxsmith.errors import LackingError, OnnxsmithError, SourceError
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import file_entries, write_manifest
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
-from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
+from onnxsmith.pipeline.staging import (
+    check_destination,
+    check_report_place,
+    require_space,
+    staged_directory,
+)
 from onnxsmith.pipeline.texts import load_text, text_sha256
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.progress import Progress, Step
@@ -65,7 +71,9 @@ def run_recipe(
     Raises:
         OnnxsmithError: The job could not be done; see the classes in ``onnxsmith.errors``.
     """
+    failed = destination.with_name(f"{destination.name or destination.resolve().name}.failed")
     check_destination(destination, force=force)
+    check_report_place(failed)
     source = ModelSource.parse(recipe.source, base=base)
     if not source.is_torch:
         raise SourceError(
@@ -74,15 +82,17 @@ def run_recipe(
         )  # fmt: skip
     job = _Job(recipe, source, base, command, progress or Progress())
     try:
-        # The work stands beside the destination, so that packing is a rename and not a copy.
-        with tempfile.TemporaryDirectory(
-            prefix=f".{destination.name}.work-", dir=destination.resolve().parent
-        ) as work:
-            chosen = job.run(Path(work))
-            with staged_directory(destination, force=force) as staging:
-                job.pack(chosen, staging, destination)
+        with staged_directory(destination, force=force) as staging:
+            # Beside the artifact, so that packing is a rename and not a copy.
+            work = staging.with_name("work")
+            work.mkdir()
+            job.pack(job.run(work), staging, destination)
     except _NothingChosenError:
-        _write_failed(job.report, destination)
+        _write_failed(job.report, failed)
+    else:
+        # Else it would seem that this run failed.
+        check_report_place(failed)
+        shutil.rmtree(failed, ignore_errors=True)
     return job.report
 
 
@@ -95,14 +105,14 @@ class _Job:
         self, recipe: Recipe, source: ModelSource, base: Path | None, command: str, progress: Progress
     ) -> None:
         from onnxsmith.graph_passes import make_passes
-        from onnxsmith.runtime import resolve_provider
+        from onnxsmith.runtime import OrtBackend
 
         self.recipe = recipe
         self.source = source
         self.progress = progress
         # Everything that can be wrong with the recipe is found before the first minute of work.
-        self.provider = resolve_provider(recipe.provider)
-        self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(v.specs()) for v in recipe.variants}
+        self.backend = OrtBackend(recipe.provider)
+        self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
         environment = describe_environment()
@@ -128,6 +138,7 @@ class _Job:
         )
         self.paths: dict[str, Path] = {}
         self._packages: dict[str, ModelPackage] = {}
+        self._prefixes: dict[tuple[str, ...], ModelPackage] = {}
 
     @contextlib.contextmanager
     def step(self, name: str, total: int | None = None) -> Iterator[Step]:
@@ -160,7 +171,7 @@ class _Job:
             exported = export(loaded, program, attention=recipe.export.attention, opset=recipe.export.opset)
             step.note = exported.steps[-1].details.get("attention", "")
         for variant in recipe.variants:
-            self.report.variants.append(VariantReport(variant.name, provider=self.provider))
+            self.report.variants.append(VariantReport(variant.name, provider=self.backend.name))
         with self.step("variants", sum(len(p) for p in self.passes.values())) as step:
             for variant, entry in zip(recipe.variants, self.report.variants, strict=True):
                 self._make(variant, entry, exported, work, step)
@@ -210,22 +221,18 @@ class _Job:
     def _make(
         self, variant: Variant, entry: VariantReport, exported: ModelPackage, work: Path, step: Step
     ) -> None:
-        from onnxsmith.graph_passes import operator_counts, run_passes
+        from onnxsmith.graph_passes import operator_counts
 
         directory = work / variant.name
         directory.mkdir()
         try:
-            package = run_passes(
-                exported,
-                self.passes[variant.name],
-                on_step=lambda record: step.advance(note=f"{variant.name}: {record.name}"),
-            )
+            package = self._transform(variant.name, exported, step)
             save_package(package, directory)
-        except (OSError, MemoryError, ResourceError):
+        except LackingError:
             raise
         except OnnxsmithError as error:
             # One variant that cannot be made is a result; the others go on.
-            entry.error = str(error)
+            entry.error = _said(error, directory)
             return
         entry.passes = [dataclasses.asdict(record) for record in package.steps[len(exported.steps) :]]
         entry.precision = package.precision
@@ -238,11 +245,28 @@ class _Job:
         self._packages[variant.name] = dataclasses.replace(package, components={}, files={})
         self.paths[variant.name] = directory
 
+    def _transform(self, name: str, exported: ModelPackage, step: Step) -> ModelPackage:
+        """Runs a variant's passes; what it begins with in common with another variant runs once."""
+        from onnxsmith.graph_passes import run_passes
+
+        package, keys = exported, self._pass_keys(name)
+        others = [self._pass_keys(other) for other in self.passes if other != name]
+        for number, one in enumerate(self.passes[name], 1):
+            prefix = keys[:number]
+            known = self._prefixes.get(prefix)
+            package = known or run_passes(package, [one])
+            if any(other[:number] == prefix for other in others):
+                self._prefixes[prefix] = package
+            step.advance(note=f"{name}: {one.name}")
+        return package
+
+    def _pass_keys(self, name: str) -> tuple[str, ...]:
+        return tuple(f"{p.name} {json.dumps(p.arguments(), sort_keys=True)}" for p in self.passes[name])
+
     def _check(self, program: TorchProgram, work: Path) -> None:
         """Compares every variant with torch, and scores the text."""
         from onnxsmith.runtime import (
-            OrtSession,
-            TorchSession,
+            TorchBackend,
             cases_for,
             compare_sessions,
             perplexity,
@@ -252,7 +276,7 @@ class _Job:
         recipe, spec = self.recipe, self.recipe.evaluation.perplexity
         made = [v for v in self.report.variants if v.error is None]
         tokens = None
-        with TorchSession(program) as reference:
+        with TorchBackend().open(program) as reference:
             with self.step("reference") as step:
                 samples = recipe.evaluation.comparison.samples
                 cases = cases_for(reference, limits=program.limits, samples=samples, seed=recipe.seed)
@@ -275,7 +299,7 @@ class _Job:
                 for entry in made:
                     package = load_package(self.paths[entry.name])
                     try:
-                        with OrtSession(package, provider=self.recipe.provider, name=entry.name) as session:
+                        with self.backend.open(package, name=entry.name) as session:
                             entry.placement = session.check_placement().to_json()
                             comparison = compare_sessions(
                                 reference, session, expected, tolerance=tolerance_for(entry.precision)
@@ -286,11 +310,12 @@ class _Job:
                                     session, tokens, window=spec.window, reference_logits=keep
                                 )
                                 self._score(entry, scored)
-                    except (CheckFailedError, SourceError) as error:
-                        entry.error = str(error)
-                    step.advance(
-                        note=f"{entry.name}: {'agrees' if entry.comparison and entry.comparison['passed'] else 'differs'}"
-                    )
+                    except LackingError:
+                        raise
+                    except OnnxsmithError as error:
+                        entry.error = _said(error, self.paths[entry.name])
+                    agrees = entry.comparison is not None and entry.comparison["passed"]
+                    step.advance(note=f"{entry.name}: {'agrees' if agrees else 'differs'}")
 
     def _score(self, entry: VariantReport, scored: Perplexity) -> None:
         entry.perplexity = dataclasses.asdict(scored)
@@ -322,23 +347,20 @@ class _Job:
         if spec.reference:
             candidates.append(Candidate("torch", program=program))
         with self.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
-            results = {
-                r.name: r
-                for r in benchmark(
-                    candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
-                )
-            }
-            noisy = [name for name, r in results.items() if r.noisy]
+            results = benchmark(
+                candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
+            )
+            noisy = [r.name for r in results if r.noisy]
             step.note = f"{settings.runs} rounds each, in turn" + (
                 f"; spread over 15 % for {', '.join(noisy)}: rerun on a quiet machine" if noisy else ""
             )
-        torch_result = results.get("torch") if spec.reference else None
+        # Not looked up by name: a variant may be called torch too.
+        torch_result = results.pop() if spec.reference else None
         if torch_result is not None:
             plain = torch_result.to_json()
             for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "latency_ms"):
                 self.report.reference[key] = plain[key]["p50"] if plain[key] else None
-        for entry in made:
-            result = results[entry.name]
+        for entry, result in zip(made, results, strict=True):
             if result.error:
                 entry.error = result.error
                 continue
@@ -380,10 +402,10 @@ class _Job:
         return chosen
 
     def _generate(self, package: ModelPackage, prompt: str) -> dict[str, Any]:
-        from onnxsmith.runtime import OrtSession, generate
+        from onnxsmith.runtime import generate
 
         tokenizer = PackageTokenizer(package)
-        with OrtSession(package, provider=self.recipe.provider, name=self.recipe.name) as session:
+        with self.backend.open(package, name=self.recipe.name) as session:
             start = tokenizer.encode(prompt)
             ids = list(generate(session, start, max_new_tokens=_NEW_TOKENS, stop=tokenizer.stop_ids))
         return {"prompt": prompt, "text": tokenizer.continuation(start, ids), "tokens": len(ids)}
@@ -391,6 +413,17 @@ class _Job:
     @staticmethod
     def _torch_mb(program: TorchProgram) -> float:
         return sum(p.numel() * p.element_size() for p in program.module.parameters()) / 1e6
+
+
+def _specs(variant: Variant) -> list[tuple[str, Mapping[str, Any]]]:
+    """The passes of a variant, and one that keeps this machine's paths out of the artifact."""
+    specs = variant.specs()
+    return specs if any(name == "strip_metadata" for name, _ in specs) else [*specs, ("strip_metadata", {})]
+
+
+def _said(error: OnnxsmithError, directory: Path) -> str:
+    """An error without the directory of the work, which nobody finds later."""
+    return str(error).replace(f"{directory}{os.sep}", "").replace(str(directory), directory.name)
 
 
 def _values(entry: VariantReport) -> Mapping[str, float | None]:
@@ -411,12 +444,13 @@ def _logits_file(work: Path, spec: PerplexitySpec, tokens: Any, vocabulary: int)
     windows = -(-len(tokens) // spec.window)
     shape = (max(len(tokens) - windows, 1), vocabulary)
     require_space(work, shape[0] * shape[1] * 4, purpose="the reference's predictions")
-    return np.lib.format.open_memmap(work / "reference-logits.npy", mode="w+", dtype=np.float32, shape=shape)
+    # Not in the directory of the variants, one of which may have this name.
+    path = work.with_name("reference-logits.npy")
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
-def _write_failed(report: Report, destination: Path) -> None:
+def _write_failed(report: Report, directory: Path) -> None:
     """Leaves the report of a run in which nothing passed, beside the destination that was not touched."""
-    target = destination.with_name(f"{destination.name}.failed")
-    target.mkdir(exist_ok=True)
-    write_report(report, target)
-    report.artifact = None
+    check_report_place(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_report(report, directory)

@@ -7,16 +7,29 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from onnxsmith.errors import DestinationError, ResourceError
-from onnxsmith.package_io import MANIFEST_NAME
+from onnxsmith.errors import DestinationError, OnnxsmithError, ResourceError
+from onnxsmith.package_io import MANIFEST_NAME, read_manifest
 
-__all__ = ["check_destination", "require_space", "staged_directory"]
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: no locks, so nothing that may be alive is ever removed
+    fcntl = None  # type: ignore[assignment]
 
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<pid>\d+)-.+")
+__all__ = ["check_destination", "check_report_place", "require_space", "staged_directory", "write_beside"]
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-\w+")
+_REPORT_FILES = frozenset({"report.json", "report.html"})
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.EBUSY, errno.ENOENT, errno.EINVAL,
+)  # fmt: skip
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
@@ -25,47 +38,84 @@ def check_destination(destination: Path, *, force: bool) -> None:
     Raises:
         DestinationError: It exists and ``force`` is off, it is not an artifact of ours, or the place
             cannot be written.
+        ResourceError: The disk is full.
     """
-    if destination.is_symlink():
-        raise DestinationError(str(destination), got="a link", expected="a path that does not exist")
-    if destination.exists():
-        if not destination.is_dir():
-            raise DestinationError(
-                str(destination), got="a file", expected="a directory or a path that does not exist"
-            )
-        ours = (destination / MANIFEST_NAME).is_file()
-        empty = not any(destination.iterdir())
-        if not ours and not empty:
-            raise DestinationError(
-                str(destination),
-                got="a directory with other things in it",
-                expected="an artifact, an empty directory, or a path that does not exist",
-                remedy="Nothing but an artifact is ever replaced, not even with --force",
-            )
-        if ours and not force:
-            raise DestinationError(
-                str(destination),
-                got="an artifact is already there",
-                expected="a path that does not exist",
-                remedy="Replace it with --force, or choose another -o",
-            )
-    parent = destination.resolve().parent
-    existing = parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise DestinationError(str(destination), got=f"{existing} is a file", expected="a directory")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        _check_content(destination, force=force)
+        existing = destination.resolve().parent
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise DestinationError(str(destination), got=f"{existing} is a file", expected="a directory")
         # The only honest test of permission is to write: modes do not tell of read-only mounts or of root.
-        with tempfile.TemporaryDirectory(prefix=".onnxsmith-", dir=parent):
+        with tempfile.TemporaryDirectory(prefix=".onnxsmith-", dir=existing):
             pass
     except OSError as error:
         raise _destination_error(error, destination) from error
 
 
+def _check_content(destination: Path, *, force: bool) -> None:
+    where = str(destination)
+    if destination.is_symlink():
+        raise DestinationError(where, got="a link", expected="a path that does not exist")
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise DestinationError(where, got="a file", expected="a directory or a path that does not exist")
+    real = destination.resolve()
+    if real in (Path.home(), Path.cwd(), *Path.cwd().parents) or os.path.ismount(real):
+        # It is put in place by a rename, which would pull the ground from under the user's feet, and which
+        # mount points refuse.
+        raise DestinationError(
+            where,
+            got="a mount point, the current or the home directory, or one above the current",
+            expected="a path that does not exist",
+            remedy=f"Name a directory inside it, such as {destination / 'artifact'}",
+        )
+    if not any(destination.iterdir()):
+        return
+    foreign = _foreign_content(destination)
+    if foreign:
+        raise DestinationError(
+            where,
+            got=foreign,
+            expected="an artifact, an empty directory, or a path that does not exist",
+            remedy="Nothing but an artifact is ever replaced, not even with --force",
+        )
+    if not force:
+        raise DestinationError(
+            where,
+            got="an artifact is already there",
+            expected="a path that does not exist",
+            remedy="Replace it with --force, or choose another -o",
+        )
+
+
+def _foreign_content(directory: Path) -> str | None:
+    """What in a directory was not made by us, in words; None where it is an artifact and nothing else."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return "a directory with other things in it"
+    try:
+        manifest = read_manifest(directory)
+    except OnnxsmithError:
+        return "a directory with a manifest.json that cannot be read"
+    files = manifest.get("files")
+    if "onnxsmith" not in manifest or not isinstance(files, dict):
+        return "a directory with a manifest.json that is not onnxsmith's"
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if name not in files and name != MANIFEST_NAME and (path.is_symlink() or not path.is_dir()):
+            return f"an artifact with a file that is not its own, {name}"
+    return None
+
+
 def require_space(directory: Path, needed_bytes: int, *, purpose: str) -> None:
-    """Raises ResourceError where a directory's disk has less space than needed."""
+    """Raises ResourceError where a directory's disk has less space than needed.
+
+    The directory need not exist yet.
+    """
+    while not directory.exists():
+        directory = directory.parent
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise ResourceError(
@@ -81,57 +131,195 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
     """A fresh directory beside the destination, renamed into place if the block ends well.
 
     If the block raises, or the process is interrupted, the destination is as it was and the fresh
-    directory is gone. What a killed process left behind is removed by the next one.
+    directory is gone. What a killed process left behind is removed by the next one, and an artifact that
+    it had put aside comes back. The directory's parent is scratch space: what is made there is on the same
+    disk and goes when the block ends.
 
     Args:
         destination: Where the result is to be.
         force: Whether an artifact that is there may be replaced.
 
     Raises:
-        DestinationError: See ``check_destination``.
+        DestinationError: See ``check_destination``; or another process is writing to the destination.
         ResourceError: The disk is full.
     """
     check_destination(destination, force=force)
     destination = destination.resolve()
-    parent = destination.parent
-    _remove_debris(parent, destination.name)
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-{os.getpid()}-", dir=parent))
-    except OSError as error:
-        raise _destination_error(error, destination) from error
-    try:
+    with _errors_of(destination), _parents_of(destination), _claim(destination) as claim:
+        staging = claim / "new"
+        staging.mkdir()
         yield staging
-        # mkdtemp makes directories for one's own eyes only; an artifact is like any other directory.
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)
         _sync(staging)
-        _replace(staging, destination)
+        # Hours may have passed.
+        _check_content(destination, force=force)
+        _replace(staging, destination, claim / "old")
+
+
+def check_report_place(directory: Path) -> None:
+    """Refuses a directory that holds anything but reports, or is none.
+
+    Raises:
+        DestinationError: See above.
+    """
+    try:
+        ours = (
+            directory.is_dir()
+            and not directory.is_symlink()
+            and {path.name for path in directory.iterdir()} <= _REPORT_FILES
+        )
+        if ours or not (directory.exists() or directory.is_symlink()):
+            return
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+        raise _destination_error(error, directory) from error
+    raise DestinationError(
+        str(directory),
+        got="something that is not the report of a failed run",
+        expected="a path that does not exist: the report goes there if nothing passes",
+        remedy="Move it away, or choose another -o",
+    )
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all, through a file beside it.
+
+    A device, a pipe or a link's target is written to as it is.
+
+    Raises:
+        OSError: It cannot be written; no debris is left.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        path = path.resolve(strict=True)
+        if not stat.S_ISREG(path.stat().st_mode):
+            path.write_text(text, encoding="utf-8")
+            return
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _errors_of(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # A missing file of the work itself is none of the destination's business.
+        if error.errno in _FULL or (error.errno in _REFUSED and _is_below(error, destination.parent)):
             raise _destination_error(error, destination) from error
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace(staging: Path, destination: Path) -> None:
-    if not destination.exists():
-        staging.rename(destination)
-        return
-    # The old artifact steps aside, and comes back if the new one cannot take its place.
-    aside = Path(
-        tempfile.mkdtemp(prefix=f".{destination.name}.partial-{os.getpid()}-", dir=destination.parent)
-    )
+def _is_below(error: OSError, directory: Path) -> bool:
+    names = (error.filename, error.filename2)
+    return any(isinstance(name, str) and Path(name).is_relative_to(directory) for name in names)
+
+
+@contextlib.contextmanager
+def _parents_of(destination: Path) -> Iterator[None]:
+    """Makes the directories above the destination, and removes those that it made if nothing came of it."""
+    missing = []
+    parent = destination.parent
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    destination.parent.mkdir(parents=True, exist_ok=True)
     try:
-        destination.rename(aside / "old")
-        try:
-            staging.rename(destination)
-        except BaseException:
-            (aside / "old").rename(destination)
-            raise
+        yield
+    except BaseException:
+        for directory in missing:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _claim(destination: Path) -> Iterator[Path]:
+    """A private directory beside the destination that says: someone is at work here.
+
+    The claim is a lock on that directory. The system drops it when the process ends, however that comes
+    about; a process number in the name would be reused, and means nothing outside of its container.
+    """
+    parent, prefix = destination.parent, f".{destination.name}.partial-"
+    with _locked(parent):
+        for entry in sorted(parent.iterdir()):
+            match = _PARTIAL.fullmatch(entry.name)
+            if match is None or match["name"] != destination.name or not entry.is_dir():
+                continue
+            if not _clear(entry, destination):
+                raise DestinationError(
+                    str(destination),
+                    got="another process is writing there",
+                    expected="one at a time",
+                    remedy=f"Wait for it, or choose another -o; if there is none, remove {entry}",
+                )
+        claim = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        descriptor = os.open(claim, os.O_RDONLY)
+        _lock(descriptor)
+    try:
+        yield claim
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _dispose(claim, destination)
+        os.close(descriptor)
+
+
+def _clear(entry: Path, destination: Path) -> bool:
+    """Removes what a killed process left; False if the process that made it is alive."""
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+        if not _lock(descriptor):
+            return False
+        _dispose(entry, destination)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _dispose(claim: Path, destination: Path) -> None:
+    saved = claim / "old"
+    # Ended between the two renames: the old artifact is here and nowhere else.
+    if saved.is_dir() and not destination.exists():
+        saved.rename(destination)
+    shutil.rmtree(claim, ignore_errors=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Takes the lock of an open directory without waiting; False where someone else has it."""
+    if fcntl is None:  # pragma: no cover - Windows
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # Taken; or a file system without locks, where nobody can tell.
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Waits for the lock of a directory, so that two processes do not look and then act at the same time."""
+    if fcntl is None:  # pragma: no cover - Windows
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks; there, two that start in the same instant may collide.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(staging: Path, destination: Path, aside: Path) -> None:
+    """Renames the new directory into place; if that fails, the claim's end brings back what stepped aside."""
+    if destination.exists():
+        destination.rename(aside)
+    staging.rename(destination)
 
 
 def _sync(directory: Path) -> None:
@@ -142,22 +330,14 @@ def _sync(directory: Path) -> None:
                 os.fsync(stream.fileno())
 
 
-def _remove_debris(parent: Path, name: str) -> None:
-    import psutil
-
-    for entry in parent.iterdir():
-        match = _PARTIAL.fullmatch(entry.name)
-        if match is None or match["name"] != name or psutil.pid_exists(int(match["pid"])):
-            continue
-        saved = entry / "old"
-        # Killed between the two renames: the old artifact is here and nowhere else.
-        if saved.is_dir() and not (parent / name).exists():
-            saved.rename(parent / name)
-        shutil.rmtree(entry, ignore_errors=True)
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
-def _destination_error(error: OSError, destination: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _destination_error(error: OSError, destination: Path) -> OnnxsmithError:
+    if error.errno in _FULL:
         return ResourceError(
             str(destination),
             got=f"the disk does not take it: {error.strerror}",

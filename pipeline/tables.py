@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,39 +34,40 @@ def show_report(report: Report, destination: Path) -> None:
     """The end of a run: a table of variants, where things are, and what the artifact says."""
     plain = report.to_json()
     reference = plain["reference"]
-    rows: list[tuple[str, ...]] = [
-        (
-            "torch",
-            "reference",
-            _number(reference.get("size_mb"), ".0f"),
-            _number((reference.get("perplexity") or {}).get("value"), ".3f"),
-            "",
-            _number(reference.get("prefill_tokens_per_s"), ".0f"),
-            _number(reference.get("decode_tokens_per_s") or _inverse(reference.get("latency_ms")), ".1f"),
-            "",
+    decoder = any((v["bench"] or {}).get("decode_tokens_per_s") for v in plain["variants"])
+    speed = "decode tok/s" if decoder else "calls/s"
+    headers = ("variant", "checks", "MB", "perplexity", "KL", "prefill tok/s", speed, "peak MB")
+    rows: list[tuple[str, ...]] = []
+    if reference:
+        rows.append(
+            (
+                "torch",
+                "reference",
+                _megabytes(reference.get("size_mb")),
+                _number((reference.get("perplexity") or {}).get("value"), ".3f"),
+                "",
+                _speed(reference.get("prefill_tokens_per_s")),
+                _speed(reference.get("decode_tokens_per_s") or _inverse(reference.get("latency_ms"))),
+                "",
+            )
         )
-    ]
     for variant in plain["variants"]:
         bench = variant["bench"] or {}
         rows.append(
             (
                 f"{variant['name']} *" if variant["chosen"] else variant["name"],
                 "passed" if variant["passed"] else "FAILED",
-                _number(variant["size_mb"], ".0f"),
+                _megabytes(variant["size_mb"]),
                 _number((variant["perplexity"] or {}).get("value"), ".3f"),
                 _number(variant["kl_to_reference"], ".4f"),
-                _number(_median(bench.get("prefill_tokens_per_s")), ".0f"),
-                _number(_median(bench.get("decode_tokens_per_s") or bench.get("throughput")), ".1f"),
+                _speed(_median(bench.get("prefill_tokens_per_s"))),
+                _speed(
+                    _median(bench.get("decode_tokens_per_s")) or _inverse(_median(bench.get("latency_ms")))
+                ),
                 _number(bench.get("peak_rss_mb"), ".0f"),
             )
         )
-    decoder = any(v["perplexity"] for v in plain["variants"])
-    headers: tuple[str, ...] = ("variant", "checks", "MB", "perplexity", "KL", "prefill tok/s", "decode tok/s", "peak MB")
-    if not decoder:
-        keep = (0, 1, 2, 6, 7)
-        headers = tuple("rows/s" if i == 6 else headers[i] for i in keep)
-        rows = [tuple(row[i] for i in keep) for row in rows]
-    print_table(report.name, headers, rows)
+    print_table(report.name, headers, rows, spare=("peak MB", "KL", "prefill tok/s"))
     for variant in report.variants:
         if not variant.passed:
             sys.stdout.write(f"{variant.name} failed: {variant.reason}\n")
@@ -92,8 +94,8 @@ def show_export(package: ModelPackage, comparison: Comparison | None, output: Pa
     elif comparison.worst is not None:
         worst = comparison.worst
         sys.stdout.write(
-            f"compared   {len(comparison.tensors)} tensors with PyTorch; worst {worst.name} in '{worst.case}': "
-            f"{worst.max_abs:.2g} of {worst.scale:.3g}\n"
+            f"compared   {len(comparison.tensors)} tensors with PyTorch; worst {worst.name} "
+            f"in '{worst.case}': {worst.max_abs:.2g} of {worst.scale:.3g}\n"
         )
 
 
@@ -110,7 +112,7 @@ def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> No
         for name, reason in dict(step.details.get("skipped") or {}).items():
             if step.name != "fuse_transformer":
                 sys.stdout.write(f"{step.name} left out {name}: {reason}\n")
-    for name, component in after.components.items():
+    for name in after.components:
         nodes = [sum(operator_counts(p.components[name].model).values()) for p in (before, after)]
         sys.stdout.write(f"nodes      {nodes[0]} -> {nodes[1]}\n")
     sys.stdout.write(f"artifact   {output}\n")
@@ -128,7 +130,7 @@ def show_comparisons(results: Sequence[Comparison]) -> None:
             logits = next((t for t in tensors if t.kl is not None), None)
             rows.append(
                 (
-                    case,
+                    _short_case(case),
                     str(len(tensors)),
                     worst.name,
                     f"{worst.max_abs:.2g}",
@@ -139,8 +141,9 @@ def show_comparisons(results: Sequence[Comparison]) -> None:
                     "ok" if all(t.passed for t in tensors) else "DIFFERS",
                 )
             )
-        headers = ("case", "tensors", "worst", "max abs", "of", "cosine", "KL", "top-1", "")
-        print_table(f"{result.candidate} on {result.provider}, against {result.reference}", headers, rows)
+        headers = ("case", "tensors", "worst", "max abs", "of", "cosine", "KL", "top-1", "verdict")
+        title = f"{result.candidate} on {result.provider}, against {result.reference}"
+        print_table(title, headers, rows, spare=("tensors", "cosine", "top-1"), text=("worst", "verdict"))
         verdict = "agrees" if result.passed else f"DIFFERS: {result.reason}"
         sys.stdout.write(f"{result.candidate}: {verdict}\n")
 
@@ -162,12 +165,16 @@ def show_bench(results: Sequence[BenchResult]) -> None:
                 *(("failed",) + ("",) * (len(speed) - 1) if r.error else speed),
                 _number(r.load_s, ".2f"),
                 _number(r.peak_rss_mb, ".0f"),
-                _number(r.size_mb, ".1f"),
+                _megabytes(r.size_mb),
             )
         )
     speeds = ("prefill tok/s", "decode tok/s", "first token ms") if decoder else ("latency ms", "rows/s")
-    print_table("", ("model", "provider", *speeds, "load s", "peak MB", "MB"), rows)
+    headers = ("model", "provider", *speeds, "load s", "peak MB", "MB")
+    print_table("", headers, rows, spare=("load s", "first token ms", "rows/s", "MB"), text=("provider",))
     sys.stdout.write("median (lowest to highest); rounds in turn\n")
+    for r in results:
+        if r.noisy:
+            sys.stdout.write(f"{r.name}: spread {r.spread_pct:.0f} %: rerun on a quiet machine\n")
 
 
 def show_inspect(result: Mapping[str, Any]) -> None:
@@ -179,7 +186,7 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     for name, part in result["components"].items():
         opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in part["opsets"].items())
         sys.stdout.write(
-            f"\n{name}: {part['nodes']} nodes, {part['weight_bytes'] / 1e6:.1f} MB of weights, "
+            f"\n{name}: {part['nodes']} nodes, {_megabytes(part['weight_bytes'] / 1e6)} MB of weights, "
             f"IR {part['ir_version']}, opsets {opsets}\n"
         )
         if part["cache_bytes_per_token"]:
@@ -188,16 +195,22 @@ def show_inspect(result: Mapping[str, Any]) -> None:
             )
         for side in ("inputs", "outputs"):
             listed = part[side]
-            more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-            sys.stdout.write(f"{side:<10} {'; '.join(listed[:5])}{more}\n")
+            shown = [*listed[:5], f"and {len(listed) - 5} more"] if len(listed) > 6 else listed
+            for number, text in enumerate(shown):
+                sys.stdout.write(f"{side if number == 0 else '':<10} {text}\n")
+        sys.stdout.write("\n")
         print_table(
             "", ("operator", "nodes"), [(op, str(n)) for op, n in list(part["operators"].items())[:15]]
         )
-        print_table("", ("type", "MB"), [(t, f"{b / 1e6:.2f}") for t, b in part["bytes_by_type"].items()])
+        sys.stdout.write("\n")
+        print_table("", ("type", "MB"), [(t, _megabytes(b / 1e6)) for t, b in part["bytes_by_type"].items()])
+        if not part["largest"]:
+            continue
+        sys.stdout.write("\n")
         print_table(
             "",
             ("largest tensors", "type", "shape", "MB"),
-            [(t["name"], t["type"], str(t["shape"]), f"{t['bytes'] / 1e6:.2f}") for t in part["largest"]],
+            [(t["name"], t["type"], str(t["shape"]), _megabytes(t["bytes"] / 1e6)) for t in part["largest"]],
         )
 
 
@@ -246,8 +259,34 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _speed(value: float | None) -> str:
+    """Three digits that count, and never fewer than stand before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _megabytes(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def _short_case(name: str) -> str:
+    """``decode batch=2 length=1 past=9 left-padding=4`` as ``decode 2x1 past 9 pad 4``."""
+    for pattern, form in (
+        (r"batch=(\d+) length=(\d+)", r"\1x\2"),
+        ("past=", "past "),
+        ("left-padding=", "pad "),
+    ):
+        name = re.sub(pattern, form, name)
+    return name
+
+
 def _spread(spread: Any) -> str:
-    return "" if spread is None else f"{spread.p50:.1f} ({spread.low:.1f} to {spread.high:.1f})"
+    if spread is None:
+        return ""
+    return f"{_speed(spread.p50)} ({_speed(spread.low)} to {_speed(spread.high)})"
 
 
 def _plain(details: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from onnxsmith.source import resolve_path
 
 __all__ = ["load_text", "text_sha256"]
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -33,6 +34,8 @@ def load_text(data: str, *, base: Path | None = None) -> str:
     text = _from_attribute(data) if path is None else _from_file(path)
     if not text.strip():
         raise BadInputError(f"data {data}", got="an empty text", expected="some text")
+    if _LONE_SURROGATE.search(text):
+        raise BadInputError(f"data {data}", got="half of a surrogate pair", expected="text")
     return text
 
 
@@ -71,6 +74,10 @@ def _from_attribute(data: str) -> str:
         raise BadInputError(
             f"data {data}", got=str(error), expected="a text file, or package.module:attribute"
         ) from error
+    except (Exception, SystemExit) as error:
+        # A module of the user's can raise anything, and a script without a main guard ends the process.
+        got = f"importing {module} fails: {type(error).__name__}: {error}"
+        raise BadInputError(f"data {data}", got=got, expected="a module that can be imported") from error
     if isinstance(value, str):
         return value
     values = value.values() if isinstance(value, Mapping) else value

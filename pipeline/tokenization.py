@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from onnxsmith.errors import TokenizerError, require
+from onnxsmith.errors import BadInputError, TokenizerError, require
 from onnxsmith.package import ModelPackage
 
 __all__ = ["PackageTokenizer"]
@@ -40,7 +40,17 @@ class PackageTokenizer:
         self.stop_ids = _stop_ids(package, self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, with what the tokenizer adds at its ends."""
+        """The token ids of a text, with what the tokenizer adds at its ends.
+
+        Raises:
+            BadInputError: The text holds half of a surrogate pair: arguments that are not UTF-8 do.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInputError(
+                "prompt", got=f"a character that is no text at {error.start}", expected="UTF-8"
+            ) from error
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxsmith.runtime.backend import Backend, OrtBackend, TorchBackend
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
 from onnxsmith.runtime.decoding import generate
@@ -14,14 +15,17 @@ from onnxsmith.runtime.torch_session import TorchSession
 
 __all__ = [
     "PROVIDERS",
+    "Backend",
     "BenchResult",
     "BenchSettings",
     "Candidate",
     "Case",
+    "OrtBackend",
     "OrtSession",
     "Perplexity",
     "Placement",
     "Session",
+    "TorchBackend",
     "TorchSession",
     "available_providers",
     "benchmark",

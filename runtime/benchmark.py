@@ -372,7 +372,8 @@ class _ProcessRunner(_Runner):
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        # Half a line is what a worker that died while it wrote leaves.
+        if not line.endswith("\n"):
             status = process.wait(timeout=30)
             self._drain.join(timeout=5)
             last = f" ({self._stderr[-1]})" if self._stderr else ""

@@ -9,6 +9,8 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
@@ -25,6 +27,13 @@ def run(model: ir.Model | bytes, feeds: dict[str, Array]) -> dict[str, Array]:
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def graph(text: str, **weights: Array) -> ir.Model:
+    """A model from its text, with initializers for names that the text leaves free."""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(w, n) for n, w in weights.items())
+    return ir.from_proto(proto)
 
 
 def serialized(model: ir.Model) -> bytes:
@@ -133,8 +142,12 @@ class _Builder:
         return self.constant(np.array(numbers, np.int64))
 
     def weight(self) -> None:
-        array = self.values(self.shape(), self.pick(_TYPES))
-        self.known.append(_Known(self.constant(array), array))
+        shape = self.pick([(2, 3), (3, 2)]) if self.draw(st.booleans()) else self.shape()
+        array = self.values(shape, self.pick(_TYPES))
+        known = _Known(self.constant(array), array)
+        if array.ndim == 2 and self.draw(st.booleans()):
+            self.add("Transpose", [known.value], array.T, perm=[1, 0])
+        self.known.append(known)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], result: Array, **attributes: Any) -> None:
         node = ir.node(op, inputs, attributes, name=self.name("node"))

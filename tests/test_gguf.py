@@ -154,10 +154,8 @@ def test_agrees_with_the_gguf_package_on_a_real_model() -> None:
 def test_every_prefix_is_refused(written: Path, tmp_path: Path) -> None:
     content = written.read_bytes()
     cut = tmp_path / "cut.gguf"
-    for length in range(len(content)):
-        # The last tensor's own bytes are the last that count; the padding behind them may be missing.
-        if length >= max(t.offset + t.nbytes for t in GgufFile.open(written).tensors):
-            break
+    # The last tensor's own bytes are the last that count; the padding behind them may be missing.
+    for length in range(max(t.offset + t.nbytes for t in GgufFile.open(written).tensors)):
         cut.write_bytes(content[:length])
         with pytest.raises(ModelFileError, match=r"cut\.gguf"):
             GgufFile.open(cut)
@@ -191,7 +189,6 @@ def test_the_smallest_file(opened: Callable[[bytes], GgufFile]) -> None:
         (file_of(tensor_count=HUGE), rf"{HUGE} tensors are announced"),
         (file_of(entry_count=2**64 - 1), r"metadata entries are announced"),
         (file_of(tensor_count=2**64 - 1), r"tensors are announced"),
-        (file_of(entry("k", U8, b"\1"), entry_count=2, data=bytes(64)), r"value|second|announced|bytes"),
         (file_of(struct.pack("<Q", HUGE), data=bytes(64)), rf"{HUGE} bytes of text are announced"),
         (file_of(entry("k", STRING, struct.pack("<Q", HUGE))), rf"{HUGE} bytes of text are announced"),
         (file_of(entry("k", ARRAY, struct.pack("<IQ", U8, HUGE))), rf"{HUGE} array elements are announced"),
@@ -322,7 +319,7 @@ def open_or_refuse(path: Path, content: bytes) -> None:
         assert isinstance(error, ModelFileError)
         return
     for one in found.tensors:
-        assert 0 < one.offset
+        assert one.offset > 0
         assert one.offset + one.nbytes <= len(content)
     assert count_of(found.metadata) <= len(content)
 

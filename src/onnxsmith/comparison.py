@@ -57,8 +57,8 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "float32": Tolerance(atol=1e-5, rtol=1e-4, min_cosine=0.9999),
     "float16": Tolerance(atol=1e-3, rtol=2e-2, min_cosine=0.999),
     "bfloat16": Tolerance(atol=1e-2, rtol=1e-1, min_cosine=0.99),
-    "int8": Tolerance(min_cosine=0.97),
-    "int4": Tolerance(min_cosine=0.70),
+    "int8": Tolerance(min_cosine=0.95),
+    "int4": Tolerance(min_cosine=0.50),
 }
 
 

