@@ -1,7 +1,7 @@
 """How the time of the pass `cleanup` grows with the graph: ``python benchmarks/cleanup_scaling.py``.
 
-Graphs are chains of blocks of ten nodes, of which some are no-ops, doubled, dead or computable. What is printed is
-the time for each node of the input; if the pass is linear, it stays the same.
+Graphs are chains of blocks of ten nodes, of which some are no-ops, doubled, dead or computable. What is
+printed is the time for each node of the input; if the pass is linear, it stays the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The main job on a real language model, measured: ``python benchmarks/main_job.py``, or ``make bench``.
 
-Runs ``examples/smollm2.yaml`` in a process of its own, and prints what its report says: wall time and peak memory of
-each step; size, perplexity and KL divergence of each variant; speeds, measured in turn, as medians with their lowest
-and highest. Everything, machine and versions included, goes to a JSON file.
+Runs ``examples/smollm2.yaml`` in a process of its own, and prints what its report says: wall time and peak
+memory of each step; size, perplexity and KL divergence of each variant; speeds, measured in turn, as medians
+with their lowest and highest. Everything, machine and versions included, goes to a JSON file.
 """
 
 from __future__ import annotations
@@ -69,48 +69,15 @@ def show(result: Mapping[str, Any]) -> None:
         ]
         + [("whole process", f"{result['wall_s']:.1f}", f"{result['peak_rss_mb']:.0f}", "")],
     )
-    reference = report["reference"]
-    rows = [
-        (
-            reference["name"],
-            f"{reference['size_mb']:.0f}",
-            _value(reference["perplexity"], ".3f"),
-            "",
-            "",
-            _number(reference["prefill_tokens_per_s"]),
-            _number(reference["decode_tokens_per_s"]),
-            "",
-            "",
-        )
-    ]
-    for variant in report["variants"]:
-        bench = variant["bench"] or {}
-        rows.append(
-            (
-                f"{variant['name']}{' *' if variant['chosen'] else ''}",
-                _number(variant["size_mb"], ".0f"),
-                _value(variant["perplexity"], ".3f"),
-                _number(variant["perplexity_increase_pct"], "+.2f"),
-                _number(variant["kl_to_reference"], ".2g"),
-                _spread(bench.get("prefill_tokens_per_s")),
-                _spread(bench.get("decode_tokens_per_s")),
-                _number(bench.get("decode_vs_reference"), ".2f"),
-                _number(bench.get("peak_rss_mb"), ".0f"),
-            )
-        )
     print()
-    heads = (
-        "",
-        "MB",
-        "perplexity",
-        "+ %",
-        "KL nats",
-        "prefill tokens/s",
-        "decode tokens/s",
-        "x torch",
-        "peak MB",
-    )
-    _table(heads, rows)
+    reference = report["reference"]
+    rows = [_row(reference["name"], reference, reference)]
+    for variant in report["variants"]:
+        name = f"{variant['name']}{' *' if variant['chosen'] else ''}"
+        rows.append(_row(name, variant, variant["bench"] or {}))
+    # An encoder has no perplexity, and a run without a benchmark no speeds.
+    heads = [head for head in rows[-1] if any(row[head] for row in rows) or not head]
+    _table(heads, [[row[head] for head in heads] for row in rows])
     for variant in report["variants"]:
         if not variant["passed"]:
             print(f"{variant['name']} failed: {variant['reason']}")
@@ -119,6 +86,22 @@ def show(result: Mapping[str, Any]) -> None:
                 f"{variant['name']}: spread {variant['bench']['spread_pct']:.0f} %: rerun on a quiet machine"
             )
     print(report["verdict"])
+
+
+def _row(name: str, accuracy: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, str]:
+    perplexity = accuracy["perplexity"]
+    return {
+        "": name,
+        "MB": _number(accuracy["size_mb"], ".0f"),
+        "perplexity": _number(perplexity and perplexity["value"], ".3f"),
+        "+ %": _number(accuracy.get("perplexity_increase_pct"), "+.2f"),
+        "KL nats": _number(accuracy.get("kl_to_reference"), ".2g"),
+        "latency ms": _spread(speed.get("latency_ms")),
+        "prefill tokens/s": _spread(speed.get("prefill_tokens_per_s")),
+        "decode tokens/s": _spread(speed.get("decode_tokens_per_s")),
+        "x torch": _number(speed.get("decode_vs_reference"), ".2f"),
+        "peak MB": _number(speed.get("peak_rss_mb"), ".0f"),
+    }
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -135,14 +118,11 @@ def _number(value: float | None, form: str = ".1f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _value(measured: Mapping[str, Any] | None, form: str) -> str:
-    return "" if measured is None else format(measured["value"], form)
-
-
-def _spread(measured: Mapping[str, float] | None) -> str:
-    return (
-        "" if measured is None else f"{measured['p50']:.1f} ({measured['low']:.1f} to {measured['high']:.1f})"
-    )
+def _spread(measured: Mapping[str, float] | float | None) -> str:
+    """Median with lowest and highest; of PyTorch the report has the median only."""
+    if measured is None or isinstance(measured, int | float):
+        return _number(measured)
+    return f"{measured['p50']:.1f} ({measured['low']:.1f} to {measured['high']:.1f})"
 
 
 def main() -> None:

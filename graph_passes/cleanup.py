@@ -200,8 +200,24 @@ class StripMetadata(GraphPass):
     summary: ClassVar[str] = "remove stack traces, paths and documentation strings that exporters leave"
 
     def apply(self, model: ir.Model) -> Changes:
-        """Removes them."""
-        return Changes(int(common.ClearMetadataAndDocStringPass()(model).modified))
+        """Removes them from everything but the model itself, whose metadata may be the user's."""
+        # Not with onnx_ir's own pass: that forgets values and the model's documentation.
+        count = int(bool(model.doc_string))
+        model.doc_string = None
+        for root in (model.graph, *(function.graph for function in model.functions.values())):
+            for graph in (root, *root.subgraphs()):
+                values = [*graph.inputs, *graph.initializers.values()]
+                for node in graph:
+                    values += node.outputs
+                for owner in {id(one): one for one in (graph, *graph, *values)}.values():
+                    count += bool(owner.metadata_props) + bool(owner.doc_string)
+                    owner.metadata_props.clear()
+                    owner.doc_string = None
+        for function in model.functions.values():
+            count += bool(function.metadata_props) + bool(function.doc_string)
+            function.metadata_props.clear()
+            function.doc_string = None
+        return Changes(count)
 
 
 class LowerIrVersion(GraphPass):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -20,8 +23,35 @@ __all__ = ["FuseTransformer"]
 
 # onnxscript's limit for folding. Larger constants are weights, and no pattern needs to look into them.
 _MAX_CONSTANT_ELEMENTS = 8192
+_PATCH_LOCK = threading.Lock()
 # The one operator of ONNX Runtime that is registered, by an old mistake, in ONNX's own domain.
 _MISPLACED = frozenset({"SimplifiedLayerNormalization"})
+
+
+@contextlib.contextmanager
+def _attention_masks_kept() -> Iterator[None]:
+    """Turns off the fusions into GroupQueryAttention.
+
+    They drop the attention mask, on the assumption that it is all ones: a padded batch would silently
+    compute something else. Where the mask allows it, the exporter writes GroupQueryAttention itself.
+    """
+    from onnxscript.rewriter.ort_fusions import _core
+
+    names = ("fuse_gqa", "fuse_qkv_gqa")
+    with _PATCH_LOCK:
+        kept = {name: getattr(_core, name) for name in names}
+        try:
+            for name in names:
+                setattr(_core, name, _fuse_nothing)
+            yield
+        finally:
+            for name, function in kept.items():
+                setattr(_core, name, function)
+
+
+def _fuse_nothing(model: ir.Model, *, debug: bool = False) -> int:
+    del model, debug
+    return 0
 
 
 class FuseTransformer(GraphPass):
@@ -40,7 +70,8 @@ class FuseTransformer(GraphPass):
 
         before, interface = operator_counts(model), signature(model)
         with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
-            _, counts = ort_fusions.optimize_for_ort(model)
+            with _attention_masks_kept():
+                _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -29,7 +28,7 @@ from onnxsmith.pipeline.arguments import (
     preset_specs,
     tolerance_of,
 )
-from onnxsmith.pipeline.ending import FAILED, guarded, interrupt
+from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 
 __all__ = ["app", "main"]
 
@@ -50,8 +49,7 @@ def main() -> NoReturn:
         # A terminal that cannot show a character is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # A scheduler's polite end is an interrupt: what was begun is cleaned up.
-    signal.signal(signal.SIGTERM, interrupt)
+    end_on_signals()
     app()
     sys.exit(0)
 

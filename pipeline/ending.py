@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import functools
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from onnxsmith.errors import OnnxsmithError
 
-__all__ = ["FAILED", "guarded", "interrupt"]
+__all__ = ["FAILED", "end_on_signals", "guarded"]
 
 P = ParamSpec("P")
 
@@ -34,8 +37,29 @@ _LACKS = frozenset(
 )
 
 
-def interrupt(*_: object) -> NoReturn:
-    """A signal handler that does what Ctrl-C does, even where Ctrl-C itself is ignored."""
+def end_on_signals() -> None:
+    """Lets SIGTERM do what Ctrl-C does, and neither of them get lost.
+
+    A scheduler's polite end is an interrupt: what was begun is cleaned up. Python drops an exception that
+    is raised while a destructor runs, and tracing a model runs many of them, so such an interrupt is
+    raised again.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    before = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        # By SIGTERM, because Ctrl-C is ignored in a shell's background; later, because it would be lost here.
+        timer = threading.Timer(0.01, _thread.interrupt_main, (signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+
+
+def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 

@@ -48,9 +48,11 @@ class TorchBackend(Backend[TorchProgram]):
 
     @property
     def name(self) -> str:
+        """Always ``torch``."""
         return "torch"
 
     def open(self, model: TorchProgram, *, name: str = "") -> TorchSession:
+        """Opens a program; it is called after its module unless a name is given."""
         session = TorchSession(model, threads=self.threads)
         session.name = name or session.name
         return session
@@ -80,9 +82,11 @@ class OrtBackend(Backend[ModelPackage]):
 
     @property
     def name(self) -> str:
+        """ONNX Runtime's name of the execution provider."""
         return resolve_provider(self.provider)
 
     def open(self, model: ModelPackage, *, name: str = "model") -> OrtSession:
+        """Opens the only graph of a package."""
         return OrtSession(
             model, provider=self.provider, threads=self.threads, optimize=self.optimize, name=name
         )

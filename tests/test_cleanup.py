@@ -245,8 +245,8 @@ def test_batch_normalization_is_folded_into_a_convolution() -> None:
         **{name: random.uniform(0.5, 1, 16).astype(np.float32) for name in ("s", "b", "m", "v")},
     }
     text = (
-        HEAD
-        + "g (float[1, 16, 8, 8] x) => (float[1, 16, 6, 6] y) { c = Conv(x, w) y = BatchNormalization(c, s, b, m, v) }"
+        HEAD + "g (float[1, 16, 8, 8] x) => (float[1, 16, 6, 6] y) "
+        "{ c = Conv(x, w) y = BatchNormalization(c, s, b, m, v) }"
     )
     model = graph(text, **weights)
     feeds = {"x": random.standard_normal((1, 16, 8, 8)).astype(np.float32)}
@@ -333,7 +333,8 @@ def test_strip_metadata() -> None:
 
 def versioned(opset: int, ir_version: int) -> ir.Model:
     return graph(
-        f'<ir_version: {ir_version}, opset_import: ["": {opset}]> g (float[2, 4] x) => (float[2, 4] y) {{ y = Neg(x) }}'
+        f'<ir_version: {ir_version}, opset_import: ["": {opset}]> '
+        "g (float[2, 4] x) => (float[2, 4] y) { y = Neg(x) }"
     )
 
 

@@ -1,7 +1,7 @@
 """The documents: examples run, commands parse, links lead somewhere, tables say what the code says.
 
-An example is a fenced block after a comment `<!-- example: NAME; file: FILE -->`. All files of one example go to one
-directory, and its `check.py` is run there.
+An example is a fenced block after a comment `<!-- example: NAME; file: FILE -->`. All files of one example go
+to one directory, and its `check.py` is run there.
 """
 
 from __future__ import annotations

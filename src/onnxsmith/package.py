@@ -143,8 +143,10 @@ class ModelPackage:
 
     @property
     def precision(self) -> str:
-        """What bounds the accuracy: ``int4`` or ``int8`` where operators compute with quantized weights, else
-        the floating-point type that most bytes of the weights have.
+        """What bounds the accuracy.
+
+        ``int4`` or ``int8`` where operators compute with quantized weights, else the floating-point type
+        that most bytes of the weights have.
         """
         bits: set[int] = set()
         floats: Counter[str] = Counter({"float32": 0})
