@@ -7,7 +7,7 @@ import datetime
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ _MAX_BYTES = 256 * 1024
 _MAX_VALUES = 100_000
 # What pydantic calls the parts of a union in the place of an error, and kinds of values in its messages.
 _BRANCHES = ("str", "dict[")
-_KINDS = {
+_KINDS: Mapping[str, str] = {
     "model_type": "a mapping of keys to values",
     "model_attributes_type": "a mapping of keys to values",
     "dict_type": "a mapping of keys to values",
