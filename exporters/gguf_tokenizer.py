@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxsmith.errors import TokenizerError, UnknownNameError, require
-from onnxsmith.exporters.gguf_file import GgufFile
+from onnxsmith.gguf_file import GgufFile
 
 __all__ = ["build_tokenizer", "check_tokenizer", "special_token_ids"]
 

@@ -302,7 +302,7 @@ def saved_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
-    from onnxsmith.exporters.gguf_file import GgufFile
+    from onnxsmith.gguf_file import GgufFile
     from onnxsmith.exporters.gguf_tokenizer import build_tokenizer, special_token_ids
 
     transformers = require("transformers", purpose=f"loading {source.text}")

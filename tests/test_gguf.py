@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxsmith.errors import BadInputError, ModelFileError, SourceError
-from onnxsmith.exporters.gguf_file import GgufFile
+from onnxsmith.gguf_file import GgufFile
 from onnxsmith.source import resolve_path
 
 gguf = pytest.importorskip("gguf")

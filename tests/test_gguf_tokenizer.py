@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsmith.errors import SourceError, TokenizerError, UnknownNameError
-from onnxsmith.exporters.gguf_file import GgufFile
+from onnxsmith.gguf_file import GgufFile
 from onnxsmith.exporters.gguf_tokenizer import (
     _SPLITS,
     build_tokenizer,
