@@ -302,8 +302,8 @@ def saved_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
-    from onnxsmith.gguf_file import GgufFile
     from onnxsmith.exporters.gguf_tokenizer import build_tokenizer, special_token_ids
+    from onnxsmith.gguf_file import GgufFile
 
     transformers = require("transformers", purpose=f"loading {source.text}")
     require("accelerate", purpose=f"loading {source.text}")

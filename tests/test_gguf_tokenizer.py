@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxsmith.errors import SourceError, TokenizerError, UnknownNameError
-from onnxsmith.gguf_file import GgufFile
 from onnxsmith.exporters.gguf_tokenizer import (
     _SPLITS,
     build_tokenizer,
     check_tokenizer,
     special_token_ids,
 )
+from onnxsmith.gguf_file import GgufFile
 from onnxsmith.source import resolve_path
 
 pytest.importorskip("transformers")
