@@ -26,9 +26,9 @@ from onnxsmith.pipeline.arguments import (
     known,
     pass_spec,
     preset_specs,
-    tolerance_of,
 )
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
+from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 
 __all__ = ["app", "main"]
 
@@ -208,63 +208,6 @@ def optimize(
 
 @app.command()
 @guarded
-def compare(
-    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
-    candidates: Annotated[
-        list[Path], typer.Argument(metavar="CANDIDATE...", help="Artifacts or .onnx files.")
-    ],
-    provider: Providers = None,
-    inputs: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Inputs to use, one array for each.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of made-up cases; all kinds by default.")
-    ] = None,
-    atol: Annotated[float | None, typer.Option(metavar="X", help="Absolute tolerance.")] = None,
-    rtol: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", help="Tolerance relative to the largest magnitude of the reference tensor."
-        ),
-    ] = None,
-    tolerance: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PRECISION",
-            help="Bounds of float32, float16, int8, int4; the candidate's own by default.",
-        ),
-    ] = None,
-    task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
-    json_target: Json = None,
-) -> int:
-    """Compare models with a reference on the same inputs; exit status 1 if any differs."""
-    from onnxsmith.pipeline.console import emit_json, progress_for
-    from onnxsmith.pipeline.operations import compare_models
-    from onnxsmith.pipeline.tables import show_comparisons
-
-    results = compare_models(
-        reference,
-        candidates,
-        providers=provider or ["cpu"],
-        inputs=inputs,
-        samples=samples,
-        tolerance=tolerance_of(atol, rtol),
-        precision=tolerance,
-        task=task,
-        seed=seed,
-        progress=progress_for(),
-    )
-    passed = bool(results) and all(result.passed for result in results)
-    if json_target:
-        emit_json(json_target, "compare", {"passed": passed, "comparisons": [r.to_json() for r in results]})
-    if json_target != "-":
-        show_comparisons(results)
-    return 0 if passed else FAILED
-
-
-@app.command()
-@guarded
 def bench(
     models: Models,
     provider: Providers = None,
@@ -296,33 +239,6 @@ def bench(
         if result.error:
             message(f"onnxsmith: {result.error}")
     return max((result.exit_status for result in results), default=FAILED)
-
-
-@app.command()
-@guarded
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Upper bound of tokens.")] = 64,
-    provider: Annotated[str, typer.Option(metavar="P", help="Execution provider.")] = "cpu",
-    json_target: Json = None,
-) -> None:
-    """Continue a text with a language model, streamed; always the most likely token."""
-    from onnxsmith.pipeline.console import emit_json
-    from onnxsmith.pipeline.operations import generate_text
-
-    pieces: list[str] = []
-    for piece in generate_text(model, prompt, max_new_tokens=max_new_tokens, provider=provider):
-        if not pieces and json_target != "-":
-            sys.stdout.write(prompt)
-        pieces.append(piece)
-        if json_target != "-":
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    if json_target != "-":
-        sys.stdout.write("\n")
-    if json_target:
-        emit_json(json_target, "generate", {"prompt": prompt, "text": "".join(pieces)})
 
 
 @app.command()
@@ -436,3 +352,7 @@ def presets(json_target: Json = None) -> None:
         emit_json(json_target, "presets", {"presets": plain})
     if json_target != "-":
         show_presets()
+
+
+for _command in JUDGING_COMMANDS:
+    app.command()(_command)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.comparison import Comparison, Tolerance, tolerance_for
-from onnxsmith.errors import BadInputError, CheckFailedError, FeedError
+from onnxsmith.errors import BadInputError, CheckFailedError
 from onnxsmith.onnx_file import weight_bytes
 from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package, save_package
@@ -26,7 +26,6 @@ __all__ = [
     "bench_models",
     "compare_models",
     "export_model",
-    "generate_text",
     "inspect_model",
     "optimize_model",
 ]
@@ -264,43 +263,6 @@ def bench_models(
         return benchmark(
             candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
         )
-
-
-def generate_text(model: Path, prompt: str, *, max_new_tokens: int = 64, provider: str = "cpu") -> Any:
-    """Continues a text, piece by piece.
-
-    Yields:
-        Text, as soon as it is certain: characters of several tokens come when they are whole.
-
-    Raises:
-        OnnxsmithError: The model is no decoder, or has no tokenizer.
-    """
-    from onnxsmith.pipeline.tokenization import PackageTokenizer
-    from onnxsmith.runtime import OrtSession, generate
-
-    if max_new_tokens < 1:
-        raise BadInputError("generate: --max-new-tokens", got=str(max_new_tokens), expected="at least 1")
-    package = load_package(model)
-    if not any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
-        raise FeedError(
-            str(model), got="a model without a KV cache", expected="a decoder with past_key_values.*"
-        )
-    tokenizer = PackageTokenizer(package)
-    ids: list[int] = []
-    shown = ""
-    prompt_ids = tokenizer.encode(prompt)
-    with OrtSession(package, provider=provider, name=str(model)) as session:
-        for token in generate(session, prompt_ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids):
-            ids.append(token)
-            text = tokenizer.continuation(prompt_ids, ids)
-            # A token may end in the middle of a character, which decodes to U+FFFD until the rest is there.
-            if text.endswith("\ufffd") or not text.startswith(shown):
-                continue
-            yield text[len(shown) :]
-            shown = text
-    text = tokenizer.continuation(prompt_ids, ids)
-    if len(text) > len(shown):
-        yield text[len(shown) :]
 
 
 def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from onnxsmith.errors import BadInputError
 from onnxsmith.source import resolve_path
 
-__all__ = ["load_text", "text_sha256"]
+__all__ = ["load_text", "load_texts", "text_sha256"]
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -39,31 +39,56 @@ def load_text(data: str, *, base: Path | None = None) -> str:
     return text
 
 
+def load_texts(path: Path) -> list[str]:
+    """Reads texts: each line that is not empty, or the key ``text`` of each line of a ``.jsonl`` file.
+
+    Raises:
+        BadInputError: It cannot be read, or there is no text in it.
+    """
+    content = _read(path)
+    texts = _json_lines(path, content) if path.suffix == ".jsonl" else content.splitlines()
+    found = [text for text in texts if text.strip()]
+    if not found:
+        raise BadInputError(f"data {path}", got="no text", expected="one text a line")
+    return found
+
+
 def text_sha256(text: str) -> str:
     """The SHA-256 of a text in UTF-8, in hex; it says which text a perplexity belongs to."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _from_file(path: Path) -> str:
+    text = _read(path)
+    return "\n\n".join(_json_lines(path, text)) if path.suffix == ".jsonl" else text
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(
             f"data {path}", got=f"cannot be read: {error}", expected="a text file in UTF-8"
         ) from error
-    if path.suffix != ".jsonl":
-        return text
+
+
+def _json_lines(path: Path, text: str) -> list[str]:
     texts = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            texts.append(json.loads(line)["text"])
+            found = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise BadInputError(
                 f"data {path}, line {number}", got="no object with a text", expected='{"text": "..."}'
             ) from error
-    return "\n\n".join(texts)
+        if not isinstance(found, str):
+            raise BadInputError(
+                f"data {path}, line {number}", got=f"a text of {found!r}", expected="a string"
+            )
+        texts.append(found)
+    return texts
 
 
 def _from_attribute(data: str) -> str:

@@ -39,8 +39,8 @@ class PackageTokenizer:
         self._tokenizer.no_truncation()
         self.stop_ids = _stop_ids(package, self._tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text, with what the tokenizer adds at its ends.
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, with what the tokenizer adds at its ends unless told not to.
 
         Raises:
             BadInputError: The text holds half of a surrogate pair: arguments that are not UTF-8 do.
@@ -51,7 +51,7 @@ class PackageTokenizer:
             raise BadInputError(
                 "prompt", got=f"a character that is no text at {error.start}", expected="UTF-8"
             ) from error
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from onnxsmith.runtime.backend import Backend, OrtBackend, TorchBackend
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
-from onnxsmith.runtime.decoding import generate
+from onnxsmith.runtime.generation import generate, generate_batch
 from onnxsmith.runtime.ort_session import OrtSession, Placement
 from onnxsmith.runtime.providers import PROVIDERS, available_providers, resolve_provider
 from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
+from onnxsmith.runtime.sampling import SamplingSettings
 from onnxsmith.runtime.scoring import Perplexity, perplexity
 from onnxsmith.runtime.session import Session
 from onnxsmith.runtime.torch_session import TorchSession
@@ -24,6 +25,7 @@ __all__ = [
     "OrtSession",
     "Perplexity",
     "Placement",
+    "SamplingSettings",
     "Session",
     "TorchBackend",
     "TorchSession",
@@ -32,6 +34,7 @@ __all__ = [
     "cases_for",
     "compare_sessions",
     "generate",
+    "generate_batch",
     "load_cases",
     "perplexity",
     "reference_outputs",

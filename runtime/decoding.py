@@ -1,26 +1,38 @@
-"""Token by token: the KV cache between calls, and generation."""
+"""Token by token: a decoder with its KV cache between calls."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxsmith.errors import BadInputError, FeedError
+from onnxsmith.errors import FeedError
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.samples import decoder_feeds
 from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["Decoder", "generate", "open_decoder"]
+__all__ = ["Decoder", "open_decoder"]
 
 Tokens = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+# Where the cache may stay in one buffer on the host. A provider with memory of its own would copy the whole
+# buffer to the device and back with every token.
+_SHARING_PROVIDERS = frozenset({"CPUExecutionProvider"})
+# A buffer that is full grows by this factor, so that all copies together cost as much as one or two.
+_GROWTH = 2
+_SMALLEST_CAPACITY = 64
 
 
 class Decoder(abc.ABC):
-    """A decoder with its cache: give it tokens, get logits."""
+    """A decoder with its cache: give it tokens, get logits.
+
+    Attributes:
+        session: The model.
+        length: Positions in the cache, padding included.
+    """
 
     def __init__(self, session: Session) -> None:
         """Starts with an empty cache.
@@ -37,14 +49,43 @@ class Decoder(abc.ABC):
             )
         self.session = session
         self.length = 0
+        self._mask: Mask | None = None
 
     def reset(self) -> None:
         """Empties the cache."""
         self.length = 0
+        self._mask = None
+
+    def step(self, token_ids: Tokens, mask: Mask | None = None) -> Array:
+        """Takes tokens and gives their logits.
+
+        Args:
+            token_ids: (batch, sequence).
+            mask: (batch, sequence), false for padding; all true where None. Padding stays hidden in later
+                steps.
+
+        Returns:
+            (batch, sequence, vocabulary).
+
+        Raises:
+            FeedError: Another number of rows than the cache has.
+        """
+        new = np.ones(token_ids.shape, np.bool_) if mask is None else mask
+        known = new[:, :0] if self._mask is None else self._mask
+        if len(known) != len(new):
+            raise FeedError(
+                self.session.name, got=f"{len(new)} rows", expected=f"{len(known)}, as in the cache",
+                remedy="Empty the cache with reset()",
+            )  # fmt: skip
+        whole = np.concatenate([known, new], axis=1)
+        logits = self._step(token_ids, whole)
+        self._mask = whole
+        self.length = whole.shape[1]
+        return logits
 
     @abc.abstractmethod
-    def step(self, token_ids: Tokens) -> Array:
-        """Takes tokens (batch, sequence) and gives their logits (batch, sequence, vocabulary)."""
+    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
+        """One call; the mask covers the cache too."""
 
 
 class _ArrayDecoder(Decoder):
@@ -58,86 +99,131 @@ class _ArrayDecoder(Decoder):
         super().reset()
         self._past = None
 
-    def step(self, token_ids: Tokens) -> Array:
-        outputs = self.session.run(decoder_feeds(self.session.inputs, token_ids, past=self._past))
+    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
+        feeds = decoder_feeds(self.session.inputs, token_ids, mask=mask, past=self._past)
+        outputs = self.session.run(feeds)
         self._past = {pair.past.name: outputs[pair.present.name] for pair in self.session.cache}
-        self.length += token_ids.shape[1]
         return outputs["logits"]
 
 
 class _OrtDecoder(Decoder):
-    """The cache as ONNX Runtime's own values: what one call returns is given to the next without a copy."""
+    """The cache as ONNX Runtime's own values: what one call returns is given to the next without a copy.
+
+    The operators still write a new cache with every token, because graphs that concatenate need two.
+    """
 
     def __init__(self, session: OrtSession) -> None:
         super().__init__(session)
         self._ort = session
         self._names = ["logits", *(pair.present.name for pair in session.cache)]
-        self._value: Any = session.ort_value
         self._past: dict[str, Any] = {}
 
     def reset(self) -> None:
         super().reset()
         self._past = {}
 
-    def step(self, token_ids: Tokens) -> Array:
-        batch, sequence = token_ids.shape
-        total = self.length + sequence
-        feeds = dict(self._past)
-        if not feeds:
-            empty = decoder_feeds(self.session.inputs, token_ids)
-            feeds = {pair.past.name: self._value(empty[pair.past.name]) for pair in self.session.cache}
-        for spec in self.session.inputs:
-            if spec.name == "input_ids":
-                feeds[spec.name] = self._value(token_ids)
-            elif spec.name == "attention_mask":
-                feeds[spec.name] = self._value(np.ones((batch, total), spec.dtype))
-            elif spec.name == "position_ids":
-                positions = np.arange(self.length, total, dtype=spec.dtype)
-                feeds[spec.name] = self._value(np.tile(positions, (batch, 1)))
-            elif spec.name == "use_cache_branch":
-                feeds[spec.name] = self._value(np.array([self.length > 0]))
-            elif spec.name not in feeds:
-                # Says which input it is and what to do.
-                decoder_feeds(self.session.inputs, token_ids)
-        values = self._ort.run_values(feeds, self._names)
+    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
+        feeds = _small_feeds(self.session, token_ids, mask, cached=bool(self._past))
+        values = {name: self._ort.ort_value(array) for name, array in feeds.items()}
+        results = self._ort.run_values(values | self._past, self._names)
         self._past = {
-            pair.past.name: value for pair, value in zip(self.session.cache, values[1:], strict=True)
+            pair.past.name: value for pair, value in zip(self.session.cache, results[1:], strict=True)
         }
-        self.length = total
-        logits: Array = values[0].numpy()
+        logits: Array = results[0].numpy()
         return logits
 
 
-def open_decoder(session: Session) -> Decoder:
+class _SharedDecoder(Decoder):
+    """The cache in one buffer that a call reads and extends in place: nothing of it is copied per token.
+
+    GroupQueryAttention writes the new keys and values behind those that are there where past and present
+    are one buffer. It takes the number of valid positions from its inputs ``seqlens_k`` and
+    ``total_sequence_length``, not from the size of the buffer, and so the buffer may be longer.
+    """
+
+    def __init__(self, session: OrtSession, capacity: int) -> None:
+        super().__init__(session)
+        self._ort = session
+        self._wanted = capacity
+        self._capacity = 0
+        self._buffers: dict[str, Array] = {}
+        self._binding: Any = None
+
+    def reset(self) -> None:
+        """Empties the cache and keeps the buffers, unless another number of rows comes."""
+        super().reset()
+
+    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
+        batch, sequence = token_ids.shape
+        self._reserve(batch, mask.shape[1])
+        binding = self._binding
+        # These must live until the run is over: ONNX Runtime reads and writes their memory.
+        feeds = _small_feeds(self.session, token_ids, mask, cached=True)
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        spec = next(spec for spec in self.session.outputs if spec.name == "logits")
+        assert spec.shape is not None
+        logits = np.empty((batch, sequence, int(spec.shape[-1] or 0)), np.dtype(spec.dtype))
+        _bind(binding.bind_output, "logits", logits)
+        self._ort.run_bound(binding)
+        return logits
+
+    def _reserve(self, batch: int, length: int) -> None:
+        rows = next(iter(self._buffers.values())).shape[0] if self._buffers else 0
+        if length <= self._capacity and batch == rows:
+            return
+        capacity = max(self._wanted, length, _SMALLEST_CAPACITY)
+        if batch == rows:
+            capacity = max(capacity, self._capacity * _GROWTH)
+        binding = self._ort.ort_session.io_binding()
+        buffers = {}
+        for pair in self.session.cache:
+            _, heads, _, size = pair.past.shape or (0, 0, 0, 0)
+            buffer = np.zeros((batch, int(heads or 0), capacity, int(size or 0)), np.dtype(pair.past.dtype))
+            if self.length:
+                buffer[:, :, : self.length] = self._buffers[pair.past.name][:, :, : self.length]
+            _bind(binding.bind_input, pair.past.name, buffer)
+            _bind(binding.bind_output, pair.present.name, buffer)
+            buffers[pair.past.name] = buffer
+        self._buffers, self._binding, self._capacity = buffers, binding, capacity
+
+
+def _bind(bind: Any, name: str, array: Array) -> None:
+    bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
+
+
+def _small_feeds(session: Session, token_ids: Tokens, mask: Mask, *, cached: bool) -> dict[str, Array]:
+    """All inputs; those of the cache only where it is empty."""
+    inputs = session.inputs
+    if cached:
+        past = {pair.past.name for pair in session.cache}
+        inputs = tuple(spec for spec in inputs if spec.name not in past)
+    length = mask.shape[1] - token_ids.shape[1]
+    feeds = decoder_feeds(inputs, token_ids, mask=mask, past_length=length)
+    return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+
+
+def _shares(session: Session) -> bool:
+    """Whether a session can keep its cache in one buffer: the graph allows it, and types are numpy's own."""
+    if not isinstance(session, OrtSession) or session.provider not in _SHARING_PROVIDERS:
+        return False
+    specs = [*(pair.past for pair in session.cache), *(s for s in session.outputs if s.name == "logits")]
+    sized = all(
+        spec.shape is not None and len(spec.shape) >= 3 and isinstance(spec.shape[-1], int) for spec in specs
+    )
+    return sized and all(s.dtype in ("float32", "float16") for s in specs) and session.shares_cache
+
+
+def open_decoder(session: Session, *, capacity: int = 0) -> Decoder:
     """The fastest decoder for a session.
+
+    Args:
+        session: An open model.
+        capacity: Positions that the cache will need, where that is known: then it never grows.
 
     Raises:
         FeedError: The model has no KV cache or no logits.
     """
-    return _OrtDecoder(session) if isinstance(session, OrtSession) else _ArrayDecoder(session)
-
-
-def generate(
-    session: Session, prompt: list[int], *, max_new_tokens: int, stop: Collection[int] = ()
-) -> Iterator[int]:
-    """Greedy continuation of a prompt, token by token.
-
-    Args:
-        session: An open decoder.
-        prompt: Token ids; at least one.
-        max_new_tokens: Upper bound of tokens.
-        stop: Tokens that end the text; they are not given back.
-
-    Raises:
-        BadInputError: The prompt is empty.
-    """
-    if not prompt:
-        raise BadInputError("prompt", got="no tokens", expected="at least one")
-    decoder = open_decoder(session)
-    tokens = np.array([prompt], np.int64)
-    for _ in range(max_new_tokens):
-        token = int(decoder.step(tokens)[0, -1].argmax())
-        if token in stop:
-            return
-        yield token
-        tokens = np.array([[token]], np.int64)
+    if not isinstance(session, OrtSession):
+        return _ArrayDecoder(session)
+    return _SharedDecoder(session, capacity) if _shares(session) else _OrtDecoder(session)

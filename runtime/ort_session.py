@@ -21,7 +21,7 @@ from onnxsmith.errors import (
     require,
 )
 from onnxsmith.onnx_file import save_model
-from onnxsmith.package import Component, ModelPackage
+from onnxsmith.package import Component, ModelPackage, cache_is_shareable
 from onnxsmith.runtime.providers import resolve_provider
 from onnxsmith.runtime.session import Array, Session
 
@@ -56,7 +56,11 @@ class Placement:
 
 
 class OrtSession(Session):
-    """One graph of a package, open on one execution provider."""
+    """One graph of a package, open on one execution provider.
+
+    Attributes:
+        shares_cache: Whether past and present of the KV cache may be one buffer; see ``cache_is_shareable``.
+    """
 
     def __init__(
         self,
@@ -102,6 +106,7 @@ class OrtSession(Session):
             raise
         self.inputs = chosen.inputs
         self.outputs = chosen.outputs
+        self.shares_cache = cache_is_shareable(chosen.model)
 
     @property
     def ort_session(self) -> Any:
@@ -122,6 +127,15 @@ class OrtSession(Session):
         with self._running():
             values: list[Any] = self.ort_session.run_with_ort_values(outputs, feeds)
         return values
+
+    def run_bound(self, binding: Any) -> None:
+        """Runs the model on an ``onnxruntime.IOBinding`` of ``ort_session``, without a check or a copy.
+
+        Raises:
+            ModelFileError: ONNX Runtime fails.
+        """
+        with self._running():
+            self.ort_session.run_with_iobinding(binding)
 
     def placement(self) -> Placement:
         """Which provider got which nodes."""

@@ -110,6 +110,7 @@ def decoder_feeds(
     *,
     mask: npt.NDArray[np.bool_] | None = None,
     past: Mapping[str, Array] | None = None,
+    past_length: int = 0,
 ) -> dict[str, Array]:
     """The inputs of a decoder for given tokens.
 
@@ -118,12 +119,13 @@ def decoder_feeds(
         token_ids: New tokens, (batch, sequence).
         mask: (batch, past + sequence), false for padding; all true where None.
         past: Cache inputs by name; an empty cache where None.
+        past_length: Positions in the cache, where the caller binds the cache itself.
 
     Raises:
         FeedError: An input that a decoder is not known to have.
     """
     batch, sequence = token_ids.shape
-    length = 0
+    length = past_length
     if past:
         length = next(iter(past.values())).shape[2]
     tokens = np.ones((batch, length + sequence), np.bool_) if mask is None else mask

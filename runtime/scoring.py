@@ -72,23 +72,30 @@ class Perplexity:
     top1_agreement: float | None = None
 
 
-def score(session: Session, tokens: npt.NDArray[np.int64], *, window: int) -> Iterator[ScoredWindow]:
+def score(
+    session: Session, tokens: npt.NDArray[np.int64], *, window: int, batch: int = 1
+) -> Iterator[ScoredWindow]:
     """Runs a text through a decoder in windows that do not overlap, each from an empty cache.
 
     Every backend is given the same tokens in the same windows, so results can be compared position by
-    position. A rest of fewer than two tokens is left out.
+    position. A rest of fewer than two tokens is left out. Only the logits are asked for, so that a cache
+    which nobody reads is not copied.
 
     Args:
         session: An open decoder.
         tokens: (length,).
         window: Tokens in a window.
+        batch: Windows in one call; the last, where it is shorter, has a call of its own.
     """
-    for begin in range(0, len(tokens), window):
-        part = tokens[begin : begin + window]
-        if len(part) < 2:
-            return
-        logits = session.run(decoder_feeds(session.inputs, part[None]), ["logits"])["logits"]
-        yield ScoredWindow(logits[0, :-1].astype(np.float32, copy=False), part[1:])
+    parts = [tokens[begin : begin + window] for begin in range(0, len(tokens), window)]
+    whole = [part for part in parts if len(part) == window]
+    groups = [whole[begin : begin + batch] for begin in range(0, len(whole), batch)]
+    groups += [[part] for part in parts[len(whole) :] if len(part) >= 2]
+    for group in groups:
+        ids = np.stack(group)
+        logits = session.run(decoder_feeds(session.inputs, ids), ["logits"])["logits"]
+        for row, part in zip(logits, group, strict=True):
+            yield ScoredWindow(row[:-1].astype(np.float32, copy=False), part[1:])
 
 
 def perplexity(
@@ -96,6 +103,7 @@ def perplexity(
     tokens: npt.NDArray[np.int64],
     *,
     window: int,
+    batch: int = 1,
     reference_logits: Array | None = None,
     keep_logits: Array | None = None,
     on_window: Callable[[int], None] | None = None,
@@ -106,6 +114,7 @@ def perplexity(
         session: An open decoder.
         tokens: (length,).
         window: Tokens in a window.
+        batch: Windows in one call; memory for logits grows with it.
         reference_logits: (tokens predicted, vocabulary), as ``keep_logits`` of the reference was filled.
         keep_logits: Filled with this model's logits; usually a memory-mapped file.
         on_window: Called with the number of windows done.
@@ -115,11 +124,13 @@ def perplexity(
     """
     if window < 2:
         raise BadInputError("perplexity: window", got=str(window), expected="at least two tokens")
+    if batch < 1:
+        raise BadInputError("perplexity: batch", got=str(batch), expected="at least 1")
     losses: list[Floats] = []
     differences: list[Floats] = []
     divergence = 0.0
     agreements = position = 0
-    for number, scored in enumerate(score(session, tokens, window=window), 1):
+    for number, scored in enumerate(score(session, tokens, window=window, batch=batch), 1):
         count = len(scored.targets)
         losses.append(scored.losses())
         if keep_logits is not None:

@@ -196,6 +196,23 @@ def test_the_losses_of_a_window_are_those_of_torch(
         np.testing.assert_allclose(window.losses(), losses.numpy(), atol=1e-4)
 
 
+def test_windows_in_batches_are_the_same_windows(
+    session: OrtSession, torch_session: TorchSession, tokens: Any
+) -> None:
+    one = perplexity(session, tokens, window=32)
+    for batch in (2, 3, 64):
+        many = perplexity(session, tokens, window=32, batch=batch)
+        assert many.value == pytest.approx(one.value, rel=1e-6)
+        assert (many.tokens, many.windows) == (one.tokens, one.windows) == (145, 5)
+    kept = np.zeros((145, 64), np.float32)
+    perplexity(torch_session, tokens, window=32, batch=4, keep_logits=kept)
+    result = perplexity(session, tokens, window=32, batch=3, reference_logits=kept)
+    assert result.kl_to_reference is not None
+    assert result.kl_to_reference < 1e-8
+    with pytest.raises(BadInputError, match="perplexity: batch: 0; expected at least 1"):
+        perplexity(session, tokens, window=32, batch=0)
+
+
 def test_a_model_that_knows_its_text_has_a_lower_perplexity(session: OrtSession, tokens: Any) -> None:
     own = [9, *generate(session, [9], max_new_tokens=100)]
     known = perplexity(session, np.array(own, np.int64), window=64)

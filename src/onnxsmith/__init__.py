@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from onnxsmith.package import ModelPackage
     from onnxsmith.package_io import load_package, save_package
     from onnxsmith.pipeline.artifact import verify_artifact
+    from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.pipeline.operations import (
         bench_models,
         compare_models,
         export_model,
-        generate_text,
         inspect_model,
         optimize_model,
     )
     from onnxsmith.pipeline.recipe import Recipe, load_recipe
     from onnxsmith.pipeline.run import run_recipe
-    from onnxsmith.runtime import BenchSettings, OrtSession, TorchSession
+    from onnxsmith.runtime import BenchSettings, OrtSession, SamplingSettings, TorchSession
     from onnxsmith.source import ModelSource
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "OnnxsmithError",
     "OrtSession",
     "Recipe",
+    "SamplingSettings",
     "Tolerance",
     "TorchSession",
     "__version__",
@@ -50,6 +51,7 @@ __all__ = [
     "export",
     "export_model",
     "generate_text",
+    "generate_texts",
     "inspect_model",
     "load_package",
     "load_recipe",
@@ -72,13 +74,15 @@ _HOMES: Mapping[str, str] = {
     "OnnxsmithError": "onnxsmith.errors",
     "OrtSession": "onnxsmith.runtime",
     "Recipe": "onnxsmith.pipeline.recipe",
+    "SamplingSettings": "onnxsmith.runtime",
     "Tolerance": "onnxsmith.comparison",
     "TorchSession": "onnxsmith.runtime",
     "bench_models": "onnxsmith.pipeline.operations",
     "compare_models": "onnxsmith.pipeline.operations",
     "export": "onnxsmith.exporters",
     "export_model": "onnxsmith.pipeline.operations",
-    "generate_text": "onnxsmith.pipeline.operations",
+    "generate_text": "onnxsmith.pipeline.generation",
+    "generate_texts": "onnxsmith.pipeline.generation",
     "inspect_model": "onnxsmith.pipeline.operations",
     "load_package": "onnxsmith.package_io",
     "load_recipe": "onnxsmith.pipeline.recipe",

@@ -19,6 +19,7 @@ __all__ = [
     "ModelPackage",
     "StepRecord",
     "TensorSpec",
+    "cache_is_shareable",
     "cache_pairs",
 ]
 
@@ -187,6 +188,35 @@ def cache_pairs(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...])
     """
     by_name = {spec.name: spec for spec in outputs}
     return tuple(_pairs(inputs, by_name))
+
+
+def cache_is_shareable(model: ir.Model) -> bool:
+    """Whether past and present of a graph's KV cache may be one buffer, longer than what is in it.
+
+    So it is where each cache input goes to a GroupQueryAttention and nowhere else, and what that gives back
+    is the cache output: the operator extends a buffer in place, and reads how much of it is valid from other
+    inputs. A graph that concatenates, or asks for the shape of its cache, needs the exact length.
+    """
+    outputs = {value.name: value for value in model.graph.outputs}
+    found = 0
+    for value in model.graph.inputs:
+        match = _PAST.fullmatch(value.name or "")
+        if match is None:
+            continue
+        uses = list(value.uses())
+        if len(uses) != 1:
+            return False
+        node, index = uses[0]
+        present = outputs.get(f"present.{match[1]}")
+        # Inputs 3 and 4 are past key and value; outputs 1 and 2 what becomes of them.
+        if node.op_type != "GroupQueryAttention" or index not in (3, 4) or len(node.outputs) < 3:
+            return False
+        if present is None or present.producer() is not node or node.outputs[index - 2] is not present:
+            return False
+        if any(n.op_type == "Shape" for n, _ in present.uses()):
+            return False
+        found += 1
+    return found > 0
 
 
 def _pairs(inputs: tuple[TensorSpec, ...], outputs: Mapping[str, TensorSpec]) -> Iterator[CachePair]:

@@ -1,0 +1,276 @@
+"""From a prompt to text: tokens, chat templates, stop strings, streaming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import BadInputError, FeedError, TokenizerError
+from onnxsmith.package import ModelPackage, cache_pairs
+from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.tokenization import PackageTokenizer
+
+if TYPE_CHECKING:
+    from onnxsmith.runtime import SamplingSettings
+
+__all__ = ["Generated", "TextStream", "chat_prompt", "generate_text", "generate_texts"]
+
+
+class TextStream:
+    """Turns tokens into text as soon as it is certain, and ends it at a stop string."""
+
+    def __init__(self, tokenizer: PackageTokenizer, prompt: list[int], stops: Sequence[str] = ()) -> None:
+        """Starts after a prompt."""
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._stops = tuple(stops)
+        self._shown = 0
+        self.ids: list[int] = []
+        self.text = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """Takes a token and gives the text that became certain.
+
+        That is none while a character is incomplete, or while a stop string may have begun.
+        """
+        self.ids.append(token)
+        text = self._tokenizer.continuation(self._prompt, self.ids)
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.text, self.ended = text[: min(found)], True
+            return self._show(len(self.text))
+        # A token may end in the middle of a character, which decodes to U+FFFD until the rest is there.
+        if text.endswith("\ufffd") or not text.startswith(self.text[: self._shown]):
+            return ""
+        self.text = text
+        return self._show(len(text) - self._begun(text))
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come."""
+        if self.ended:
+            return ""
+        text = self._tokenizer.continuation(self._prompt, self.ids)
+        if len(text) >= self._shown:
+            self.text = text
+        return self._show(len(self.text))
+
+    def _show(self, until: int) -> str:
+        piece = self.text[self._shown : until]
+        self._shown = max(self._shown, until)
+        return piece
+
+    def _begun(self, text: str) -> int:
+        """How many characters at the end could be the beginning of a stop string."""
+        return max(
+            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """The continuation of one prompt.
+
+    Attributes:
+        prompt: As it was given.
+        text: What was generated, without the stop string.
+        tokens: How many tokens were generated.
+        finish: ``stop`` or ``length``.
+    """
+
+    prompt: str
+    text: str
+    tokens: int
+    finish: str
+
+
+def chat_prompt(package: ModelPackage, message: str, *, system: str | None = None) -> str:
+    """A message in the form in which the model was taught to answer.
+
+    The template is a program of the model's author, so it runs in jinja2's sandbox.
+
+    Args:
+        package: The model with its tokenizer configuration.
+        message: What the user says.
+        system: What the model is told beforehand.
+
+    Raises:
+        TokenizerError: There is no chat template, or it fails.
+    """
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        config: Any = json.loads(package.files.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise TokenizerError(
+            "tokenizer_config.json", got=f"cannot be read: {error}", expected="JSON"
+        ) from error
+    template = _template(package, config)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": message})
+    special = {
+        name: value["content"] if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name.endswith("_token") and isinstance(value, str | Mapping)
+    }
+
+    def refuse(text: str) -> None:
+        raise jinja2.TemplateError(text)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    try:
+        made = environment.from_string(template)
+        return str(made.render(messages=messages, add_generation_prompt=True, **special))
+    except (jinja2.TemplateError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise TokenizerError(
+            "chat template", got=f"it fails: {error}", expected="a template for these messages"
+        ) from error
+
+
+def _template(package: ModelPackage, config: Mapping[str, Any]) -> str:
+    content = package.files.get("chat_template.jinja")
+    if content is not None:
+        return content.decode("utf-8", errors="replace")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        # Several, by name.
+        named = {e.get("name"): e.get("template") for e in template if isinstance(e, Mapping)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            "chat template",
+            got="the model has none",
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            remedy="Leave out --chat",
+        )
+    return template
+
+
+def generate_text(
+    model: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    provider: str = "cpu",
+    sampling: SamplingSettings | None = None,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    system: str | None = None,
+) -> Iterator[str]:
+    """Continues a text, piece by piece.
+
+    Args:
+        model: An artifact or ONNX file with a tokenizer.
+        prompt: The text to continue; with ``chat``, the message to answer.
+        max_new_tokens: Upper bound of tokens.
+        provider: Execution provider.
+        sampling: How tokens are chosen; greedy where None.
+        stop: Strings that end the text; they are not given back.
+        chat: Whether the prompt goes through the model's chat template.
+        system: With ``chat``, what the model is told beforehand.
+
+    Yields:
+        Text, as soon as it is certain: characters of several tokens come when they are whole.
+
+    Raises:
+        OnnxsmithError: The model is no decoder, or has no tokenizer.
+    """
+    from onnxsmith.runtime import OrtBackend, generate
+
+    package, tokenizer = _open(model, max_new_tokens, stop)
+    ids = _ids(package, tokenizer, prompt, chat=chat, system=system)
+    stream = TextStream(tokenizer, ids, stop)
+    with OrtBackend(provider).open(package, name=str(model)) as session:
+        for token in generate(
+            session, ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling
+        ):
+            piece = stream.add(token)
+            if piece:
+                yield piece
+            if stream.ended:
+                return
+    rest = stream.finish()
+    if rest:
+        yield rest
+
+
+def generate_texts(
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    batch: int = 8,
+    max_new_tokens: int = 64,
+    provider: str = "cpu",
+    sampling: SamplingSettings | None = None,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    system: str | None = None,
+) -> Iterator[Generated]:
+    """Continues many texts, ``batch`` of them at once; see ``generate_text`` for the other arguments.
+
+    Yields:
+        One result for each prompt, in their order, as soon as its batch is done.
+
+    Raises:
+        OnnxsmithError: The model is no decoder, or has no tokenizer.
+    """
+    from onnxsmith.runtime import OrtBackend, generate_batch
+
+    if batch < 1:
+        raise BadInputError("generate: --batch", got=str(batch), expected="at least 1")
+    package, tokenizer = _open(model, max_new_tokens, stop)
+    with OrtBackend(provider).open(package, name=str(model)) as session:
+        for begin in range(0, len(prompts), batch):
+            part = prompts[begin : begin + batch]
+            rows = [_ids(package, tokenizer, prompt, chat=chat, system=system) for prompt in part]
+            streams = [TextStream(tokenizer, ids, stop) for ids in rows]
+            ended = [False] * len(rows)
+            for tokens in generate_batch(
+                session, rows, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling
+            ):
+                for number, token in enumerate(tokens):
+                    if token is None or streams[number].ended:
+                        ended[number] = True
+                    else:
+                        streams[number].add(token)
+                if all(stream.ended for stream in streams):
+                    break
+            for prompt, stream, done in zip(part, streams, ended, strict=True):
+                stream.finish()
+                over = done or stream.ended or len(stream.ids) < max_new_tokens
+                yield Generated(prompt, stream.text, len(stream.ids), "stop" if over else "length")
+
+
+def _open(model: Path, max_new_tokens: int, stop: Sequence[str]) -> tuple[ModelPackage, PackageTokenizer]:
+    if max_new_tokens < 1:
+        raise BadInputError("generate: --max-new-tokens", got=str(max_new_tokens), expected="at least 1")
+    if not all(stop):
+        raise BadInputError("generate: --stop", got="an empty string", expected="a text to stop at")
+    package = load_package(model)
+    if not any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
+        raise FeedError(
+            str(model), got="a model without a KV cache", expected="a decoder with past_key_values.*"
+        )
+    return package, PackageTokenizer(package)
+
+
+def _ids(
+    package: ModelPackage, tokenizer: PackageTokenizer, prompt: str, *, chat: bool, system: str | None
+) -> list[int]:
+    if not chat:
+        if system is not None:
+            raise BadInputError(
+                "generate: --system", got="a system message without --chat", expected="both or none"
+            )
+        return tokenizer.encode(prompt)
+    # The template writes the special tokens itself.
+    return tokenizer.encode(chat_prompt(package, prompt, system=system), special_tokens=False)

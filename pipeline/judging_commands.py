@@ -1,0 +1,157 @@
+"""The commands that run models to judge them or to use them: compare and generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.pipeline.arguments import Json, Model, Providers, tolerance_of
+from onnxsmith.pipeline.ending import FAILED, guarded
+
+__all__ = ["JUDGING_COMMANDS"]
+
+
+@guarded
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="CANDIDATE...", help="Artifacts or .onnx files.")
+    ],
+    provider: Providers = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Inputs to use, one array for each.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of made-up cases; all kinds by default.")
+    ] = None,
+    atol: Annotated[float | None, typer.Option(metavar="X", help="Absolute tolerance.")] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Tolerance relative to the largest magnitude of the reference tensor."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Bounds of float32, float16, int8, int4; the candidate's own by default.",
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
+    json_target: Json = None,
+) -> int:
+    """Compare models with a reference on the same inputs; exit status 1 if any differs."""
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.operations import compare_models
+    from onnxsmith.pipeline.tables import show_comparisons
+
+    results = compare_models(
+        reference,
+        candidates,
+        providers=provider or ["cpu"],
+        inputs=inputs,
+        samples=samples,
+        tolerance=tolerance_of(atol, rtol),
+        precision=tolerance,
+        task=task,
+        seed=seed,
+        progress=progress_for(),
+    )
+    passed = bool(results) and all(result.passed for result in results)
+    if json_target:
+        emit_json(json_target, "compare", {"passed": passed, "comparisons": [r.to_json() for r in results]})
+    if json_target != "-":
+        show_comparisons(results)
+    return 0 if passed else FAILED
+
+
+@guarded
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; or give --prompts.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Many prompts: a text file with one a line, or .jsonl with text."),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Prompts of --prompts at once.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Upper bound of tokens.")] = 64,
+    provider: Annotated[str, typer.Option(metavar="P", help="Execution provider.")] = "cpu",
+    temperature: Annotated[
+        float, typer.Option(metavar="X", help="0 takes the most likely token; above, tokens are drawn.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw from the N most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Draw from the fewest tokens of this probability together.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1, tokens that were there become less likely.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Ends the text; may be repeated.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --chat: what the model is told beforehand.")
+    ] = None,
+    json_target: Json = None,
+) -> None:
+    """Continue a text with a language model, streamed; by default always the most likely token."""
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.generation import generate_text, generate_texts
+    from onnxsmith.runtime import SamplingSettings
+
+    if (prompt is None) == (prompts is None):
+        got = "neither a prompt nor --prompts" if prompt is None else "a prompt and --prompts"
+        raise BadInputError("generate", got=got, expected="one of them")
+    sampling = SamplingSettings(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "provider": provider, "sampling": sampling, "stop": stop or (),
+        "chat": chat, "system": system,
+    }  # fmt: skip
+    if prompts is not None:
+        results = []
+        for one in generate_texts(model, _prompts(prompts), batch=batch, **settings):
+            results.append(dataclasses.asdict(one))
+            if json_target != "-":
+                sys.stdout.write(f"{one.prompt}{'' if not chat else chr(10)}{one.text}\n\n")
+                sys.stdout.flush()
+        if json_target:
+            emit_json(json_target, "generate", {"results": results})
+        return
+    assert prompt is not None
+    pieces: list[str] = []
+    for piece in generate_text(model, prompt, **settings):
+        if not pieces and json_target != "-" and not chat:
+            sys.stdout.write(prompt)
+        pieces.append(piece)
+        if json_target != "-":
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json_target != "-":
+        sys.stdout.write("\n")
+    if json_target:
+        emit_json(json_target, "generate", {"prompt": prompt, "text": "".join(pieces)})
+
+
+def _prompts(path: Path) -> Sequence[str]:
+    from onnxsmith.pipeline.texts import load_texts
+
+    return load_texts(path)
+
+
+JUDGING_COMMANDS: Sequence[Callable[..., None]] = (compare, generate)

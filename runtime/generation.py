@@ -1,0 +1,91 @@
+"""Continuing prompts: one or a batch, greedy or drawn, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.runtime.decoding import open_decoder
+from onnxsmith.runtime.sampling import Sampler, SamplingSettings
+from onnxsmith.runtime.session import Session
+
+__all__ = ["generate", "generate_batch"]
+
+# The cache is made for at most so many tokens at once; it grows where a text gets longer.
+_MAX_RESERVED_TOKENS = 4096
+
+
+def generate(
+    session: Session,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop: Collection[int] = (),
+    sampling: SamplingSettings | None = None,
+) -> Iterator[int]:
+    """Continues one prompt, token by token.
+
+    Args:
+        session: An open decoder.
+        prompt: Token ids; at least one.
+        max_new_tokens: Upper bound of tokens.
+        stop: Tokens that end the text; they are not given back.
+        sampling: How tokens are chosen; greedy where None.
+
+    Raises:
+        BadInputError: The prompt is empty.
+    """
+    for tokens in generate_batch(
+        session, [prompt], max_new_tokens=max_new_tokens, stop=stop, sampling=sampling
+    ):
+        if tokens[0] is not None:
+            yield tokens[0]
+
+
+def generate_batch(
+    session: Session,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop: Collection[int] = (),
+    sampling: SamplingSettings | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues several prompts at once; shorter ones are padded on the left.
+
+    A row's text is the one that it would have alone, up to rounding in kernels that depend on the batch.
+
+    Args:
+        session: An open decoder.
+        prompts: Token ids; at least one for each row.
+        max_new_tokens: Upper bound of tokens for each row.
+        stop: Tokens that end a row; they are not given back.
+        sampling: How tokens are chosen; greedy where None.
+
+    Yields:
+        The next token of each row; None for rows that have ended.
+
+    Raises:
+        BadInputError: A prompt is empty.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            where = "prompt" if len(prompts) == 1 else f"prompt {number + 1}"
+            raise BadInputError(where, got="no tokens", expected="at least one")
+    if not prompts:
+        raise BadInputError("prompts", got="none", expected="at least one")
+    longest = max(len(prompt) for prompt in prompts)
+    decoder = open_decoder(session, capacity=longest + min(max_new_tokens, _MAX_RESERVED_TOKENS))
+    sampler = Sampler(sampling or SamplingSettings(), list(prompts))
+    # Padding is hidden, so any token will do that the model knows.
+    tokens = np.array([[p[0]] * (longest - len(p)) + list(p) for p in prompts], np.int64)
+    mask = np.array([[False] * (longest - len(p)) + [True] * len(p) for p in prompts])
+    ended = [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        chosen = sampler.choose(decoder.step(tokens, mask)[:, -1])
+        ended = [done or int(token) in stop for done, token in zip(ended, chosen, strict=True)]
+        if all(ended):
+            return
+        yield [None if done else int(token) for done, token in zip(ended, chosen, strict=True)]
+        tokens, mask = chosen[:, None], np.ones((len(prompts), 1), np.bool_)
