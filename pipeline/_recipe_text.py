@@ -121,7 +121,8 @@ class RecipeText:
     def explain(self, error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> RecipeError:
         """What is wrong, where, and what was meant."""
         errors = _without_branches(error.errors(include_url=False))
-        first = errors[0]
+        # A misspelt key is why another one is missing.
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         # A rule about several keys knows which of them is to blame, and what it says.
         rule = first.get("ctx", {}) if first["type"] == "rule" else {}
         location = [*_place(first["loc"]), *rule.get("at", ())]

@@ -1,0 +1,231 @@
+"""Recipes: what is read, and for each thing that can be wrong with one the line, the key and the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from onnxsmith import Recipe, load_recipe
+from onnxsmith.errors import RecipeError, UnknownNameError
+
+SMALL = """\
+schema_version: 1
+name: toy
+source: my_model:make
+variants:
+  - name: fp32
+    preset: clean
+  - name: int8
+    passes:
+      - cleanup
+      - quantize_weights: {bits: 8}
+evaluation:
+  perplexity:
+    data: text.txt
+budgets:
+  size_mb: 10
+"""
+
+
+def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, SMALL))
+    assert recipe.name == "toy"
+    assert recipe.provider == "cpu"
+    assert recipe.choose == "size_mb"
+    assert recipe.budgets.size_mb == 10
+    assert recipe.evaluation.perplexity is not None
+    assert recipe.evaluation.perplexity.window == 512
+    assert recipe.variants[1].specs() == [("cleanup", {}), ("quantize_weights", {"bits": 8})]
+
+
+def test_json_is_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, SMALL))
+    as_json = json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), indent="\t")
+    assert load_recipe(written(tmp_path, as_json, "recipe.json")) == recipe
+
+
+def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, SMALL))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "budgets:\n  size_mb: 10",
+            "budgets:\n  size_bm: 10",
+            r"line 15: budgets\.size_bm: unknown key 'size_bm'; "
+            r"expected one of .*size_mb.*\. Did you mean 'size_mb'\?",
+        ),
+        ("name: toy", "nmae: toy", r"recipe\.yaml, line 2: nmae: unknown key 'nmae'.*Did you mean 'name'\?"),
+        (
+            "    preset: clean",
+            "    prest: clean",
+            r"line 6: variants\.0\.prest: unknown key 'prest'.*'preset'",
+        ),
+        ("schema_version: 1\n", "", r"line 1: schema_version: it is missing; expected a value"),
+        ("schema_version: 1", "schema_version: 2", r"line 1: schema_version: 2; expected 1"),
+        ("size_mb: 10", "size_mb: much", r"line 15: budgets\.size_mb: \"much\"; expected a number"),
+        ("size_mb: 10", "size_mb: -1", r"line 15: budgets\.size_mb: -1; expected .*greater than 0"),
+        ("size_mb: 10", "size_mb: .nan", r"line 15: budgets\.size_mb: NaN; expected a finite number"),
+        ("size_mb: 10", "size_mb: true", r"line 15: budgets\.size_mb: true; expected a number"),
+        ("name: toy", "name: ../toy", r"line 2: name: \"\.\./toy\"; expected letters, digits"),
+        (
+            "name: toy",
+            "name: 2026-11-24",
+            r"line 2: name: the date 2026-11-24, without quotes; expected a string",
+        ),
+        ("    preset: clean", "    passes: 7", r"line 6: variants\.0\.passes: 7; expected a list"),
+        ("      - cleanup", "      - 7", r"line 9: variants\.1\.passes\.0: 7; expected the name of a pass"),
+        (
+            "      - cleanup",
+            "      - {a: {}, b: {}}",
+            r"line 9: variants\.1\.passes\.0: an entry with 2 names",
+        ),
+        (
+            "    preset: clean\n",
+            "    preset: clean\n    passes: [cleanup]\n",
+            r"line 5: variants\.0: both preset and passes; expected one of them",
+        ),
+        ("    preset: clean\n", "", r"line 5: variants\.0: neither preset nor passes; expected one of them"),
+        (
+            "name: int8",
+            "name: fp32",
+            r"line 7: variants\.1\.name: a second variant named 'fp32'; expected unique",
+        ),
+        (
+            "size_mb: 10",
+            "kl_to_reference: 1\nevaluation: {perplexity: null}",
+            r"line 16: evaluation: the key stands in line 11 already",
+        ),
+        (
+            "  size_mb: 10",
+            "  latency_ms: 5\nchoose: perplexities",
+            r"line 16: choose: \"perplexities\"; expected ",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SMALL
+    path = written(tmp_path, SMALL.replace(old, new))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "budgets: {perplexity_increase_pct: 2}",
+            r"budgets\.perplexity_increase_pct: no evaluation\.perplexity",
+        ),
+        (
+            "budgets: {latency_ms: 2}\nevaluation: {benchmark: null}",
+            r"budgets\.latency_ms: no evaluation\.bench",
+        ),
+        ("choose: perplexity", r"choose: no evaluation\.perplexity; expected one, to measure this by"),
+    ],
+)
+def test_nothing_is_held_against_what_is_not_measured(tmp_path: Path, change: str, message: str) -> None:
+    text = SMALL[: SMALL.index("evaluation:")] + change + "\n"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"an empty file; expected a mapping"),
+        (b"just a sentence", r"a str; expected a mapping"),
+        (b"- a\n- b\n", r"a list; expected a mapping"),
+        (b"a: [1, 2", r"line 1.*expected YAML or JSON"),
+        (b"a: 1\na: 2\n", r"line 2: a: the key stands in line 1 already"),
+        (b"\xff\xfe\x00", r"cannot be read: it is not text in UTF-8"),
+        (b"a: &a [*a]\n", r"line 1: an alias for what it stands in"),
+        (b"a: !!python/object/apply:os.system [true]\n", r"line 1.*could not determine a constructor"),
+        (b"a: " + b"[" * 100_000, r"expected YAML or JSON"),
+        (b"#" * 300_000, r"more than 256 KiB; expected a recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_a_few_lines_do_not_become_billions_of_values(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    with pytest.raises(
+        RecipeError, match=r"aliases that stand for very many values; expected at most 100000"
+    ):
+        load_recipe(written(tmp_path, "\n".join(lines)))
+
+
+def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"gone\.yaml: cannot be read: No such file or directory"):
+        load_recipe(tmp_path / "gone.yaml")
+    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_overrides_reach_every_key(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        written(tmp_path, SMALL),
+        overrides=[
+            "budgets.size_mb=2.5",
+            "variants.int8.passes=[cleanup]",
+            "variants.0.preset=cpu-fp32",
+            "evaluation.benchmark.runs=3",
+            "evaluation.perplexity=null",
+            "prompt=The capital of France is",
+        ],
+    )
+    assert recipe.budgets.size_mb == 2.5
+    assert recipe.variants[1].passes == ("cleanup",)
+    assert recipe.variants[0].preset == "cpu-fp32"
+    assert recipe.evaluation.benchmark is not None and recipe.evaluation.benchmark.runs == 3
+    assert recipe.evaluation.perplexity is None
+    assert recipe.prompt == "The capital of France is"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("variants=[]", r"--set variants=\[\]: variants: \[\]; expected .*at least 1 item"),
+        ("budgets", r"--set budgets: no key=value; expected for example budgets\.size_mb=100"),
+        ("=3", "no key=value"),
+        ("budgets.size_mb=[1", r"--set budgets\.size_mb=\[1: the value '\[1'; expected a YAML value"),
+        ("budgets.size_bm=3", r"--set budgets\.size_bm=3: budgets\.size_bm: unknown key.*'size_mb'"),
+        ("variants.int9.preset=clean", r"unknown entry 'int9'; expected one of fp32, int8, 0, 1\. .*'int8'"),
+        ("name.first=x", r"'first' is below the plain value \"toy\"; expected a mapping or a list"),
+    ],
+)
+def test_a_wrong_override_is_named_as_it_was_given(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, SMALL), overrides=[override])
+
+
+def test_an_unknown_preset_gets_a_suggestion(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, SMALL.replace("preset: clean", "preset: cpu-int5")))
+    with pytest.raises(
+        UnknownNameError, match=r"variant fp32: unknown preset 'cpu-int5'.*Did you mean 'cpu-int"
+    ):
+        recipe.variants[0].specs()
+
+
+def test_several_errors_are_counted(tmp_path: Path) -> None:
+    text = SMALL.replace("name: toy", "nmae: toy").replace("size_mb: 10", "size_mb: x")
+    with pytest.raises(RecipeError, match=re.escape("(2 more errors)")):
+        load_recipe(written(tmp_path, text))
