@@ -1,0 +1,360 @@
+"""The command line as a contract: names, exit statuses, streams, and one clear error for each bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxsmith.pipeline.cli import main
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def onnxsmith(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs a command in an empty directory, as the console script does, but in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["onnxsmith", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        assert "internal error" not in err
+        return Ended(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as an artifact, by `export`."""
+    from onnxsmith import export_model
+
+    directory = tmp_path_factory.mktemp("exported") / "tiny"
+    export_model(str(tiny_llama_dir), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its weights in 8 bits."""
+    from onnxsmith import PRESETS, optimize_model
+
+    directory = tmp_path_factory.mktemp("small") / "tiny-int8"
+    optimize_model(exported, directory, PRESETS["cpu-int8"])
+    return directory
+
+
+def corrupt(artifact: Path, copy: Path, name: str) -> Path:
+    """A copy of an artifact in which a few numbers of one weight are others."""
+    from onnxsmith import load_package
+
+    shutil.copytree(artifact, copy)
+    model = load_package(copy).main.model
+    value = model.graph.initializers[name].const_value
+    assert value is not None
+    array = value.numpy()
+    wrong = np.array(array)
+    wrong[0, :4] += np.float32(0.5)
+    for path in sorted(copy.iterdir()):
+        content = path.read_bytes()
+        if path.name.startswith("model.onnx") and array.tobytes() in content:
+            path.write_bytes(content.replace(array.tobytes(), wrong.tobytes()))
+            return copy
+    raise AssertionError(f"{name} is in no file")
+
+
+# What works.
+
+
+def test_export_compares_and_writes_an_artifact(
+    onnxsmith: Command, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    done = onnxsmith("export", tiny_llama_dir, "-o", "out", "--json", "-")
+    assert done.status == 0, done.err
+    assert done.json["schema_version"] == 1
+    assert done.json["task"] == "text-generation"
+    assert done.json["comparison"]["passed"]
+    cases = {tensor["case"] for tensor in done.json["comparison"]["tensors"]}
+    assert len(cases) >= 5
+    assert onnxsmith("verify", "out").status == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["measurements"]["comparison"]["verified"]
+    assert manifest["source"]["files"]
+
+
+def test_an_export_that_was_not_compared_says_so(
+    onnxsmith: Command, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    done = onnxsmith("export", tiny_llama_dir, "-o", "out", "--no-verify")
+    assert done.status == 0, done.err
+    assert "not compared with PyTorch (--no-verify)" in done.out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["measurements"]["comparison"] == {"verified": False}
+
+
+def test_optimize_says_what_it_did(onnxsmith: Command, exported: Path) -> None:
+    done = onnxsmith("optimize", exported, "-o", "out", "--preset", "cpu-fp32", "--pass", "to_float16")
+    assert done.status == 0, done.err
+    assert "fuse_transformer" in done.out and "to_float16" in done.out
+    assert onnxsmith("inspect", "out", "--json", "-").json["precision"] == "float16"
+
+
+def test_compare_agrees(onnxsmith: Command, exported: Path, small: Path, tiny_llama_dir: Path) -> None:
+    done = onnxsmith("compare", tiny_llama_dir, exported, small, "--json", "-")
+    assert done.status == 0, done.err
+    assert done.json["passed"]
+    fp32, int8 = done.json["comparisons"]
+    assert fp32["provider"] == "CPUExecutionProvider"
+    logits = [tensor for tensor in fp32["tensors"] if tensor["name"] == "logits"]
+    assert {"max_abs", "max_rel", "cosine", "kl", "top1_agreement", "passed"} <= set(logits[0])
+    assert max(t["max_abs"] for t in logits) < 1e-4
+    assert max(t["max_abs"] for t in int8["tensors"]) > 1e-3
+
+
+def test_compare_finds_one_wrong_weight(
+    onnxsmith: Command, exported: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    wrong = corrupt(exported, tmp_path / "wrong", "model.layers.1.mlp.up_proj.weight")
+    done = onnxsmith("compare", tiny_llama_dir, exported, wrong, "--json", "-")
+    assert done.status == 1
+    assert [result["passed"] for result in done.json["comparisons"]] == [True, False]
+    assert "logits" in done.json["comparisons"][1]["reason"]
+    assert onnxsmith("verify", wrong).status == 1
+
+
+def test_a_quantized_model_does_not_pass_as_float32(onnxsmith: Command, exported: Path, small: Path) -> None:
+    assert onnxsmith("compare", exported, small).status == 0
+    done = onnxsmith("compare", exported, small, "--tolerance", "float32")
+    assert done.status == 1
+    assert onnxsmith("compare", exported, small, "--atol", "1e-6", "--rtol", "0").status == 1
+
+
+def test_compare_takes_inputs_from_a_file(onnxsmith: Command, onnx_package: Any, tmp_path: Path) -> None:
+    onnx_package("a (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }", "a")
+    onnx_package("b (float[n, 4] x) => (float[n, 4] y) { y = Abs(x) }", "b")
+    np.savez(tmp_path / "positive.npz", x=np.ones((3, 4), np.float32))
+    np.savez(tmp_path / "negative.npz", x=-np.ones((3, 4), np.float32))
+    assert onnxsmith("compare", "a.onnx", "b.onnx", "--inputs", "positive.npz").status == 0
+    assert onnxsmith("compare", "a.onnx", "b.onnx", "--inputs", "negative.npz").status == 1
+
+
+def test_bench_measures_in_turn(onnxsmith: Command, exported: Path, small: Path) -> None:
+    done = onnxsmith(
+        "bench", exported, small, "--prompt-tokens", 8, "--new-tokens", 4, "--runs", 2, "--json", "-"
+    )
+    assert done.status == 0, done.err
+    first, second = done.json["results"]
+    for result in (first, second):
+        assert result["latency_ms"]["runs"] == 2
+        assert {"p50", "p90", "p99", "mean"} <= set(result["latency_ms"])
+        assert result["load_s"] > 0
+        assert result["peak_rss_mb"] > 10
+        assert result["prefill_tokens_per_s"]["p50"] > 0
+        assert result["decode_tokens_per_s"]["p50"] > 0
+        assert result["placement"]
+    assert second["size_mb"] < first["size_mb"]
+
+
+def test_generate_continues_as_torch_does(
+    onnxsmith: Command, exported: Path, tiny_llama_dir: Path, tiny_loaded: Any
+) -> None:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    ids = tokenizer("the smith", return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = tiny_loaded.module.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+    expected = tokenizer.decode(made[0], skip_special_tokens=True)
+    done = onnxsmith("generate", exported, "the smith", "--max-new-tokens", 12)
+    assert done.status == 0, done.err
+    assert done.out.split() == expected.split()
+    assert onnxsmith("generate", exported, "the smith", "--max-new-tokens", 12, "--json", "-").json["text"]
+
+
+def test_inspect_reads_no_weights(onnxsmith: Command, exported: Path) -> None:
+    done = onnxsmith("inspect", exported, "--top", 3, "--json", "-")
+    assert done.status == 0, done.err
+    model = done.json["components"]["model"]
+    assert len(model["largest"]) == 3
+    assert model["operators"]["com.microsoft.GroupQueryAttention"] == 2
+    assert model["cache_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert onnxsmith("inspect", exported).out.count("\n") > 10
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("providers", {"cpu", "cuda", "openvino"}),
+        ("passes", {"cleanup", "fuse_transformer", "quantize_weights"}),
+        ("presets", {"cpu-fp32", "cpu-int8", "cpu-int4"}),
+    ],
+)
+def test_lists_name_what_there_is(onnxsmith: Command, command: str, names: set[str]) -> None:
+    done = onnxsmith(command)
+    assert done.status == 0, done.err
+    assert names <= {line.split()[0] for line in done.out.splitlines() if line.strip()}
+    assert onnxsmith(command, "--json", "-").json[command]
+
+
+def test_json_goes_to_a_file_beside_the_table(onnxsmith: Command, exported: Path, tmp_path: Path) -> None:
+    done = onnxsmith("inspect", exported, "--json", "result.json")
+    assert done.status == 0
+    assert done.out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["command"] == "inspect"
+    assert {"versions", "cpu"} <= set(result["environment"])
+
+
+# What does not.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["export", "gone.gguf", "-o", "out"], 2, "gone.gguf: no such file or directory"),
+        (["export", "./gone", "-o", "out"], 2, "no such file or directory"),
+        (["export", "no_such_module:make", "-o", "out"], 2, "no_such_module"),
+        (["export", "cut.gguf", "-o", "out"], 2, "cut.gguf"),
+        (["export", "weights.pt", "-o", "out"], 2, "a pickle, which can run code when it is opened"),
+        (["export", "LLAMA", "-o", "out", "--task", "text-generatoin"], 2, "Did you mean 'text-generation'?"),
+        (["export", "LLAMA", "-o", "out", "--dtype", "float23"], 2, "unknown type 'float23'"),
+        (["export", "LLAMA", "-o", "out", "--attention", "fusd"], 2, "Did you mean 'fused'?"),
+        (["export", "LLAMA", "-o", "out", "--opset", "7"], 2, "18 to 25"),
+        (["export", "LLAMA", "-o", "full"], 2, "full: a directory with other things in it"),
+        (["export", "LLAMA", "-o", "file"], 2, "file: a file; expected a directory"),
+        (["export", "LLAMA", "-o", "/proc/out"], 2, "cannot be written"),
+        (["export", "LLAMA"], 2, "Missing option '-o'"),
+        (["optimize", "gone.onnx", "-o", "out", "--preset", "clean"], 2, "no such file or directory"),
+        (["optimize", "text.onnx", "-o", "out", "--preset", "clean"], 2, "text.onnx"),
+        (["optimize", "cut.onnx", "-o", "out", "--preset", "clean"], 2, "cut.onnx"),
+        (["optimize", "good.onnx", "-o", "out"], 2, "no pass; expected at least one --preset or --pass"),
+        (["optimize", "good.onnx", "-o", "out", "--preset", "cpu-int5"], 2, "unknown preset 'cpu-int5'"),
+        (["optimize", "good.onnx", "-o", "out", "--pass", "clenaup"], 2, "Did you mean 'cleanup'?"),
+        (["optimize", "good.onnx", "-o", "out", "--pass", "quantize_weights:bitz=4"], 2, "'bits'"),
+        (["optimize", "good.onnx", "-o", "out", "--pass", "quantize_weights:bits=5"], 2, "bits"),
+        (["optimize", "good.onnx", "-o", "out", "--pass", "quantize_weights:bits"], 2, "expected key=value"),
+        (["compare", "good.onnx", "gone.onnx"], 2, "gone.onnx: no such file or directory"),
+        (["compare", "good.onnx", "other.onnx"], 1, ""),
+        (["compare", "good.onnx"], 2, "Missing argument"),
+        (["compare", "good.onnx", "good.onnx", "--samples", "0"], 2, "at least 1"),
+        (["compare", "good.onnx", "good.onnx", "--provider", "cdua"], 2, "Did you mean 'cuda'?"),
+        (["compare", "good.onnx", "good.onnx", "--provider", "cuda"], 3, "onnxruntime-gpu"),
+        (["compare", "good.onnx", "good.onnx", "--inputs", "wide.npz"], 2, "'x'"),
+        (["bench", "good.onnx", "--runs", "0"], 2, "runs: 0; expected at least 1"),
+        (["bench", "good.onnx", "--provider", "cuda"], 3, "onnxruntime-gpu"),
+        (["bench", "gone.onnx"], 2, "gone.onnx"),
+        (["generate", "good.onnx", "hello"], 2, "a model without a KV cache; expected a decoder"),
+        (["inspect", "gone.onnx"], 2, "gone.onnx"),
+        (["inspect", "good.onnx", "--top", "-1"], 2, "at least 0"),
+        (["inspect", "good.onnx", "--json", "gone/result.json"], 2, "there is no directory gone"),
+        (["verify", "full"], 2, "no manifest.json; expected an artifact"),
+        (["run", "gone.yaml"], 2, "gone.yaml: cannot be read"),
+        (["run", "typo.yaml"], 2, "typo.yaml, line 3: sorce: unknown key 'sorce'"),
+        (["run", "pass.yaml"], 2, "Did you mean 'cleanup'?"),
+        (["run", "onnx.yaml"], 2, "an ONNX model; expected a PyTorch model to compare with"),
+        (["frobnicate"], 2, "No such command"),
+        (["inspect", "good.onnx", "--tpo", "3"], 2, "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_error(
+    onnxsmith: Command,
+    tiny_llama_dir: Path,
+    onnx_package: Any,
+    tmp_path: Path,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    onnx_package("good (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }", "good")
+    onnx_package("other (float[n, 4] x) => (float[n, 4] z) { z = Relu(x) }", "other")
+    (tmp_path / "text.onnx").write_text("I am no model")
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "good.onnx").read_bytes()[:-9])
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "holiday.jpg").write_text("x")
+    np.savez(tmp_path / "wide.npz", x=np.ones((3, 5), np.float32))
+    head = "schema_version: 1\nname: toy\n"
+    variants = "variants: [{name: a, preset: clean}]\n"
+    (tmp_path / "typo.yaml").write_text(f"{head}sorce: my:make\n{variants}")
+    (tmp_path / "onnx.yaml").write_text(f"{head}source: good.onnx\n{variants}")
+    (tmp_path / "pass.yaml").write_text(
+        f"{head}source: {tiny_llama_dir}\nvariants: [{{name: a, passes: [clenaup]}}]\n"
+    )
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    done = onnxsmith(*(str(tiny_llama_dir) if a == "LLAMA" else a for a in arguments))
+    assert done.status == status, done.err
+    said = done.err if message else done.out
+    # The usage errors of the option parser are framed, and broken into lines.
+    assert message in " ".join(said.replace("│", " ").split())
+    assert len(done.err.strip().splitlines()) <= (1 if done.err.startswith("onnxsmith: ") else 12)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_an_artifact_is_not_replaced_without_force(
+    onnxsmith: Command, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "out")
+    done = onnxsmith("optimize", exported, "-o", "out", "--preset", "clean")
+    assert done.status == 2
+    assert "an artifact is already there" in done.err and "--force" in done.err
+    assert onnxsmith("verify", "out").status == 0
+    assert onnxsmith("optimize", exported, "-o", "out", "--preset", "cpu-int8", "--force").status == 0
+    assert onnxsmith("inspect", "out", "--json", "-").json["precision"] == "int8"
+
+
+def test_nothing_is_left_of_an_export_that_differs_from_torch(
+    onnxsmith: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that counts its calls computes something else whenever it is asked."""
+    (tmp_path / "moody.py").write_text(
+        "import torch\n"
+        "class Moody(torch.nn.Module):\n"
+        "    calls = 0.0\n"
+        "    def forward(self, x):\n"
+        "        Moody.calls += 1.0\n"
+        "        return {'y': x * Moody.calls}\n"
+        "def make():\n"
+        "    return Moody(), {'x': torch.ones(2, 3)}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = onnxsmith("export", "moody:make", "-o", "out")
+    sys.modules.pop("moody", None)
+    assert done.status == 1
+    assert "expected what PyTorch computes" in done.err and "--no-verify" in done.err
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
