@@ -1,0 +1,224 @@
+"""The main job on a tiny Llama: what is measured, what is chosen, what is packed, and what an end leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import TINY_TEXT
+
+from onnxsmith import Recipe, generate_text, load_package, run_recipe, verify_artifact
+from onnxsmith.errors import OnnxsmithError, SourceError
+from onnxsmith.pipeline.report import Report
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+def recipe_of(directory: Path, **changes: Any) -> Recipe:
+    """Three variants of a decoder; a text to predict; short measurements."""
+    plain: dict[str, Any] = {
+        "schema_version": 1,
+        "name": "tiny",
+        "source": str(directory),
+        "variants": [
+            {"name": "fp32", "preset": "cpu-fp32"},
+            {"name": "int8", "preset": "cpu-int8"},
+            {"name": "int4", "preset": "cpu-int4"},
+        ],
+        "evaluation": {
+            "perplexity": {"data": "text.txt", "window": 32},
+            "benchmark": {"prompt_tokens": 8, "new_tokens": 4, "runs": 2},
+        },
+        "prompt": "the smith",
+    }
+    return Recipe.model_validate(plain | changes)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    (directory / "text.txt").write_text(TINY_TEXT * 3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def report(tiny_llama_dir: Path, work: Path) -> Report:
+    return run_recipe(recipe_of(tiny_llama_dir), work / "out", base=work, command="onnxsmith run tiny.yaml")
+
+
+def test_every_variant_is_compared_scored_and_measured(report: Report) -> None:
+    assert report.passed
+    fp32, int8, int4 = report.variants
+    for variant in report.variants:
+        assert variant.passed, variant.reason
+        assert variant.comparison and variant.comparison["tensors"]
+        assert variant.bench and variant.bench["decode_tokens_per_s"]["p50"] > 0
+        assert variant.bench["decode_vs_reference"] > 0
+        assert variant.placement
+    assert abs(fp32.perplexity_increase_pct or 1) < 1e-3
+    assert fp32.kl_to_reference is not None and int8.kl_to_reference and int4.kl_to_reference
+    assert fp32.kl_to_reference < 1e-6 < int8.kl_to_reference < int4.kl_to_reference
+    assert [v.precision for v in report.variants] == ["float32", "int8", "int4"]
+
+
+def test_the_smallest_is_chosen_and_packed(report: Report, work: Path) -> None:
+    sizes = {variant.name: variant.size_mb or 0 for variant in report.variants}
+    assert report.chosen == min(sizes, key=lambda name: sizes[name])
+    assert verify_artifact(work / "out") == []
+    package = load_package(work / "out")
+    assert package.precision == "int4"
+    assert package.steps[0].name == "export"
+    assert "quantize_weights" in [step.name for step in package.steps]
+    assert sorted(path.name for path in work.iterdir()) == ["out", "text.txt"]
+
+
+def test_the_manifest_has_the_measurements_and_the_recipe(report: Report, work: Path) -> None:
+    manifest = json.loads((work / "out" / "manifest.json").read_text())
+    assert manifest["recipe"]["name"] == "tiny"
+    measured = manifest["measurements"]
+    assert measured["perplexity"]["value"] == report.variants[2].perplexity["value"]  # type: ignore[index]
+    assert measured["reference"]["perplexity"]["data_sha256"]
+    assert manifest["source"]["files"] and all(file["sha256"] for file in manifest["source"]["files"])
+
+
+def test_the_artifact_says_what_the_report_says(report: Report, work: Path) -> None:
+    assert report.generation is not None and report.generation["tokens"] > 0
+    said = "".join(generate_text(work / "out", "the smith", max_new_tokens=report.generation["tokens"]))
+    assert said == report.generation["text"]
+
+
+def test_the_page_and_the_json_have_the_same_content(report: Report, work: Path) -> None:
+    plain = json.loads((work / "out" / "report.json").read_text())
+    assert plain == report.to_json()
+    page = (work / "out" / "report.html").read_text()
+    assert report.verdict in page
+    assert not re.search(r"(src|href)=[\"']https?:", page)
+
+
+def test_budgets_decide(tiny_llama_dir: Path, work: Path) -> None:
+    report = run_recipe(
+        recipe_of(
+            tiny_llama_dir,
+            variants=[{"name": "int4", "preset": "cpu-int4"}, {"name": "fp32", "preset": "cpu-fp32"}],
+            evaluation={"perplexity": {"data": "text.txt", "window": 32}, "benchmark": None},
+            budgets={"kl_to_reference": 1e-6},
+        ),
+        work / "exact",
+        base=work,
+    )
+    assert report.chosen == "fp32"
+    assert re.search(r"kl_to_reference is [\d.e-]+; expected at most 1e-06", report.variants[0].reason)
+    assert report.verdict == "fp32 chosen: the smallest variant that keeps every budget (int4 does not)"
+
+
+def test_nothing_is_packed_where_nothing_passes(tiny_llama_dir: Path, work: Path) -> None:
+    recipe = recipe_of(
+        tiny_llama_dir,
+        variants=[
+            {"name": "fp32", "preset": "cpu-fp32"},
+            {"name": "wrong", "passes": [{"quantize_weights": {"bits": 4, "skip_nodes": ["*"]}}]},
+        ],
+        evaluation={"benchmark": None},
+        budgets={"size_mb": 1e-6},
+        prompt=None,
+    )
+    report = run_recipe(recipe, work / "none", base=work)
+    assert not report.passed
+    assert report.verdict.startswith("no variant passes: fp32: size_mb is ")
+    assert not (work / "none").exists()
+    failed = work / "none.failed"
+    assert sorted(path.name for path in failed.iterdir()) == ["report.html", "report.json"]
+    assert not [path for path in work.iterdir() if path.name.startswith(".")]
+    # A run that passes takes the old failure away, or it would seem to be its own.
+    assert run_recipe(recipe.model_copy(update={"budgets": type(recipe.budgets)()}), work / "none", base=work)
+    assert not failed.exists()
+
+
+def test_what_is_asked_of_a_model_without_a_cache_is_refused(work: Path) -> None:
+    pytest.importorskip("torch")
+    (work / "plain_module.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(4, 4), torch.randn(2, 4)\n"
+    )
+    sys.path.insert(0, str(work))
+    try:
+        recipe = recipe_of(work, source="plain_module:make")
+        with pytest.raises(SourceError, match=r"expected a decoder.*Leave evaluation\.perplexity out"):
+            run_recipe(recipe, work / "plain", base=work)
+    finally:
+        sys.path.remove(str(work))
+        sys.modules.pop("plain_module", None)
+        (work / "plain_module.py").unlink()
+    assert not (work / "plain").exists()
+
+
+def test_everything_that_can_be_wrong_is_found_before_the_model_is_read(work: Path) -> None:
+    """The source does not exist, and the mistake is found first."""
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"provider": "cdua"}, "Did you mean 'cuda'"),
+        ({"variants": [{"name": "a", "passes": ["clenaup"]}]}, "Did you mean 'cleanup'"),
+        ({"variants": [{"name": "a", "passes": [{"cleanup": {"max_elements": 1}}]}]}, "unknown parameter"),
+        ({"evaluation": {"perplexity": {"data": "gone.txt"}}}, "gone.txt: cannot be read"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(OnnxsmithError, match=message):
+            run_recipe(recipe_of(Path("owner/name"), **changes), work / "early", base=work)
+        assert not (work / "early").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [
+        (signal.SIGINT, "export"),
+        (signal.SIGTERM, "benchmark"),
+        pytest.param(signal.SIGINT, "load", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "export", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "benchmark", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_leaves_what_was_there(
+    tiny_llama_dir: Path, tmp_path: Path, number: signal.Signals, after: str
+) -> None:
+    (tmp_path / "text.txt").write_text(TINY_TEXT)
+    recipe = recipe_of(tiny_llama_dir).model_dump(mode="json")
+    recipe["evaluation"]["benchmark"]["runs"] = 1000
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    # Says on standard output which step begins: a signal at a known point, not after a guess of seconds.
+    code = (
+        "import contextlib, sys\n"
+        "from onnxsmith.pipeline import cli, console\n"
+        "from onnxsmith.progress import Progress\n"
+        "class Spoken(Progress):\n"
+        "    @contextlib.contextmanager\n"
+        "    def step(self, name, total=None):\n"
+        "        print('step', name, flush=True)\n"
+        "        with super().step(name, total) as step:\n"
+        "            yield step\n"
+        "console.progress_for = lambda stream=None: Spoken()\n"
+        "sys.argv = ['onnxsmith', 'run', 'recipe.json', '-o', 'out']\n"
+        "cli.main()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == f"step {after}":
+            break
+    time.sleep(0.3)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=120)
+    del out
+    assert child.returncode == 130, err
+    assert err.strip().endswith("onnxsmith: interrupted; nothing was changed")
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "text.txt"]
