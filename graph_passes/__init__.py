@@ -13,6 +13,7 @@ from onnxsmith.package import ModelPackage, StepRecord
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from onnxsmith.graph_passes.context import PassContext
     from onnxsmith.graph_passes.contract import GraphPass
 
 __all__ = [
@@ -39,6 +40,7 @@ def run_passes(
     passes: Sequence[GraphPass],
     *,
     on_step: Callable[[StepRecord], None] | None = None,
+    context: PassContext | None = None,
 ) -> ModelPackage:
     """Runs passes, in order, on every graph of a package.
 
@@ -48,16 +50,23 @@ def run_passes(
         package: What to start from.
         passes: What to run.
         on_step: Called after each pass, for progress.
+        context: What passes cannot make themselves: the file that weights came from, activations.
 
     Raises:
         PassError: A pass failed or refused the model.
     """
+    from onnxsmith.graph_passes.context import in_context
+
     result = package.derive()
     for one in passes:
         details: dict[str, object] = {}
         began = time.perf_counter()
         for name, component in result.components.items():
-            outcome = one(component.model)
+            in_context(component.model, context)
+            try:
+                outcome = one(component.model)
+            finally:
+                in_context(component.model, None)
             changes = getattr(outcome, "changes", None)
             if outcome.modified:
                 component.path = None

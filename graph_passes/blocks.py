@@ -1,4 +1,4 @@
-"""Matrices in blocks of 4 or 8 bits, packed as ONNX Runtime's MatMulNBits and GatherBlockQuantized read them.
+"""Matrices in blocks of 2, 4 or 8 bits, packed as MatMulNBits and GatherBlockQuantized read them.
 
 The formats are those of the operators' definitions
 (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits).
@@ -9,14 +9,22 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxsmith.errors import BadInputError
 
-__all__ = ["QuantizedBlocks", "dequantize_blocks", "quantize_blocks"]
+__all__ = [
+    "QuantizedBlocks",
+    "dequantize_blocks",
+    "pack_codes",
+    "packed_blocks",
+    "quantize_blocks",
+    "round_blocks",
+    "unpack_codes",
+]
 
 # How much of a matrix one thread works on at a time, in elements: temporary arrays stay in the cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -28,13 +36,14 @@ class QuantizedBlocks:
     """A matrix of shape (N, K) in blocks along K.
 
     Attributes:
-        codes: uint8, (N, blocks, block_size * bits / 8); two 4 bit codes to a byte, the first one low.
+        codes: uint8, (N, blocks, block_size * bits / 8); several codes to a byte, the first one low.
         scales: float32, (N, blocks).
         zero_points: uint8, (N, ceil(blocks * bits / 8)), packed as the codes are; None if symmetric, where
-            the zero point is 2 ** (bits - 1).
-        bits: 4 or 8.
+            the zero point is 2 ** (bits - 1), or where there are minimums.
+        bits: 2, 4 or 8.
         block_size: Weights to a block.
         columns: K; the last block is filled up with zeros.
+        minimums: float32, (N, blocks): what code 0 stands for, in place of a zero point.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -43,6 +52,18 @@ class QuantizedBlocks:
     bits: int
     block_size: int
     columns: int
+    minimums: npt.NDArray[np.float32] | None = None
+
+    def rows(self, begin: int, end: int) -> QuantizedBlocks:
+        """Some rows of it; nothing is copied."""
+        zeros, low = self.zero_points, self.minimums
+        return dataclasses.replace(
+            self,
+            codes=self.codes[begin:end],
+            scales=self.scales[begin:end],
+            zero_points=None if zeros is None else zeros[begin:end],
+            minimums=None if low is None else low[begin:end],
+        )
 
 
 def quantize_blocks(
@@ -51,7 +72,9 @@ def quantize_blocks(
     bits: int,
     block_size: int,
     symmetric: bool,
+    minimums: bool = False,
     search_steps: int = 0,
+    importance: npt.NDArray[np.float32] | None = None,
     scale_type: npt.DTypeLike = np.float32,
     name: str = "the matrix",
 ) -> QuantizedBlocks:
@@ -66,10 +89,13 @@ def quantize_blocks(
 
     Args:
         matrix: (N, K), float32.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block_size: Weights to a block, a power of two from 16.
         symmetric: Whether the zero point is fixed to the middle of the codes.
+        minimums: Whether a block has a float minimum in place of a zero point.
         search_steps: Grids tried besides the full range; 0 is plain round to nearest.
+        importance: (K,): how much an error in a column counts besides, such as the mean square of what the
+            column is multiplied with.
         scale_type: What scales will be stored as, float32 or float16: codes are chosen for the rounded scale.
         name: The tensor's name, for messages.
 
@@ -80,21 +106,28 @@ def quantize_blocks(
     blocks = -(-columns // block_size)
     codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
-    zeros = np.empty((rows, blocks), np.uint8)
+    zeros = np.empty((rows, blocks), np.float32 if minimums else np.uint8)
     step = max(1, _CHUNK_ELEMENTS // max(1, blocks * block_size))
+    padding = blocks * block_size - columns
+    counts = None
+    if importance is not None:
+        # Relative, and never zero: a column that the sample did not use is not worth nothing.
+        counts = importance / max(float(importance.mean()), 1e-30) + 1e-2
+        counts = np.pad(counts, (0, padding)).reshape(1, blocks, block_size).astype(np.float32)
+    search = fit_minimums if minimums else _search
 
     def work(begin: int) -> None:
         part = matrix[begin : begin + step]
-        if blocks * block_size != columns:
-            part = np.pad(part, ((0, 0), (0, blocks * block_size - columns)))
+        if padding:
+            part = np.pad(part, ((0, 0), (0, padding)))
         values = part.reshape(-1, blocks, block_size)
         # In each thread anew. Squares of huge weights may overflow: then the search keeps the full range.
         with np.errstate(over="ignore", invalid="ignore"):
-            scale, zero = _search(values, bits, symmetric, search_steps, scale_type)
+            scale, zero = search(values, bits, symmetric, search_steps, scale_type, counts)
             if not np.isfinite(scale).all():
                 _refuse(part, name)
-            code = _round(values, scale, zero, bits)
-        codes[begin : begin + step] = code if bits == 8 else code[..., 0::2] | (code[..., 1::2] << 4)
+            code = round_blocks(values, scale, zero, bits)
+        codes[begin : begin + step] = pack_codes(code, bits)
         scales[begin : begin + step] = scale
         zeros[begin : begin + step] = zero
 
@@ -102,26 +135,58 @@ def quantize_blocks(
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(work, range(0, rows, step)):
             pass
-    return QuantizedBlocks(
-        codes, scales, None if symmetric else _pack_zero_points(zeros, bits), bits, block_size, columns
+    return packed_blocks(
+        codes, scales, zeros, bits=bits, block_size=block_size, columns=columns, symmetric=symmetric
     )
+
+
+def packed_blocks(
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[Any],
+    *,
+    bits: int,
+    block_size: int,
+    columns: int,
+    symmetric: bool,
+) -> QuantizedBlocks:
+    """Blocks from packed codes and a zero point to each block: uint8, or float32 for a minimum."""
+    minimums = zeros if zeros.dtype == np.float32 else None
+    packed = None if symmetric or minimums is not None else pack_zero_points(zeros, bits)
+    return QuantizedBlocks(codes, scales, packed, bits, block_size, columns, minimums)
 
 
 def dequantize_blocks(blocks: QuantizedBlocks) -> npt.NDArray[np.float32]:
     """The matrix (N, K) that the operators compute with."""
-    codes = blocks.codes
-    if blocks.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
+    codes = unpack_codes(blocks.codes, blocks.bits).astype(np.float32)
     count = blocks.scales.shape[1]
+    if blocks.minimums is not None:
+        values: npt.NDArray[np.float32] = codes * blocks.scales[..., None] + blocks.minimums[..., None]
+        return values.reshape(len(codes), -1)[:, : blocks.columns]
     if blocks.zero_points is None:
         zeros = np.full(blocks.scales.shape, 1 << (blocks.bits - 1), np.uint8)
-    elif blocks.bits == 8:
-        zeros = blocks.zero_points
     else:
-        packed = blocks.zero_points
-        zeros = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count]
-    values = (codes.astype(np.float32) - zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
+        zeros = unpack_codes(blocks.zero_points[:, None], blocks.bits).reshape(len(codes), -1)[:, :count]
+    values = (codes - zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
     return values.reshape(len(codes), -1)[:, : blocks.columns]
+
+
+def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Packs the last axis, the first code lowest."""
+    per_byte = 8 // bits
+    packed: npt.NDArray[np.uint8] = codes[..., 0::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= codes[..., place::per_byte] << np.uint8(place * bits)
+    return packed
+
+
+def unpack_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """What ``pack_codes`` packed."""
+    per_byte = 8 // bits
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        codes[..., place::per_byte] = (packed >> np.uint8(place * bits)) & np.uint8((1 << bits) - 1)
+    return codes
 
 
 def _refuse(part: npt.NDArray[np.float32], name: str) -> NoReturn:
@@ -135,15 +200,18 @@ def _refuse(part: npt.NDArray[np.float32], name: str) -> NoReturn:
 
 
 def _search(
-    values: npt.NDArray[np.float32], bits: int, symmetric: bool, steps: int, scale_type: npt.DTypeLike
+    values: npt.NDArray[np.float32],
+    bits: int,
+    symmetric: bool,
+    steps: int,
+    scale_type: npt.DTypeLike,
+    counts: npt.NDArray[np.float32] | None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
     best_scale, best_zero = _grid(low, high, bits, symmetric, scale_type)
     if not steps:
         return best_scale, best_zero
-    weights = np.abs(values)
-    mean_square = np.einsum("rbk,rbk->rb", values, values) / np.float32(values.shape[-1])
-    weights += np.sqrt(mean_square)[..., None]
+    weights = _weights(values, counts)
     best_error = _error(values, weights, _centred(values, best_scale, best_zero, bits), best_scale)
     for shift in np.linspace(-1, 1, steps):
         scale, zero = _grid(low, high, bits, symmetric, scale_type, shift=float(shift))
@@ -190,19 +258,84 @@ def _centred(
     values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.uint8], bits: int
 ) -> npt.NDArray[np.float32]:
     """The codes minus the zero point: what the scale is multiplied with."""
-    codes = _round(values, scale, zero, bits).astype(np.float32)
+    codes = round_blocks(values, scale, zero, bits).astype(np.float32)
     codes -= zero[..., None]
     return codes
 
 
-def _round(
-    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.uint8], bits: int
+def round_blocks(
+    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], zero: npt.NDArray[Any], bits: int
 ) -> npt.NDArray[np.uint8]:
-    codes = values * (1 / scale)[..., None]
-    np.rint(codes, out=codes)
-    codes += zero[..., None]
+    """The nearest codes, (rows, blocks, block), for scales and integer zero points or float minimums."""
+    if zero.dtype == np.float32:
+        codes = values - zero[..., None]
+        codes *= (1 / scale)[..., None]
+        np.rint(codes, out=codes)
+    else:
+        codes = values * (1 / scale)[..., None]
+        np.rint(codes, out=codes)
+        codes += zero[..., None]
     np.clip(codes, 0, (1 << bits) - 1, out=codes)
-    return codes.astype(np.uint8)
+    result: npt.NDArray[np.uint8] = codes.astype(np.uint8)
+    return result
+
+
+def _weights(
+    values: npt.NDArray[np.float32], counts: npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.float32]:
+    """What an error counts: see ``quantize_blocks``."""
+    weights = np.abs(values)
+    mean_square = np.einsum("rbk,rbk->rb", values, values) / np.float32(values.shape[-1])
+    weights += np.sqrt(mean_square)[..., None]
+    if counts is not None:
+        weights *= counts
+    return weights
+
+
+def fit_minimums(
+    values: npt.NDArray[np.float32],
+    bits: int,
+    symmetric: bool,
+    steps: int,
+    scale_type: npt.DTypeLike,
+    counts: npt.NDArray[np.float32] | None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Scales and float minimums, fitted together by least squares to the codes of several grids."""
+    del symmetric
+    low, high = values.min(-1), values.max(-1)
+    levels = np.float32((1 << bits) - 1)
+
+    def stored(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        result: npt.NDArray[np.float32] = array.astype(scale_type).astype(np.float32)
+        return result
+
+    def usable(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.where(np.abs(scale) < _SMALLEST_SCALE, np.float32(1), scale)
+
+    best_scale, best_low = usable(stored(high / levels - low / levels)), stored(low)
+    if not steps:
+        return best_scale, best_low
+    weights = _weights(values, counts)
+    total = weights.sum(-1)
+    mean = np.einsum("rbk,rbk->rb", weights, values) / np.where(total == 0, np.float32(1), total)
+    codes = round_blocks(values, best_scale, best_low, bits).astype(np.float32)
+    best_error = _error(values - best_low[..., None], weights, codes, best_scale)
+    for shift in np.linspace(-1, 1, steps):
+        scale = usable((high - low) / (levels + np.float32(shift)))
+        codes = round_blocks(values, scale, low, bits).astype(np.float32)
+        middle = np.einsum("rbk,rbk->rb", weights, codes) / np.where(total == 0, np.float32(1), total)
+        centred = codes - middle[..., None]
+        weighted = weights * centred
+        squares = np.einsum("rbk,rbk->rb", weighted, centred)
+        slope = np.einsum("rbk,rbk->rb", weighted, values) / np.where(squares == 0, np.float32(1), squares)
+        scale = stored(np.where(squares == 0, scale, slope))
+        minimum = stored(mean - scale * middle)
+        error = _error(values - minimum[..., None], weights, codes, scale)
+        better = (error < best_error) & (np.abs(scale) >= _SMALLEST_SCALE) & np.isfinite(minimum)
+        best_scale = np.where(better, scale, best_scale)
+        best_low = np.where(better, minimum, best_low)
+        best_error = np.where(better, error, best_error)
+    return best_scale, best_low
 
 
 def _error(
@@ -218,9 +351,7 @@ def _error(
     return result
 
 
-def _pack_zero_points(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    if bits == 8:
-        return zeros
-    if zeros.shape[1] % 2:
-        zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    return np.asarray(zeros[:, 0::2] | (zeros[:, 1::2] << 4), np.uint8)
+def pack_zero_points(zeros: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Packs a zero point to each block, (N, blocks), as the operators read them."""
+    rest = -zeros.shape[1] % (8 // bits)
+    return pack_codes(np.pad(zeros, ((0, 0), (0, rest))) if rest else zeros, bits)

@@ -23,6 +23,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
     {
         "cleanup": "onnxsmith.graph_passes.cleanup:Cleanup",
         "fuse_transformer": "onnxsmith.graph_passes.fusion:FuseTransformer",
+        "keep_gguf_blocks": "onnxsmith.graph_passes.transcoding:KeepGgufBlocks",
         "lower_ir_version": "onnxsmith.graph_passes.cleanup:LowerIrVersion",
         "quantize_weights": "onnxsmith.graph_passes.quantization:QuantizeWeights",
         "strip_metadata": "onnxsmith.graph_passes.cleanup:StripMetadata",

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from generated_graphs import Array, graph, run, serialized
 from onnxsmith.errors import BadInputError, OnnxsmithError
-from onnxsmith.graph_passes.contract import PreconditionError
+from onnxsmith.graph_passes.contract import Outcome, PreconditionError
 from onnxsmith.graph_passes.quantization import QuantizeWeights, dequantize_blocks, quantize_blocks
 from onnxsmith.onnx_file import check_model, load_model, save_model
 
@@ -44,6 +44,10 @@ g (int64[s] ids, float[m, k] x) => (float[s, k] e, float[m, n] y) {
   t = Transpose<perm = [1, 0]>(table)
   [head] y = MatMul(x, t)
 }"""
+
+
+def counts(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in outcome.changes.details.items() if name != "layers"}
 
 
 def round_trip(weights: Array, **options: Any) -> Array:
@@ -160,7 +164,7 @@ def test_matmul_nbits_computes_with_the_dequantized_weight(
     model = matmul(weight)
     options: dict[str, Any] = {"bits": bits, "block_size": block_size, "symmetric": symmetric}
     outcome = QuantizeWeights(**options, accuracy_level=0)(model)
-    assert outcome.changes.details == {"bits": bits, "matmuls": 1, "embeddings": 0, "tied": 0}
+    assert counts(outcome) == {"bits": bits, "matmuls": 1, "embeddings": 0, "tied": 0}
     x = matrix(3, blocks * block_size)
     got = run(model, {"x": x})["y"]
     reference = round_trip(np.ascontiguousarray(weight.T), **options, search_steps=STEPS)
@@ -224,7 +228,7 @@ def test_tied_weight_is_stored_once(symmetric: bool, tmp_path: Path) -> None:
     table = matrix(64, 128)
     model = graph(TIED, table=table)
     outcome = QuantizeWeights(bits=4, symmetric=symmetric, accuracy_level=0)(model)
-    assert outcome.changes.details == {"bits": 4, "matmuls": 1, "embeddings": 1, "tied": 1}
+    assert counts(outcome) == {"bits": 4, "matmuls": 1, "embeddings": 1, "tied": 1}
     path = tmp_path / "tied.onnx"
     size = save_model(model, path)
     check_model(path)
@@ -270,7 +274,7 @@ def test_weight_of_two_matmuls_is_stored_once() -> None:
         "{ y = MatMul(x, w) v = MatMul(z, w) }",
         w=matrix(32, 4),
     )
-    assert QuantizeWeights()(model).changes.details == {"bits": 4, "matmuls": 2, "embeddings": 0, "tied": 1}
+    assert counts(QuantizeWeights()(model)) == {"bits": 4, "matmuls": 2, "embeddings": 0, "tied": 1}
     assert sorted(model.graph.initializers) == ["w_q4", "w_scales", "w_zero_points"]
 
 
@@ -444,7 +448,7 @@ def test_peak_memory_is_bounded_by_the_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 5}, "quantize_weights: bits: 5; expected one of 4, 8"),
+        ({"bits": 5}, "quantize_weights: bits: 5; expected one of 2, 4, 8"),
         ({"block_size": 33}, "quantize_weights: block_size: 33; expected one of 16, 32, 64, 128, 256"),
         ({"accuracy_level": 9}, "quantize_weights: accuracy_level: 9; expected one of 0, 1, 2, 3, 4"),
         ({"search_steps": 101}, "quantize_weights: search_steps: 101; expected 0 to 100"),

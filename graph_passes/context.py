@@ -1,0 +1,50 @@
+"""What a pass may need and cannot make itself: the pipeline supplies it, and it travels with the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+__all__ = ["Activations", "PassContext", "context_of", "in_context"]
+
+_KEY = "onnxsmith.context"
+
+Activations = Callable[[ir.Model, Sequence[str]], Iterator[Mapping[str, npt.NDArray[Any]]]]
+"""Runs a model on the calibration data and yields, batch by batch, the named inner values.
+
+No batch is kept: what a consumer needs of one it has to take before it asks for the next.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class PassContext:
+    """What surrounds a run of passes.
+
+    Attributes:
+        gguf: The GGUF file that the weights were read from.
+        activations: Runs the model on calibration data.
+        calibration: What that data is, for the manifest.
+    """
+
+    gguf: Path | None = None
+    activations: Activations | None = None
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def in_context(model: ir.Model, context: PassContext | None) -> None:
+    """Gives a model its context, or takes it away where None."""
+    if context is None:
+        model.meta.pop(_KEY, None)
+    else:
+        model.meta[_KEY] = context
+
+
+def context_of(model: ir.Model) -> PassContext:
+    """The context of a model; an empty one where nobody gave it any."""
+    found = model.meta.get(_KEY)
+    return found if isinstance(found, PassContext) else PassContext()
