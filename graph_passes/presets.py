@@ -33,4 +33,7 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-int8": (*_FUSED, ("quantize_weights", {"bits": 8, "block_size": 32}), *_FINISH),
     # 4 bit weights, int8 arithmetic: smallest and fastest in decode, with a loss that must be measured.
     "cpu-int4": (*_FUSED, ("quantize_weights", {"bits": 4, "block_size": 32}), *_FINISH),
+    # The blocks of a GGUF source as they are: nothing is rounded again. What the file has in no block that
+    # an operator knows gets 8 bits.
+    "cpu-gguf": (*_FUSED, ("keep_gguf_blocks", {}), *_FINISH),
 }

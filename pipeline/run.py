@@ -23,6 +23,7 @@ from onnxsmith.errors import LackingError, OnnxsmithError, SourceError
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import file_entries, write_manifest
+from onnxsmith.pipeline.calibration import context_for
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
 from onnxsmith.pipeline.staging import (
@@ -112,6 +113,7 @@ class _Job:
         self.progress = progress
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
+        self.context = context_for(source)
         self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
@@ -254,7 +256,7 @@ class _Job:
         for number, one in enumerate(self.passes[name], 1):
             prefix = keys[:number]
             known = self._prefixes.get(prefix)
-            package = known or run_passes(package, [one])
+            package = known or run_passes(package, [one], context=self.context)
             if any(other[:number] == prefix for other in others):
                 self._prefixes[prefix] = package
             step.advance(note=f"{name}: {one.name}")
