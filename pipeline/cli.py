@@ -29,6 +29,7 @@ from onnxsmith.pipeline.arguments import (
 )
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
+from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 
 __all__ = ["app", "main"]
 
@@ -287,43 +288,6 @@ def verify(
 
 @app.command()
 @guarded
-def providers(json_target: Json = None) -> None:
-    """List the execution providers: which are installed, and what would bring the others."""
-    from onnxsmith.pipeline.console import emit_json, print_table
-    from onnxsmith.runtime.providers import PROVIDERS, available_providers
-
-    available = available_providers()
-    rows = [
-        {
-            "name": p.name,
-            "ort_name": p.ort_name,
-            "installed": p.ort_name in available,
-            "package": p.package,
-            "needs": p.needs,
-        }
-        for p in PROVIDERS.values()
-    ]
-    rows += [
-        {"name": name, "ort_name": name, "installed": True, "package": "", "needs": ""}
-        for name in available
-        if name not in {p.ort_name for p in PROVIDERS.values()}
-    ]
-    if json_target:
-        emit_json(json_target, "providers", {"providers": rows})
-    if json_target != "-":
-        print_table(
-            "",
-            ("provider", "installed", "in package", "needs"),
-            [
-                (str(r["name"]), "yes" if r["installed"] else "no", str(r["package"]), str(r["needs"]))
-                for r in rows
-            ],
-            text=("installed", "in package", "needs"),
-        )
-
-
-@app.command()
-@guarded
 def passes(json_target: Json = None) -> None:
     """List the passes with their parameters and defaults."""
     from onnxsmith.graph_passes.registry import load_pass, pass_names
@@ -354,5 +318,5 @@ def presets(json_target: Json = None) -> None:
         show_presets()
 
 
-for _command in JUDGING_COMMANDS:
+for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS):
     app.command()(_command)

@@ -26,6 +26,7 @@ __all__ = [
     "show_optimize",
     "show_passes",
     "show_presets",
+    "show_providers",
     "show_report",
 ]
 
@@ -245,6 +246,31 @@ def show_presets() -> None:
         for one, arguments in specs:
             shown = ",".join(f"{k}={v}" for k, v in arguments.items())
             sys.stdout.write(f"    {one}{':' + shown if shown else ''}\n")
+
+
+def show_providers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Each provider: where it is, what it sees, and what would bring it."""
+    print_table(
+        "",
+        ("provider", "installed", "version", "devices", "runs", "it needs", "brought by"),
+        [
+            (
+                row["name"],
+                row["where"] or "no",
+                row["version"],
+                ", ".join(row["devices"]),
+                {None: "", "": "yes"}.get(row["problem"], "NO"),
+                row["needs"],
+                "" if row["installed"] else row["command"],
+            )
+            for row in rows
+        ],
+        spare=("it needs", "devices"),
+        text=("installed", "version", "devices", "runs", "it needs", "brought by"),
+    )
+    for row in rows:
+        if row["problem"]:
+            sys.stdout.write(f"{row['name']} does not run: {row['problem']}\n")
 
 
 def _median(spread: Any) -> float | None:

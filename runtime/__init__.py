@@ -6,13 +6,21 @@ from onnxsmith.runtime.backend import Backend, OrtBackend, TorchBackend
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
 from onnxsmith.runtime.generation import generate, generate_batch
-from onnxsmith.runtime.ort_session import OrtSession, Placement
-from onnxsmith.runtime.providers import PROVIDERS, available_providers, resolve_provider
+from onnxsmith.runtime.ort_session import OrtSession
+from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirement_of
+from onnxsmith.runtime.providers import (
+    PROVIDERS,
+    ProviderChoice,
+    available_providers,
+    choose_provider,
+    resolve_provider,
+)
 from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
 from onnxsmith.runtime.sampling import SamplingSettings
 from onnxsmith.runtime.scoring import Perplexity, perplexity
 from onnxsmith.runtime.session import Session
 from onnxsmith.runtime.torch_session import TorchSession
+from onnxsmith.runtime.worker_session import WorkerSession
 
 __all__ = [
     "PROVIDERS",
@@ -25,19 +33,25 @@ __all__ = [
     "OrtSession",
     "Perplexity",
     "Placement",
+    "ProviderChoice",
+    "Requirement",
     "SamplingSettings",
     "Session",
     "TorchBackend",
     "TorchSession",
+    "WorkerSession",
     "available_providers",
     "benchmark",
     "cases_for",
+    "check_requirements",
+    "choose_provider",
     "compare_sessions",
     "generate",
     "generate_batch",
     "load_cases",
     "perplexity",
     "reference_outputs",
+    "requirement_of",
     "resolve_provider",
     "value_limits",
 ]

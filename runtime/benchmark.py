@@ -1,184 +1,82 @@
-"""Benchmarks: candidates in turn, each in a process of its own, medians with their spread."""
+"""Benchmarks: candidates in turn, each in a process of its own, with the uncertainty of every number."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from onnxsmith.errors import BadInputError, CheckFailedError, LackingError, OnnxsmithError
+from onnxsmith.errors import BadInputError, CheckFailedError, OnnxsmithError
+from onnxsmith.package_io import load_package
 from onnxsmith.program import TorchProgram
-from onnxsmith.runtime.rounds import LlmRound, PlainRound, Round
+from onnxsmith.runtime.bench_result import BenchResult, BenchSettings, Spread
+from onnxsmith.runtime.graph_file import GraphFile
+from onnxsmith.runtime.machine_load import MachineLoad
+from onnxsmith.runtime.placement import Placement, Requirement, check_requirements
+from onnxsmith.runtime.profiling import RunProfile, placement_of
+from onnxsmith.runtime.providers import ProviderChoice, choose_provider
+from onnxsmith.runtime.roofline import Roofs, describe_profile, node_cost, weight_bytes_of_nodes
+from onnxsmith.runtime.roofs import measure_roofs
+from onnxsmith.runtime.rounds import Round, round_of
 from onnxsmith.runtime.torch_session import TorchSession
+from onnxsmith.runtime.worker_process import WorkerProcess
 
 __all__ = ["BenchResult", "BenchSettings", "Candidate", "Spread", "benchmark"]
 
-# A spread of more than this says that something else used the machine.
-_NOISY_PCT = 15.0
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchSettings:
-    """What is measured.
-
-    Attributes:
-        prompt_tokens: Length of the prompt, or of the sequence of a model without a cache.
-        new_tokens: Tokens generated after it, the first one included.
-        batch: Rows.
-        runs: Rounds counted, after one that is not.
-        threads: Intra-op threads; the number of usable processors where None.
-        seed: Of the inputs.
-    """
-
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    batch: int = 1
-    runs: int = 5
-    threads: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses settings that measure nothing."""
-        limits = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "runs": 1}
-        for name, least in limits.items():
-            if getattr(self, name) < least:
-                got = str(getattr(self, name))
-                raise BadInputError(f"bench: {name}", got=got, expected=f"at least {least}")
-        if self.threads is not None and self.threads < 1:
-            raise BadInputError("bench: threads", got=str(self.threads), expected="at least 1")
-
-    @property
-    def thread_count(self) -> int:
-        """The threads that are used."""
-        return self.threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+_CPU = "CPUExecutionProvider"
+_PROFILED_RUNS = 5
+_CUDA_GRAPH_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "cuda": {"enable_cuda_graph": "1"},
+    "tensorrt": {"trt_cuda_graph_enable": "1"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What is measured: a model on disk on a provider, or a PyTorch program in this process.
+    """What is measured: a model on disk on a provider, or a PyTorch program.
 
     Attributes:
         name: For the results.
         path: The model, for ONNX.
-        provider: The execution provider, for ONNX.
-        program: The program, for PyTorch.
+        provider: The execution provider, for ONNX; see ``choose_provider``.
+        program: The program, for PyTorch in this process.
+        loader: For PyTorch in a process of its own: ``module:function``, which gives the program.
+        arguments: Of that function; plain data.
+        compiled: For PyTorch: whether ``torch.compile`` makes kernels of it.
     """
 
     name: str
     path: Path | None = None
     provider: str = "cpu"
     program: TorchProgram | None = None
+    loader: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a candidate that is no model, or two."""
-        if (self.path is None) == (self.program is None):
-            got = "neither a path nor a program" if self.path is None else "a path and a program"
+        given = [
+            what
+            for what, value in (("path", self.path), ("program", self.program), ("loader", self.loader))
+            if value
+        ]
+        if len(given) != 1:
+            got = " and ".join(f"a {what}" for what in given) or "neither a path nor a program"
             raise BadInputError(f"bench: {self.name}", got=got, expected="one of them")
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A repeated measurement.
-
-    Attributes:
-        p50: Median.
-        p90: 90th percentile.
-        p99: 99th percentile.
-        mean: Mean.
-        low: Smallest.
-        high: Largest.
-        runs: How often.
-    """
-
-    p50: float
-    p90: float
-    p99: float
-    mean: float
-    low: float
-    high: float
-    runs: int
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """Summarises values; at least one."""
-        p50, p90, p99 = (float(v) for v in np.percentile(values, [50, 90, 99]))
-        return Spread(p50, p90, p99, float(np.mean(values)), min(values), max(values), len(values))
-
-    @property
-    def spread_pct(self) -> float:
-        """From the smallest to the largest, in percent of the median."""
-        return 100 * (self.high - self.low) / self.p50 if self.p50 else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchResult:
-    """What one candidate did.
-
-    Attributes:
-        name: The candidate.
-        provider: Where it really ran.
-        load_s: Seconds to open the model; None for PyTorch, which was open already.
-        latency_ms: One call; for a decoder one decoded token.
-        first_token_ms: The whole prompt; None without a cache.
-        throughput: Rows a second; for a decoder new tokens a second over the whole round.
-        prefill_tokens_per_s: None without a cache.
-        decode_tokens_per_s: None without a cache.
-        peak_rss_mb: Of the candidate's own process; None for PyTorch, which shares this one.
-        size_mb: Of the model's files; None for PyTorch.
-        placement: Provider to nodes and share; None for PyTorch.
-        settings: What was measured.
-        error: Why there is no result, or an empty string.
-        exit_status: The exit status that the error asks for.
-    """
-
-    name: str
-    provider: str
-    settings: BenchSettings
-    load_s: float | None = None
-    latency_ms: Spread | None = None
-    first_token_ms: Spread | None = None
-    throughput: Spread | None = None
-    prefill_tokens_per_s: Spread | None = None
-    decode_tokens_per_s: Spread | None = None
-    peak_rss_mb: float | None = None
-    size_mb: float | None = None
-    placement: Mapping[str, Any] | None = None
-    error: str = ""
-    exit_status: int = 0
-
-    @property
-    def spread_pct(self) -> float | None:
-        """The widest spread of what was measured, in percent of its median."""
-        spreads = [s.spread_pct for s in (self.latency_ms, self.first_token_ms) if s is not None]
-        return max(spreads, default=None)
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the spread says that the machine was busy."""
-        return self.spread_pct is not None and self.spread_pct > _NOISY_PCT
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        plain = dataclasses.asdict(self)
-        plain["settings"]["threads"] = self.settings.thread_count
-        return plain | {"spread_pct": self.spread_pct, "noisy": self.noisy}
 
 
 def benchmark(
     candidates: Sequence[Candidate],
-    settings: BenchSettings,
+    settings: BenchSettings | Sequence[BenchSettings],
     *,
+    profile: bool = False,
+    requirements: Sequence[Requirement] = (),
     on_round: Callable[[str, int], None] | None = None,
+    on_results: Callable[[list[BenchResult]], None] | None = None,
 ) -> list[BenchResult]:
     """Measures candidates in turn: one round of each, then the next round.
 
@@ -187,88 +85,178 @@ def benchmark(
 
     Args:
         candidates: What to measure; at least one.
-        settings: How.
+        settings: How; several of them are measured one after the other.
+        profile: Whether to profile each candidate afterwards, by operators and nodes, against the roofs of
+            its provider.
+        requirements: Shares that providers must have; a candidate that breaks one gets an error.
         on_round: Called after each round with the candidate's name and the number of the round.
+        on_results: Called with the results of each of the settings as soon as they are there. Where the
+            run is interrupted, it is called with what was measured so far before the interrupt goes on.
 
     Raises:
-        BadInputError: There is no candidate.
+        BadInputError: There is no candidate, or nothing to measure.
     """
+    points = [settings] if isinstance(settings, BenchSettings) else list(settings)
     if not candidates:
         raise BadInputError("bench", got="no model", expected="at least one")
-    with contextlib.ExitStack() as stack:
-        runners: list[_Runner] = []
-        for candidate in candidates:
-            kind = _TorchRunner if candidate.program is not None else _ProcessRunner
-            runners.append(stack.enter_context(_opened(kind(candidate, settings))))
-        for number in range(settings.runs + 1):
+    if not points:
+        raise BadInputError("bench", got="no settings", expected="at least one")
+    results: list[BenchResult] = []
+    roofs = _RoofBook() if profile else None
+    for _, group in itertools.groupby(points, key=_opening):
+        shared = list(group)
+        with contextlib.ExitStack() as stack:
+            runners: list[_Runner] = []
+            for candidate in candidates:
+                kind = _ProcessRunner if candidate.program is None else _TorchRunner
+                runners.append(stack.enter_context(_opened(kind(candidate, shared[0]))))
+            for point in shared:
+                found = _measure(runners, point, roofs, requirements, on_round, on_results)
+                results += found
+    return results
+
+
+def _opening(settings: BenchSettings) -> tuple[Any, ...]:
+    """What a session is opened with, and a sweep over anything else keeps it open."""
+    return (settings.thread_count, settings.affinity, settings.cuda_graph)
+
+
+def _measure(
+    runners: Sequence[_Runner],
+    point: BenchSettings,
+    roofs: _RoofBook | None,
+    requirements: Sequence[Requirement],
+    on_round: Callable[[str, int], None] | None,
+    on_results: Callable[[list[BenchResult]], None] | None,
+) -> list[BenchResult]:
+    for runner in runners:
+        runner.prepare(point)
+    load = MachineLoad()
+    busy: float | None = None
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        for number in range(point.runs + 1):
             for runner in runners:
                 runner.round(count=number > 0)
                 if on_round is not None:
                     on_round(runner.candidate.name, number)
-        return [runner.result() for runner in runners]
+        busy = load.other_pct()
+        for runner in runners:
+            runner.look(roofs, requirements)
+    except KeyboardInterrupt as error:
+        interrupt = error
+    results = [
+        dataclasses.replace(runner.result(), other_load_pct=busy, interrupted=interrupt is not None)
+        for runner in runners
+    ]
+    if interrupt is not None:
+        if on_results is not None:
+            on_results([result for result in results if result.latency_ms or result.error])
+        raise interrupt
+    if on_results is not None:
+        on_results(results)
+    return results
+
+
+class _RoofBook:
+    """The roofs of each provider, measured once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], Roofs | None] = {}
+
+    def of(self, choice: ProviderChoice, threads: int) -> Roofs | None:
+        key = (choice.ort_name, threads)
+        if key not in self._known:
+            self._known[key] = None
+            # A provider that does not run a plain product of matrices has no roofs, and a profile all the
+            # same.
+            with contextlib.suppress(OnnxsmithError):
+                self._known[key] = measure_roofs(choice, threads=threads)
+        return self._known[key]
 
 
 class _Runner:
+    """One candidate, from opening to result."""
+
     def __init__(self, candidate: Candidate, settings: BenchSettings) -> None:
         self.candidate = candidate
         self.settings = settings
-        self.times: list[Mapping[str, float]] = []
-        self.error: OnnxsmithError | None = None
+        self.times: list[Mapping[str, list[float]]] = []
         self.facts: dict[str, Any] = {}
+        self.failure: OnnxsmithError | None = None
+        self.opening_failure: OnnxsmithError | None = None
 
     def open(self) -> None:
         raise NotImplementedError
 
-    def measure(self) -> Mapping[str, float]:
+    def prepare_inputs(self) -> None:
+        raise NotImplementedError
+
+    def measure(self) -> Mapping[str, list[float]]:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Frees what ``open`` took."""
+        """Frees what it holds."""
+
+    def look(self, roofs: _RoofBook | None, requirements: Sequence[Requirement]) -> None:
+        """Finds out where it ran, once it was measured."""
+
+    def prepare(self, settings: BenchSettings) -> None:
+        self.settings, self.times, self.failure = settings, [], self.opening_failure
+        self._guarded(self.prepare_inputs)
 
     def round(self, *, count: bool) -> None:
-        if self.error is not None:
-            return
-        try:
-            times = self.measure()
-        except OnnxsmithError as error:
-            self.error = error
-            return
-        if count:
+        times = self._guarded(self.measure)
+        if times is not None and count:
             self.times.append(times)
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        if self.failure is not None:
+            return None
+        try:
+            return action()
+        except OnnxsmithError as error:
+            self.failure = error
+            return None
 
     def result(self) -> BenchResult:
         settings = self.settings
-        path = self.candidate.path
         common: dict[str, Any] = {
             "name": self.candidate.name,
             "provider": self.facts.get("provider", self.candidate.provider),
             "settings": settings,
-            "load_s": self.facts.get("load_s"),
-            "peak_rss_mb": self.facts.get("peak_rss_mb"),
-            "placement": self.facts.get("placement"),
         }
-        if self.error is not None:
-            return BenchResult(**common, error=str(self.error), exit_status=self.error.exit_status)
-        common["size_mb"] = None if path is None else _size_mb(path)
-        if "latency" in self.times[0]:
-            latency = [t["latency"] for t in self.times]
-            return BenchResult(
-                **common,
-                latency_ms=Spread.of([1e3 * t for t in latency]),
-                throughput=Spread.of([settings.batch / t for t in latency]),
-            )
-        first, decode = [t["first_token"] for t in self.times], [t["decode"] for t in self.times]
-        steps = settings.new_tokens - 1
-        return BenchResult(
-            **common,
-            latency_ms=Spread.of([1e3 * t / steps for t in decode]),
-            first_token_ms=Spread.of([1e3 * t for t in first]),
-            throughput=Spread.of(
-                [settings.batch * settings.new_tokens / (a + b) for a, b in zip(first, decode, strict=True)]
-            ),
-            prefill_tokens_per_s=Spread.of([settings.batch * settings.prompt_tokens / t for t in first]),
-            decode_tokens_per_s=Spread.of([settings.batch * steps / t for t in decode]),
-        )
+        for key in (
+            "load_s", "placement", "peak_rss_mb", "device_memory_mb", "size_mb", "copies", "copied_bytes",
+            "profile", "versions",
+        ):  # fmt: skip
+            common[key] = self.facts.get(key)
+        if self.failure is not None:
+            # The numbers of a candidate that broke a requirement are true, but not what was asked for.
+            common |= {"error": str(self.failure), "exit_status": self.failure.exit_status}
+        if not self.times or (self.failure is not None and "latency_ms" not in self.facts):
+            return BenchResult(**common)
+        return BenchResult(**common | _summary(self.times, settings))
+
+
+def _summary(times: Sequence[Mapping[str, list[float]]], settings: BenchSettings) -> dict[str, Any]:
+    if "latency" in times[0]:
+        latency = [t["latency"] for t in times]
+        return {
+            "latency_ms": Spread.of([[1e3 * s for s in calls] for calls in latency]),
+            "throughput": Spread.of([settings.batch * len(calls) / sum(calls) for calls in latency]),
+        }
+    first, tokens = [t["first_token"][0] for t in times], [t["token"] for t in times]
+    steps = settings.new_tokens - 1
+    return {
+        "latency_ms": Spread.of([[1e3 * s for s in one] for one in tokens]),
+        "first_token_ms": Spread.of([1e3 * s for s in first]),
+        "throughput": Spread.of(
+            [settings.batch * settings.new_tokens / (a + sum(b)) for a, b in zip(first, tokens, strict=True)]
+        ),
+        "prefill_tokens_per_s": Spread.of([settings.batch * settings.prompt_tokens / s for s in first]),
+        "decode_tokens_per_s": Spread.of([settings.batch * steps / sum(one) for one in tokens]),
+    }
 
 
 @contextlib.contextmanager
@@ -277,23 +265,34 @@ def _opened(runner: _Runner) -> Iterator[_Runner]:
         try:
             runner.open()
         except OnnxsmithError as error:
-            runner.error = error
+            runner.opening_failure = error
         yield runner
     finally:
         runner.close()
 
 
 class _TorchRunner(_Runner):
+    """A program of this process."""
+
+    _session: TorchSession
+    _round: Round
+
     def open(self) -> None:
         program = self.candidate.program
         assert program is not None
+        self.facts = {"provider": "torch.compile" if self.candidate.compiled else "torch"}
         with self._reported():
-            self._session = TorchSession(program, threads=self.settings.thread_count)
-            kind: type[Round] = LlmRound if self._session.cache else PlainRound
-            self._round = kind.prepare(self._session, None, dataclasses.asdict(self.settings), program.limits)
-        self.facts = {"provider": "torch"}
+            self._session = TorchSession(
+                program, threads=self.settings.thread_count, compiled=self.candidate.compiled
+            )
 
-    def measure(self) -> Mapping[str, float]:
+    def prepare_inputs(self) -> None:
+        program = self.candidate.program
+        assert program is not None
+        with self._reported():
+            self._round = round_of(self._session, dataclasses.asdict(self.settings), program.limits)
+
+    def measure(self) -> Mapping[str, list[float]]:
         with self._reported():
             return self._round.run()
 
@@ -311,100 +310,115 @@ class _TorchRunner(_Runner):
 
 
 class _ProcessRunner(_Runner):
-    _process: subprocess.Popen[str] | None = None
+    """A model in a process of its own."""
+
+    _worker: WorkerProcess | None = None
+    _choice: ProviderChoice | None = None
+    _weights: Mapping[str, int] = {}
 
     def open(self) -> None:
-        self._process = subprocess.Popen(
-            # -P: the folder that the user stands in must not provide modules.
-            [sys.executable, "-P", "-m", "onnxsmith.runtime.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        self._stderr: list[str] = []
-        # Drained by a thread, or a worker that logs much would wait for its pipe forever.
-        self._drain = threading.Thread(target=self._read_stderr, daemon=True)
-        self._drain.start()
-        settings = dataclasses.asdict(self.settings)
-        self.facts = self._ask(
+        candidate, settings = self.candidate, self.settings
+        if candidate.path is None:
+            self._open_torch()
+            return
+        choice = choose_provider(candidate.provider)
+        if settings.cuda_graph:
+            if choice.name not in _CUDA_GRAPH_OPTIONS:
+                raise BadInputError(
+                    f"bench: {candidate.name} on {choice.name}",
+                    got="CUDA graphs",
+                    expected=f"one of {', '.join(_CUDA_GRAPH_OPTIONS)}",
+                )
+            choice = dataclasses.replace(
+                choice, options={**choice.options, **_CUDA_GRAPH_OPTIONS[choice.name]}
+            )
+        package = load_package(candidate.path)
+        self._choice = choice
+        self._weights = weight_bytes_of_nodes(package.main.model)
+        self.facts = {"provider": choice.ort_name, "size_mb": _size_mb(candidate.path)}
+        self._worker = WorkerProcess(choice.environment, where=f"bench: {candidate.name} on {choice.name}")
+        with GraphFile.of(package, name=candidate.name) as graph:
+            self.facts |= self._worker.open(
+                graph,
+                choice,
+                threads=settings.thread_count,
+                name=candidate.name,
+                affinity=settings.affinity,
+            )
+
+    def _open_torch(self) -> None:
+        provider = "torch.compile" if self.candidate.compiled else "torch"
+        self.facts = {"provider": provider}
+        self._worker = WorkerProcess(where=f"bench: {self.candidate.name} on {provider}")
+        self.facts |= self._worker.ask(
             {
-                "do": "open",
-                "path": str(self.candidate.path),
-                "provider": self.candidate.provider,
+                "do": "open program",
+                "loader": self.candidate.loader,
+                "arguments": dict(self.candidate.arguments),
+                "compiled": self.candidate.compiled,
                 "threads": self.settings.thread_count,
-                "name": self.candidate.name,
-                "settings": settings,
+                "affinity": list(self.settings.affinity),
             }
         )
 
-    def measure(self) -> Mapping[str, float]:
+    def prepare_inputs(self) -> None:
+        self._ask({"do": "prepare", "settings": dataclasses.asdict(self.settings)})
+
+    def measure(self) -> Mapping[str, list[float]]:
         answer = self._ask({"do": "round"})
-        self.facts["peak_rss_mb"] = answer["peak_rss_mb"]
-        times: Mapping[str, float] = answer["times"]
+        for key in ("peak_rss_mb", "device_memory_mb"):
+            self.facts[key] = answer[key]
+        times: Mapping[str, list[float]] = answer["times"]
         return times
 
-    def close(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
+    def look(self, roofs: _RoofBook | None, requirements: Sequence[Requirement]) -> None:
+        if self._choice is None or self.failure is not None:
             return
-        process.kill()
-        process.wait()
-        self._drain.join(timeout=5)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        found: Placement | None = None
 
-    def _read_stderr(self) -> None:
-        assert self._process is not None and self._process.stderr is not None
-        for line in self._process.stderr:
-            self._stderr = [*self._stderr[-20:], line.rstrip()]
+        def look() -> None:
+            nonlocal found
+            found = self._placement(profile=roofs is not None, roofs=roofs)
+            self.facts |= {
+                "placement": found.to_json(), "copies": found.copies, "copied_bytes": found.copied_bytes
+            }  # fmt: skip
+            found.require_use(self.facts["provider"], name=self.candidate.name)
+            # From here on the numbers stand beside the error.
+            self.facts["latency_ms"] = True
+            check_requirements(found, requirements, name=self.candidate.name, provider=self.facts["provider"])
+
+        self._guarded(look)
+
+    def _placement(self, *, profile: bool, roofs: _RoofBook | None) -> Placement:
+        choice = self._choice
+        assert choice is not None
+        assigned = Placement.from_json(self._ask({"do": "placement"}))
+        if assigned.only_provider == _CPU and not profile:
+            return dataclasses.replace(assigned, time_shares={_CPU: 1.0}, bytes_shares={_CPU: 1.0}, copies=0)
+        taken = RunProfile.from_json(self._ask({"do": "profile", "runs": _PROFILED_RUNS}))
+        if profile:
+            self.facts["profile"] = describe_profile(
+                taken,
+                roofs.of(choice, self.settings.thread_count) if roofs else None,
+                self._weights,
+                asynchronous=choice.asynchronous,
+            )
+        moved = {node.name: int(node_cost(node, self._weights).bytes_moved) for node in taken.nodes}
+        return placement_of(
+            assigned.operators,
+            taken,
+            asynchronous=choice.ort_name if choice.asynchronous else None,
+            bytes_of=moved,
+        )
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        # Half a line is what a worker that died while it wrote leaves.
-        if not line.endswith("\n"):
-            status = process.wait(timeout=30)
-            self._drain.join(timeout=5)
-            last = f" ({self._stderr[-1]})" if self._stderr else ""
-            ended = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
-            raise CheckFailedError(
-                f"bench: {self.candidate.name} on {self.candidate.provider}",
-                got=f"its process {ended}{last}",
-                expected="a measurement",
-                remedy="SIGKILL usually says that the system ran out of memory" if status == -9 else None,
-            )
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            kind = {2: BadInputError, 3: LackingError}.get(answer["exit_status"], CheckFailedError)
-            raise _Relayed.of(kind, answer["error"])
-        return answer
-
-
-class _Relayed:
-    """An error that a worker reported, with the worker's own message."""
-
-    @staticmethod
-    def of(kind: type[OnnxsmithError], message: str) -> OnnxsmithError:
-        where, _, rest = message.partition(": ")
-        return kind(where, got=rest or message)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        assert self._worker is not None
+        return self._worker.ask(request)
 
 
 def _size_mb(path: Path) -> float:

@@ -13,7 +13,7 @@ from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.samples import decoder_feeds
 from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["Decoder", "open_decoder"]
+__all__ = ["Decoder", "Mask", "Tokens", "open_decoder"]
 
 Tokens = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -225,5 +225,6 @@ def open_decoder(session: Session, *, capacity: int = 0) -> Decoder:
         FeedError: The model has no KV cache or no logits.
     """
     if not isinstance(session, OrtSession):
-        return _ArrayDecoder(session)
+        own: Decoder | None = session.decoder(capacity=capacity)
+        return own or _ArrayDecoder(session)
     return _SharedDecoder(session, capacity) if _shares(session) else _OrtDecoder(session)

@@ -1,74 +1,54 @@
-"""ONNX Runtime as a backend."""
+"""ONNX Runtime as a backend, in this process."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import shutil
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxsmith.errors import (
-    CheckFailedError,
-    ModelFileError,
-    ProviderUnavailableError,
-    UnknownNameError,
-    require,
-)
-from onnxsmith.onnx_file import save_model
-from onnxsmith.package import Component, ModelPackage, cache_is_shareable
-from onnxsmith.runtime.providers import resolve_provider
-from onnxsmith.runtime.session import Array, Session
+from onnxsmith.errors import ModelFileError, ProviderUnavailableError, require
+from onnxsmith.package import ModelPackage
+from onnxsmith.runtime.graph_file import GraphFile
+from onnxsmith.runtime.placement import Placement
+from onnxsmith.runtime.profiling import RunProfile, placement_of, read_profile
+from onnxsmith.runtime.providers import ProviderChoice, choose_provider
+from onnxsmith.runtime.session import Array, Feeds, Session
 
-__all__ = ["OrtSession", "Placement"]
+__all__ = ["BoundRun", "OrtSession", "Placement"]
 
 _CPU = "CPUExecutionProvider"
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Which provider got which nodes, from ONNX Runtime's own assignment.
-
-    Attributes:
-        nodes: Provider name to number of nodes, after ONNX Runtime's graph optimisation.
-        operators: Provider name to operator counts.
-    """
-
-    nodes: dict[str, int]
-    operators: dict[str, dict[str, int]]
-
-    def share(self, provider: str) -> float:
-        """The share of nodes that a provider got, 0 to 1."""
-        total = sum(self.nodes.values())
-        return self.nodes.get(provider, 0) / total if total else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Provider name to nodes, share and operators."""
-        return {
-            name: {"nodes": count, "share": self.share(name), "operators": self.operators[name]}
-            for name, count in self.nodes.items()
-        }
+# ONNX Runtime reads these from the configuration of the session and not from the provider's options.
+_CONFIGURED = frozenset({"WebGpuExecutionProvider"})
+# How providers say that they lack a device or dislike an option, rather than the model.
+_NO_START = re.compile(
+    r"option|adapter|driver|\bdevice (?:not|is not)|no device|libraries? (?:not|cannot)|failed to load|"
+    r"CUDA failure|hipError",
+    re.IGNORECASE,
+)
 
 
 class OrtSession(Session):
-    """One graph of a package, open on one execution provider.
+    """One graph, open on one execution provider.
 
     Attributes:
+        device: ONNX Runtime's name of the memory that ``ort_value`` puts tensors into.
+        limits: For integer inputs, one above the highest valid value.
         shares_cache: Whether past and present of the KV cache may be one buffer; see ``cache_is_shareable``.
     """
 
     def __init__(
         self,
-        package: ModelPackage,
+        package: ModelPackage | GraphFile,
         *,
         component: str | None = None,
-        provider: str = "cpu",
-        provider_options: dict[str, str] | None = None,
+        provider: str | ProviderChoice = "cpu",
+        provider_options: Mapping[str, str] | None = None,
         threads: int | None = None,
         optimize: bool = True,
         name: str = "model",
@@ -78,8 +58,9 @@ class OrtSession(Session):
         Args:
             package: What to open. A graph that is not on disk is written to a temporary directory.
             component: Which graph; the only one where None.
-            provider: Short name or ONNX Runtime's name of the execution provider.
-            provider_options: Passed to the provider.
+            provider: See ``choose_provider``. Its package must be installed in this environment; for one
+                that is elsewhere see ``OrtBackend``.
+            provider_options: Passed to the provider, besides those of ``provider``.
             threads: Threads of an operator (intra-op); all physical cores where None.
             optimize: Whether ONNX Runtime may optimise the graph.
             name: For messages and reports.
@@ -90,23 +71,37 @@ class OrtSession(Session):
             ModelFileError: ONNX Runtime refuses the graph.
             UnknownNameError: No such provider or component.
         """
-        if component is not None and component not in package.components:
-            raise UnknownNameError(name, name=component, known=package.components, kind="component")
         self._ort: Any = require("onnxruntime", purpose="running an ONNX model")
-        self.provider = resolve_provider(provider)
+        choice = provider if isinstance(provider, ProviderChoice) else choose_provider(provider)
+        if choice.environment is not None:
+            raise ProviderUnavailableError(
+                f"execution provider {choice.name}",
+                got=f"it is installed in {choice.environment.directory}, and not in this environment",
+                expected="one of this environment",
+                remedy="Open it with OrtBackend, which runs it in a process of its own",
+            )
+        self.choice = choice
+        self.provider = choice.ort_name
+        self.device = choice.device
         self.name = name
-        chosen = package.components[component] if component else package.main
-        self._temporary: Path | None = None
-        path = chosen.path or self._write(chosen)
+        self._options = {**choice.options, **(provider_options or {})}
+        self._threads = threads
+        self._optimize = optimize
+        self._graph = (
+            package
+            if isinstance(package, GraphFile)
+            else GraphFile.of(package, component=component, name=name)
+        )
         self._session: Any = None
         try:
-            self._session = self._open(path, provider_options, threads, optimize)
+            self._session = self._open()
         except BaseException:
             self.close()
             raise
-        self.inputs = chosen.inputs
-        self.outputs = chosen.outputs
-        self.shares_cache = cache_is_shareable(chosen.model)
+        self.inputs = self._graph.inputs
+        self.outputs = self._graph.outputs
+        self.limits = self._graph.limits
+        self.shares_cache = self._graph.shares_cache
 
     @property
     def ort_session(self) -> Any:
@@ -115,18 +110,45 @@ class OrtSession(Session):
         return self._session
 
     def ort_value(self, array: Array) -> Any:
-        """The array as an ``onnxruntime.OrtValue`` on the host."""
-        return self._ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+        """The array as an ``onnxruntime.OrtValue`` in the memory of the provider's device."""
+        return self._ort.OrtValue.ortvalue_from_numpy(
+            np.asarray(array, order="C"), self.device, self._device_id
+        )
 
-    def run_values(self, feeds: Mapping[str, Any], outputs: list[str]) -> list[Any]:
+    def run_values(
+        self,
+        feeds: Mapping[str, Any],
+        outputs: list[str],
+        *,
+        host: Collection[str] = (),
+        bind: bool | None = None,
+    ) -> list[Any]:
         """Runs the model on ``onnxruntime.OrtValue`` objects, without a check and without a copy.
+
+        Args:
+            feeds: Input name to value.
+            outputs: Names of the wanted outputs.
+            host: Outputs that are to be in the host's memory; the others stay on the provider's device.
+            bind: Whether to go through an IO binding. Needed for outputs on a device, and the default there.
 
         Raises:
             ModelFileError: ONNX Runtime fails.
         """
         with self._running():
-            values: list[Any] = self.ort_session.run_with_ort_values(outputs, feeds)
-        return values
+            if not (self.device != "cpu" if bind is None else bind):
+                values: list[Any] = self.ort_session.run_with_ort_values(outputs, feeds)
+                return values
+            binding = self.ort_session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                on_host = name in host
+                binding.bind_output(
+                    name, "cpu" if on_host else self.device, 0 if on_host else self._device_id
+                )
+            self.ort_session.run_with_iobinding(binding)
+            bound: list[Any] = binding.get_outputs()
+        return bound
 
     def run_bound(self, binding: Any) -> None:
         """Runs the model on an ``onnxruntime.IOBinding`` of ``ort_session``, without a check or a copy.
@@ -137,15 +159,27 @@ class OrtSession(Session):
         with self._running():
             self.ort_session.run_with_iobinding(binding)
 
-    def placement(self) -> Placement:
-        """Which provider got which nodes."""
-        nodes: Counter[str] = Counter()
-        operators: dict[str, Counter[str]] = {}
-        for assignment in self.ort_session.get_provider_graph_assignment_info():
-            for node in assignment.get_nodes():
-                nodes[assignment.ep_name] += 1
-                operators.setdefault(assignment.ep_name, Counter())[node.op_type] += 1
-        return Placement(dict(nodes), {name: dict(count.most_common()) for name, count in operators.items()})
+    def bind(self, feeds: Feeds) -> BoundRun:
+        """Puts inputs and outputs into the memory of the device, once for many runs of these shapes."""
+        return BoundRun(self, self._check(feeds))
+
+    def placement(self, feeds: Feeds | None = None) -> Placement:
+        """Which provider got which nodes.
+
+        Where the assignment does not name the wanted provider, as with WebGPU in ONNX Runtime 1.27, a
+        profiled run says it.
+
+        Args:
+            feeds: For that run; made-up inputs where None.
+        """
+        assigned = self._assigned()
+        if self.provider in assigned or (self.provider == _CPU and assigned):
+            return placement_of(assigned, None, asynchronous=None)
+        return placement_of(assigned, self.profile(feeds, runs=1), asynchronous=self._asynchronous)
+
+    def measured_placement(self, profile: RunProfile, bytes_of: Mapping[str, int] | None = None) -> Placement:
+        """The placement with shares of time and bytes from a profile of this session."""
+        return placement_of(self._assigned(), profile, asynchronous=self._asynchronous, bytes_of=bytes_of)
 
     def check_placement(self) -> Placement:
         """The placement, if the wanted provider really got nodes.
@@ -154,14 +188,51 @@ class OrtSession(Session):
             CheckFailedError: Every node fell back to another provider.
         """
         placement = self.placement()
-        if placement.nodes and not placement.nodes.get(self.provider):
-            raise CheckFailedError(
-                f"{self.name} on {self.provider}",
-                got=f"every node ran on {', '.join(placement.nodes)}",
-                expected=f"nodes on {self.provider}",
-                remedy="The provider takes none of these operators or types; see its documentation",
-            )
+        placement.require_use(self.provider, name=self.name)
         return placement
+
+    def profile(self, feeds: Feeds | None = None, *, runs: int = 5) -> RunProfile:
+        """Runs the graph under ONNX Runtime's profiler, in a session of its own.
+
+        Args:
+            feeds: Inputs; made-up ones where None.
+            runs: How many runs are counted, after one that is not.
+
+        Raises:
+            ModelFileError: ONNX Runtime fails.
+        """
+        checked = self._made_up() if feeds is None else self._check(feeds)
+        names = [spec.name for spec in self.outputs]
+        with tempfile.TemporaryDirectory(prefix="onnxsmith-profile-") as directory:
+            session = self._open(profile=Path(directory) / "profile")
+            with self._running():
+                for _ in range(runs + 1):
+                    session.run(names, checked)
+                path = Path(session.end_profiling())
+            # The device's own kernels are written when the session goes.
+            del session
+            return read_profile(path, skip_runs=1)
+
+    def _made_up(self) -> dict[str, Array]:
+        from onnxsmith.runtime.samples import cases_for
+
+        case = next(cases_for(self, limits=self.limits, samples=1, sizes=(1, 8)))
+        return self._check(case.feeds)
+
+    @property
+    def _asynchronous(self) -> str | None:
+        return self.provider if self.choice.asynchronous else None
+
+    @property
+    def _device_id(self) -> int:
+        return int(self._options.get("device_id", 0)) if self.device != "cpu" else 0
+
+    def _assigned(self) -> dict[str, Counter[str]]:
+        operators: dict[str, Counter[str]] = {}
+        for assignment in self.ort_session.get_provider_graph_assignment_info():
+            for node in assignment.get_nodes():
+                operators.setdefault(assignment.ep_name, Counter())[node.op_type] += 1
+        return operators
 
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
         with self._running():
@@ -182,38 +253,44 @@ class OrtSession(Session):
     def close(self) -> None:
         """Frees the graph, and its file where this session wrote one."""
         self._session = None
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        self._graph.close()
 
-    def _write(self, component: Component) -> Path:
-        self._temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
-        path = self._temporary / "model.onnx"
-        try:
-            save_model(component.model, path)
-        except BaseException:
-            self.close()
-            raise
-        return path
-
-    def _open(
-        self, path: Path, provider_options: dict[str, str] | None, threads: int | None, optimize: bool
-    ) -> Any:
+    def _open(self, *, profile: Path | None = None) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         # Severity 3 is errors: ONNX Runtime warns on standard error about things nobody can act on.
         options.log_severity_level = 3
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if threads:
-            options.intra_op_num_threads = threads
-        if not optimize:
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if not self._optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        wanted: list[Any] = [(self.provider, provider_options or {})]
-        if self.provider != _CPU:
-            wanted.append(_CPU)
         try:
-            session = ort.InferenceSession(str(path), options, providers=wanted)
+            if self.choice.library:
+                self._add_plugin(options)
+                wanted: list[Any] | None = None
+            else:
+                if self.provider in _CONFIGURED:
+                    for key, value in self._options.items():
+                        options.add_session_config_entry(f"ep.{self.provider.lower()}.{key}", value)
+                wanted = [(self.provider, self._options)]
+                if self.provider != _CPU:
+                    wanted.append(_CPU)
+            # Without its fallback ONNX Runtime would say why a provider does not start, and not go on
+            # with the CPU; but some providers are dropped by its C++ side, which only logs.
+            session = ort.InferenceSession(
+                str(self._graph.path), options, providers=wanted, enable_fallback=0
+            )
         except self._ort_errors() as error:
+            if self.provider != _CPU and _NO_START.search(str(error)):
+                raise ProviderUnavailableError(
+                    f"execution provider {self.provider}",
+                    got=f"it does not start: {_first_line(error)}",
+                    expected="its device, its drivers, and options that it knows",
+                ) from error
             raise ModelFileError(
                 self.name,
                 got=f"ONNX Runtime {ort.__version__} refuses the model on {self.provider}: "
@@ -226,9 +303,16 @@ class OrtSession(Session):
                 f"execution provider {self.provider}",
                 got=f"ONNX Runtime fell back to {', '.join(session.get_providers())}",
                 expected="the provider to start",
-                remedy="Its libraries or its device are missing; ONNX Runtime's log above says which",
+                remedy="Its libraries or its device are missing; ONNX Runtime's log says which",
             )
         return session
+
+    def _add_plugin(self, options: Any) -> None:
+        from onnxsmith.runtime.plugins import plugin_devices
+
+        devices = plugin_devices(self.choice.ort_name, self.choice.library)
+        self.provider = devices[0].ep_name
+        options.add_provider_for_devices(devices, dict(self._options))
 
     def _ort_errors(self) -> tuple[type[Exception], ...]:
         state = self._ort.capi.onnxruntime_pybind11_state
@@ -239,6 +323,32 @@ class OrtSession(Session):
         return (*(getattr(state, kind) for kind in kinds if hasattr(state, kind)), ValueError, RuntimeError)
 
 
+class BoundRun:
+    """Inputs and outputs that stay where they are from run to run, as CUDA graphs need it."""
+
+    def __init__(self, session: OrtSession, feeds: Mapping[str, Array]) -> None:
+        """Runs once, to learn the shapes of the outputs, and binds them for good."""
+        self._session = session
+        self._values = {name: session.ort_value(array) for name, array in feeds.items()}
+        self._names = [spec.name for spec in session.outputs]
+        self._outputs = session.run_values(self._values, self._names, bind=True)
+        self._binding = session.ort_session.io_binding()
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in zip(self._names, self._outputs, strict=True):
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        """Runs the model and waits until the device is done."""
+        self._session.run_bound(self._binding)
+        self._binding.synchronize_outputs()
+
+    def outputs(self) -> dict[str, Array]:
+        """The outputs of the last run, copied to the host."""
+        return {name: value.numpy() for name, value in zip(self._names, self._outputs, strict=True)}
+
+
 def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    # Without the place in ONNX Runtime's sources and the signature of the function there.
+    text = re.sub(r"^.*?/\S+\.(?:cc|h):\d+ .* was false\. ", "", " ".join(str(error).split()))
     return text[:400]

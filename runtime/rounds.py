@@ -4,105 +4,132 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxsmith.package import ModelPackage
+from onnxsmith.errors import BadInputError
 from onnxsmith.runtime.decoding import open_decoder
-from onnxsmith.runtime.samples import cases_for, value_limits
-from onnxsmith.runtime.session import Session
+from onnxsmith.runtime.ort_session import OrtSession
+from onnxsmith.runtime.samples import cases_for, decoder_feeds
+from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["LlmRound", "PlainRound", "Round"]
+__all__ = ["LlmRound", "PlainRound", "Round", "round_of"]
+
+# A round of a fast model is several calls, so that one hiccup of the machine is not the whole round.
+_ROUND_S = 0.1
+_MAX_CALLS = 200
 
 
 class Round(abc.ABC):
-    """A measurement that can be repeated. Times are in seconds."""
+    """A measurement that can be repeated. Times are in seconds.
 
-    @classmethod
-    @abc.abstractmethod
-    def prepare(
-        cls,
-        session: Session,
-        package: ModelPackage | None,
-        settings: Mapping[str, Any],
-        limits: Mapping[str, int] | None = None,
-    ) -> Self:
-        """Makes the inputs: the same ones for the same settings."""
+    Attributes:
+        kind: ``plain`` or ``llm``.
+    """
+
+    kind: ClassVar[str]
 
     @abc.abstractmethod
-    def run(self) -> dict[str, float]:
-        """Measures once: name of the time to seconds."""
+    def run(self) -> dict[str, list[float]]:
+        """Measures once: name of the time to seconds, one for each call or token."""
+
+    @abc.abstractmethod
+    def feeds(self) -> Mapping[str, Array]:
+        """Inputs of one call like those that are measured."""
+
+
+def round_of(session: Session, settings: Mapping[str, Any], limits: Mapping[str, int]) -> Round:
+    """Makes the inputs: the same ones for the same settings.
+
+    Args:
+        session: What is measured.
+        settings: Those of ``BenchSettings``.
+        limits: For integer inputs, one above the highest valid value.
+
+    Raises:
+        BadInputError: CUDA graphs of a decoder.
+    """
+    if session.cache:
+        if settings.get("cuda_graph"):
+            raise BadInputError(
+                session.name,
+                got="CUDA graphs for a decoder, whose cache grows",
+                expected="a model whose shapes stay the same",
+                remedy="Measure it without --cuda-graph",
+            )
+        return LlmRound(session, settings, limits)
+    return PlainRound(session, settings, limits)
 
 
 class LlmRound(Round):
-    """A prompt, then tokens one by one: ``first_token`` and ``decode`` (all further tokens together)."""
+    """A prompt, then tokens one by one: ``first_token``, and ``token`` for each further one."""
 
-    def __init__(self, session: Session, prompt: Any, new_tokens: int) -> None:
-        """See ``prepare``."""
-        self._decoder = open_decoder(session)
-        self._prompt = prompt
-        self._new_tokens = new_tokens
+    kind = "llm"
 
-    @classmethod
-    def prepare(
-        cls,
-        session: Session,
-        package: ModelPackage | None,
-        settings: Mapping[str, Any],
-        limits: Mapping[str, int] | None = None,
-    ) -> Self:
-        """Makes a prompt of random tokens."""
-        known = limits if limits is not None else value_limits(package) if package else {}
+    def __init__(self, session: Session, settings: Mapping[str, Any], limits: Mapping[str, int]) -> None:
+        """Makes a prompt of random tokens; see ``round_of``."""
         random = np.random.default_rng(settings["seed"])
         shape = (settings["batch"], settings["prompt_tokens"])
-        prompt = random.integers(0, known.get("input_ids", 2), shape, dtype=np.int64)
-        return cls(session, prompt, settings["new_tokens"])
+        self._session = session
+        self._prompt = random.integers(0, limits.get("input_ids", 2), shape, dtype=np.int64)
+        self._decoder = open_decoder(session)
+        self._new_tokens = settings["new_tokens"]
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, list[float]]:
         """Measures one prompt and its continuation, from an empty cache."""
         decoder = self._decoder
         decoder.reset()
+        times = []
         began = time.perf_counter()
         tokens = decoder.step(self._prompt)[:, -1].argmax(-1)[:, None]
         first = time.perf_counter()
         for _ in range(self._new_tokens - 1):
+            before = time.perf_counter()
             tokens = decoder.step(tokens)[:, -1].argmax(-1)[:, None]
-        return {"first_token": first - began, "decode": time.perf_counter() - first}
+            times.append(time.perf_counter() - before)
+        return {"first_token": [first - began], "token": times}
+
+    def feeds(self) -> Mapping[str, Array]:
+        """One decoded token behind the prompt: where a decoder spends its time."""
+        empty = decoder_feeds(self._session.inputs, self._prompt)
+        names = [pair.present.name for pair in self._session.cache]
+        filled = self._session.run(empty, names)
+        past = {pair.past.name: filled[pair.present.name] for pair in self._session.cache}
+        return decoder_feeds(self._session.inputs, self._prompt[:, -1:], past=past)
 
 
 class PlainRound(Round):
-    """One call: ``latency``."""
+    """Some calls: ``latency`` of each."""
 
-    def __init__(self, session: Session, feeds: Mapping[str, Any]) -> None:
-        """See ``prepare``."""
-        self._session = session
-        self._feeds = feeds
+    kind = "plain"
 
-    @classmethod
-    def prepare(
-        cls,
-        session: Session,
-        package: ModelPackage | None,
-        settings: Mapping[str, Any],
-        limits: Mapping[str, int] | None = None,
-    ) -> Self:
-        """Makes inputs of the wanted batch and length."""
-        known = limits if limits is not None else value_limits(package) if package else {}
-        case = next(
-            cases_for(
-                session,
-                limits=known,
-                samples=1,
-                seed=settings["seed"],
-                sizes=(settings["batch"], settings["prompt_tokens"]),
-            )
-        )
-        return cls(session, case.feeds)
+    def __init__(self, session: Session, settings: Mapping[str, Any], limits: Mapping[str, int]) -> None:
+        """Makes inputs of the wanted batch and length; see ``round_of``."""
+        sizes = (settings["batch"], settings["prompt_tokens"])
+        case = next(cases_for(session, limits=limits, samples=1, seed=settings["seed"], sizes=sizes))
+        self._feeds = case.feeds
+        self._call: Callable[[], object] = lambda: session.run(case.feeds)
+        bind = settings.get("io_binding")
+        if isinstance(session, OrtSession) and (session.device != "cpu" if bind is None else bind):
+            self._call = session.bind(case.feeds).run
+        self._calls = 0
 
-    def run(self) -> dict[str, float]:
-        """Measures one call."""
+    def run(self) -> dict[str, list[float]]:
+        """Measures some calls: as many as the first round showed to take a tenth of a second."""
+        times: list[float] = []
         began = time.perf_counter()
-        self._session.run(self._feeds)
-        return {"latency": time.perf_counter() - began}
+        while len(times) < (self._calls or _MAX_CALLS):
+            before = time.perf_counter()
+            self._call()
+            now = time.perf_counter()
+            times.append(now - before)
+            if not self._calls and now - began >= _ROUND_S:
+                break
+        self._calls = self._calls or len(times)
+        return {"latency": times}
+
+    def feeds(self) -> Mapping[str, Array]:
+        """What is measured."""
+        return self._feeds

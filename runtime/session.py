@@ -60,6 +60,18 @@ class Session(abc.ABC):
                 raise UnknownNameError(self.name, name=name, known=names, kind="output")
         return self._run(checked, list(outputs) if outputs is not None else names)
 
+    def decoder(self, *, capacity: int = 0) -> Any:
+        """A decoder that keeps its cache where the model runs; None where ``open_decoder`` has a better.
+
+        Args:
+            capacity: Positions that the cache will need, where that is known.
+        """
+        return None
+
+    def placement(self) -> Any:
+        """Which provider got which nodes, as a ``Placement``; None where there is but one that could."""
+        return None
+
     @abc.abstractmethod
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
         """Runs feeds that are known to fit."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from onnxsmith.errors import require
+from onnxsmith.errors import ProviderUnavailableError, require
 from onnxsmith.program import TorchProgram
 from onnxsmith.runtime.session import Array, Session
 
@@ -12,14 +14,15 @@ __all__ = ["TorchSession"]
 
 
 class TorchSession(Session):
-    """A ``TorchProgram``, run eagerly on the CPU."""
+    """A ``TorchProgram`` on the CPU, run eagerly or through ``torch.compile``."""
 
-    def __init__(self, program: TorchProgram, *, threads: int | None = None) -> None:
+    def __init__(self, program: TorchProgram, *, threads: int | None = None, compiled: bool = False) -> None:
         """Opens the program.
 
         Args:
             program: What to run.
             threads: Threads of an operator; torch's default where None. This is a setting of the process.
+            compiled: Whether ``torch.compile`` makes kernels of it.
 
         Raises:
             MissingDependencyError: torch is not installed.
@@ -28,9 +31,10 @@ class TorchSession(Session):
         if threads:
             self._torch.set_num_threads(threads)
         self._program: TorchProgram | None = program
+        self._module: Any = self._torch.compile(program.module) if compiled else program.module
         self.inputs = program.inputs
         self.outputs = program.outputs
-        self.provider = "torch"
+        self.provider = "torch.compile" if compiled else "torch"
         self.name = program.name
 
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
@@ -44,12 +48,28 @@ class TorchSession(Session):
             for spec in self.inputs
         }
         with torch.inference_mode():
-            results = self._program.module(**tensors)
+            try:
+                results = self._module(**tensors)
+            except Exception as error:
+                # Whatever inductor, its compiler or its subprocess raises; an eager model's own errors go on.
+                if self._module is self._program.module or not _of_the_compiler(error):
+                    raise
+                raise ProviderUnavailableError(
+                    f"{self.name} on torch.compile",
+                    got=f"it cannot be compiled: {' '.join(str(error).split())[:300]}",
+                    expected="a model and a C++ compiler that torch.compile can use",
+                    remedy="Run it eagerly, as plain torch",
+                ) from error
         return {name: _to_numpy(results[name]) for name in outputs}
 
     def close(self) -> None:
         """Lets go of the program, which is the caller's."""
         self._program = None
+        self._module = None
+
+
+def _of_the_compiler(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _to_numpy(tensor: object) -> Array:

@@ -121,10 +121,13 @@ def test_a_decoder_has_all_its_numbers(measured: Measured, tiny_artifact_dir: Pa
         assert latency and first and decode and prefill and total
         assert 0 < latency.low <= latency.p50 <= latency.high
         # 3 of the 4 tokens are decoded one by one, the first comes with the prompt of 8.
-        assert decode.p50 == pytest.approx(1e3 / latency.p50, rel=1e-9)
+        assert (latency.runs, latency.samples) == (3, 9)
+        assert 1e3 / latency.p99 * 0.999 <= decode.p50 <= 1e3 / latency.low * 3
         assert prefill.p50 == pytest.approx(8e3 / first.p50, rel=1e-9)
-        assert total.low >= 4e3 / (first.high + 3 * latency.high) * 0.999
-        assert total.high <= 4e3 / (first.low + 3 * latency.low) * 1.001
+        assert total.p50 <= min(decode.high, 4 * 1e3 / first.low) * 1.34
+        for name, middle in (("p50", latency.p50), ("p90", latency.p90), ("p99", latency.p99)):
+            low, high = latency.ci95[name]
+            assert low <= middle <= high
     size = (tiny_artifact_dir / "model.onnx").stat().st_size / 1e6
     for result in (results[0], results[2]):
         assert result.provider == "CPUExecutionProvider"
@@ -160,7 +163,8 @@ def test_a_model_without_a_cache_has_a_latency_only(onnx_package: Make) -> None:
     (result,) = benchmark([Candidate("plain", path=path)], settings)
     assert result.error == ""
     assert result.latency_ms is not None and result.throughput is not None
-    assert result.throughput.p50 == pytest.approx(5e3 / result.latency_ms.p50, rel=1e-9)
+    assert result.latency_ms.samples % 3 == 0 and result.latency_ms.samples > 3
+    assert 0.2 < result.throughput.p50 / (5e3 / result.latency_ms.p50) < 1.5
     assert result.first_token_ms is result.prefill_tokens_per_s is result.decode_tokens_per_s is None
 
 
@@ -297,7 +301,7 @@ def test_a_process_that_dies_is_an_error_with_its_signal(onnx_package: Make) -> 
         killer.join()
     assert len(killed) == 1
     assert first.error.startswith("bench: first on cpu: its process was killed by SIGKILL")
-    assert "expected a measurement" in first.error
+    assert "expected an answer" in first.error
     assert "memory" in first.error
     assert (first.exit_status, first.latency_ms) == (1, None)
     assert second.error == ""
@@ -309,8 +313,7 @@ def test_a_process_that_cannot_start_says_why(
     onnx_package: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "psutil.py").write_text("")
-    (tmp_path / "broken" / "onnx_ir.py").write_text("raise RuntimeError('planted')")
+    (tmp_path / "broken" / "numpy.py").write_text("raise RuntimeError('planted')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     (result,) = benchmark([Candidate("x", path=onnx_package(PLAIN).main.path)], SMALL)
     assert "its process ended with status 1 (RuntimeError: planted)" in result.error

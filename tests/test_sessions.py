@@ -282,7 +282,9 @@ def missing() -> list[str]:
 @pytest.mark.parametrize("name", missing())
 def test_a_known_provider_that_is_not_installed_says_what_brings_it(name: str, onnx_package: Make) -> None:
     provider = PROVIDERS[name]
-    brings = f"`pip install {provider.package}`" if provider.package else "a build of onnxruntime with --use_"
+    brings = f"`onnxsmith providers --install {name}`"
+    if provider.package in ("", "onnxruntime"):
+        brings = "a build of onnxruntime with --use_" if not provider.package else "`pip install onnxruntime`"
     message = rf"{name}: the installed onnxruntime has .*; expected {provider.ort_name}.*{re.escape(brings)}"
     with pytest.raises(ProviderUnavailableError, match=message) as caught:
         OrtSession(onnx_package(SUM), provider=name)
@@ -292,7 +294,7 @@ def test_a_known_provider_that_is_not_installed_says_what_brings_it(name: str, o
 def test_a_pip_command_names_one_package() -> None:
     assert len(PROVIDERS) >= 10
     for provider in PROVIDERS.values():
-        assert re.fullmatch(r"(onnxruntime(-[a-z]+)?)?", provider.package)
+        assert re.fullmatch(r"(onnxruntime(-[a-z]+)?|nxrt-ep-cpu)?", provider.package)
 
 
 def test_placement_counts_every_node(onnx_package: Make) -> None:

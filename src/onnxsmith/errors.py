@@ -14,6 +14,7 @@
     │   └── DestinationError       an output path that cannot or must not be written
     ├── PassError                  exit status 1: a pass failed; the model is as it was before
     ├── CheckFailedError           exit status 1: a comparison, check or budget did not hold
+    │   └── WorkerError            a process that ran a candidate died; the others are not touched by it
     └── LackingError               exit status 3: something this environment does not have
         ├── MissingDependencyError a Python package; the message names the pip command
         ├── ProviderUnavailableError
@@ -46,6 +47,7 @@ __all__ = [
     "SourceError",
     "TokenizerError",
     "UnknownNameError",
+    "WorkerError",
     "require",
 ]
 
@@ -145,6 +147,10 @@ class PassError(OnnxsmithError):
 
 class CheckFailedError(OnnxsmithError):
     """A comparison, check or budget did not hold."""
+
+
+class WorkerError(CheckFailedError):
+    """A process that ran a candidate died; the others are not touched by it."""
 
 
 class LackingError(OnnxsmithError):

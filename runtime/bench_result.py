@@ -1,0 +1,214 @@
+"""What a benchmark gives: summaries of repeated measurements with their uncertainty."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxsmith.errors import BadInputError
+
+__all__ = ["BenchResult", "BenchSettings", "Spread"]
+
+# A spread of more than this, or others who used more than this, says that something else used the machine.
+_NOISY_PCT = 15.0
+_BUSY_PCT = 10.0
+_RESAMPLES = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        prompt_tokens: Length of the prompt, or of the sequence of a model without a cache.
+        new_tokens: Tokens generated after it, the first one included.
+        batch: Rows.
+        runs: Rounds counted, after one that is not.
+        threads: Intra-op threads; the number of usable processors where None.
+        seed: Of the inputs.
+        affinity: Processors that the candidates may use; all that this process may use where empty.
+        io_binding: Whether inputs and outputs of a model without a cache are bound once and stay on the
+            device; where None, on providers with a memory of their own. Bound tensors are not copied
+            between host and device, so the time is that of the device alone.
+        cuda_graph: Whether CUDA and TensorRT record a CUDA graph and replay it. Only with fixed shapes.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batch: int = 1
+    runs: int = 5
+    threads: int | None = None
+    seed: int = 0
+    affinity: tuple[int, ...] = ()
+    io_binding: bool | None = None
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses settings that measure nothing."""
+        limits = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "runs": 1}
+        for name, least in limits.items():
+            if getattr(self, name) < least:
+                got = str(getattr(self, name))
+                raise BadInputError(f"bench: {name}", got=got, expected=f"at least {least}")
+        if self.threads is not None and self.threads < 1:
+            raise BadInputError("bench: threads", got=str(self.threads), expected="at least 1")
+        usable = _usable()
+        if unusable := sorted(set(self.affinity) - usable):
+            raise BadInputError(
+                "bench: affinity",
+                got=f"processor {unusable[0]}",
+                expected=f"some of {', '.join(str(cpu) for cpu in sorted(usable))}",
+            )
+        if self.cuda_graph and self.io_binding is False:
+            raise BadInputError("bench: cuda_graph", got="without IO binding", expected="with it")
+
+    @property
+    def thread_count(self) -> int:
+        """The threads that are used."""
+        return self.threads or len(self.affinity or _usable())
+
+
+def _usable() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A repeated measurement.
+
+    The percentiles are of all values. Their 95 % intervals are bootstrapped over rounds and not over
+    values, because values of one round are alike: they share what the machine was doing (a cluster
+    bootstrap; Field and Welsh, 2007).
+
+    Attributes:
+        p50: Median.
+        p90: 90th percentile.
+        p99: 99th percentile.
+        mean: Mean.
+        low: Smallest of the rounds' medians.
+        high: Largest of them.
+        runs: Rounds.
+        samples: Values.
+        ci95: ``p50``, ``p90`` and ``p99`` to the ends of their 95 % intervals; empty for a single round.
+    """
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    low: float
+    high: float
+    runs: int
+    samples: int
+    ci95: Mapping[str, tuple[float, float]]
+
+    @staticmethod
+    def of(values: Sequence[float] | Sequence[Sequence[float]]) -> Spread:
+        """Summarises one value for each round, or several; at least one round."""
+        rounds = [np.atleast_1d(np.asarray(v, np.float64)) for v in values]
+        joined = np.concatenate(rounds)
+        quantiles = (50, 90, 99)
+        p50, p90, p99 = (float(v) for v in np.percentile(joined, quantiles))
+        medians = [float(np.median(r)) for r in rounds]
+        ci95: dict[str, tuple[float, float]] = {}
+        if len(rounds) > 1:
+            random = np.random.default_rng(0)
+            drawn = random.integers(0, len(rounds), (_RESAMPLES, len(rounds)))
+            found = np.array(
+                [np.percentile(np.concatenate([rounds[i] for i in d]), quantiles) for d in drawn]
+            )
+            ends = np.percentile(found, (2.5, 97.5), axis=0)
+            for name, low, high in zip(("p50", "p90", "p99"), *ends, strict=True):
+                ci95[name] = (float(low), float(high))
+        mean = float(np.mean(joined))
+        return Spread(p50, p90, p99, mean, min(medians), max(medians), len(rounds), len(joined), ci95)
+
+    @property
+    def spread_pct(self) -> float:
+        """From the smallest to the largest round, in percent of the median."""
+        return 100 * (self.high - self.low) / self.p50 if self.p50 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchResult:
+    """What one candidate did.
+
+    Attributes:
+        name: The candidate.
+        provider: Where it really ran.
+        load_s: Seconds to open the model; None for a PyTorch program that was open already.
+        latency_ms: One call; for a decoder one decoded token.
+        first_token_ms: The whole prompt; None without a cache.
+        throughput: Rows a second; for a decoder new tokens a second over the whole round.
+        prefill_tokens_per_s: None without a cache.
+        decode_tokens_per_s: None without a cache.
+        peak_rss_mb: Of the candidate's own process; None for a PyTorch program that shares this one.
+        device_memory_mb: Memory of NVIDIA GPUs that its process holds; None where there is none.
+        size_mb: Of the model's files; None for PyTorch.
+        placement: Provider to nodes, share of nodes, and where it was profiled share of time and of bytes;
+            None for PyTorch.
+        copies: Nodes that only copy between devices; None where nothing was profiled.
+        copied_bytes: What they copy in one call.
+        profile: Operators and nodes by time; None where it was not asked for.
+        versions: Of the packages in its environment.
+        other_load_pct: Share of the machine's processors that other programs used meanwhile, in percent.
+        settings: What was measured.
+        interrupted: Whether fewer rounds were measured than were asked for.
+        error: Why there is no result, or an empty string.
+        exit_status: The exit status that the error asks for.
+    """
+
+    name: str
+    provider: str
+    settings: BenchSettings
+    load_s: float | None = None
+    latency_ms: Spread | None = None
+    first_token_ms: Spread | None = None
+    throughput: Spread | None = None
+    prefill_tokens_per_s: Spread | None = None
+    decode_tokens_per_s: Spread | None = None
+    peak_rss_mb: float | None = None
+    device_memory_mb: float | None = None
+    size_mb: float | None = None
+    placement: Mapping[str, Any] | None = None
+    copies: int | None = None
+    copied_bytes: int | None = None
+    profile: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
+    other_load_pct: float | None = None
+    interrupted: bool = False
+    error: str = ""
+    exit_status: int = 0
+
+    @property
+    def spread_pct(self) -> float | None:
+        """The widest spread of what was measured, in percent of its median."""
+        spreads = [s.spread_pct for s in (self.latency_ms, self.first_token_ms) if s is not None]
+        return max(spreads, default=None)
+
+    @property
+    def noise(self) -> str:
+        """What says that the machine was busy, or an empty string."""
+        found = []
+        if self.spread_pct is not None and self.spread_pct > _NOISY_PCT:
+            found.append(f"spread {self.spread_pct:.0f} %")
+        if self.latency_ms is not None and (self.other_load_pct or 0.0) > _BUSY_PCT:
+            found.append(f"other programs used {self.other_load_pct:.0f} % of the processors")
+        return ", ".join(found)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was busy."""
+        return bool(self.noise)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        plain = dataclasses.asdict(self)
+        plain["settings"]["threads"] = self.settings.thread_count
+        return plain | {"spread_pct": self.spread_pct, "noisy": self.noisy, "noise": self.noise}

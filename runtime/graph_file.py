@@ -1,0 +1,111 @@
+"""What a session opens: a graph that is a file, with all that one must know to feed it.
+
+It can be sent to another process, where neither onnx nor onnx_ir needs to be installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from onnxsmith.errors import UnknownNameError
+from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable
+
+__all__ = ["GraphFile"]
+
+
+@dataclasses.dataclass
+class GraphFile:
+    """One graph on disk. A context manager, because a graph that was not on disk is written there.
+
+    Attributes:
+        path: The ONNX file.
+        inputs: What it takes.
+        outputs: What it gives.
+        limits: For integer inputs, one above the highest valid value.
+        shares_cache: See ``cache_is_shareable``.
+        temporary: The directory that goes when this is closed; None where the file is the user's.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: Mapping[str, int]
+    shares_cache: bool = False
+    temporary: Path | None = None
+
+    @classmethod
+    def of(cls, package: ModelPackage, *, component: str | None = None, name: str = "model") -> GraphFile:
+        """The file of a graph of a package; a graph without one is written to a temporary directory.
+
+        Args:
+            package: What to open.
+            component: Which graph; the only one where None.
+            name: For messages.
+
+        Raises:
+            UnknownNameError: No such component.
+            DestinationError: The graph cannot be written.
+        """
+        from onnxsmith.onnx_file import save_model
+        from onnxsmith.runtime.samples import value_limits
+
+        if component is not None and component not in package.components:
+            raise UnknownNameError(name, name=component, known=package.components, kind="component")
+        chosen = package.components[component] if component else package.main
+        graph = cls(
+            chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
+            cache_is_shareable(chosen.model),
+        )  # fmt: skip
+        if chosen.path is None:
+            graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
+            graph.path = graph.temporary / "model.onnx"
+            try:
+                save_model(chosen.model, graph.path)
+            except BaseException:
+                graph.close()
+                raise
+        return graph
+
+    def close(self) -> None:
+        """Removes the file, where this made it."""
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for another process of this machine."""
+        return {
+            "path": str(self.path.resolve()),
+            "inputs": [dataclasses.astuple(spec) for spec in self.inputs],
+            "outputs": [dataclasses.astuple(spec) for spec in self.outputs],
+            "limits": dict(self.limits),
+            "shares_cache": self.shares_cache,
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> GraphFile:
+        """What ``to_json`` gave. Closing it removes nothing."""
+
+        def specs(side: str) -> tuple[TensorSpec, ...]:
+            return tuple(
+                TensorSpec(name, dtype, None if shape is None else tuple(shape))
+                for name, dtype, shape in plain[side]
+            )
+
+        return cls(
+            Path(plain["path"]), specs("inputs"), specs("outputs"), plain["limits"], plain["shares_cache"]
+        )
