@@ -350,5 +350,5 @@ class BoundRun:
 
 def _first_line(error: BaseException) -> str:
     # Without the place in ONNX Runtime's sources and the signature of the function there.
-    text = re.sub(r"^.*?/\S+\.(?:cc|h):\d+ .* was false\. ", "", " ".join(str(error).split()))
+    text = re.sub(r"/\S+\.(?:cc|h):\d+ .*? was false\. ", "", " ".join(str(error).split()))
     return text[:400]
