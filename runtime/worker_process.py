@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import onnxsmith
 from onnxsmith import errors
 from onnxsmith.errors import OnnxsmithError, WorkerError
 from onnxsmith.runtime.environments import Environment
@@ -66,8 +65,7 @@ class WorkerProcess:
         self._writer = TensorWriter(self._directories, f"{self._prefix}-in")
         self._reader = TensorReader()
         self._stderr: list[str] = []
-        init = onnxsmith.__file__
-        assert init is not None
+        init = str(Path(errors.__file__).with_name("__init__.py"))
         interpreter = sys.executable if environment is None else str(environment.interpreter)
         # Isolated where the environment is another one: neither PYTHONPATH nor the user's site-packages may
         # give it our modules. Else only the folder that the user stands in must not provide any.
