@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
+from onnxsmith.exporters.known_values import experts_unrolled
+from onnxsmith.exporters.rotary import stateless_rotary
 from onnxsmith.exporters.tracing import line_of, trace
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import TorchProgram
@@ -111,6 +113,13 @@ def trace_decoder(
     Raises:
         ExportError: It cannot be traced, or ``fused`` cannot represent its attention.
     """
+    with experts_unrolled(loaded.module.config):
+        return _trace_decoder(loaded, program, attention=attention, opset=opset)
+
+
+def _trace_decoder(
+    loaded: LoadedModel, program: TorchProgram, *, attention: str, opset: int | None
+) -> tuple[ir.Model, dict[str, Any]]:
     details: dict[str, Any] = {"attention": "standard"}
     if attention in ("auto", "fused"):
         try:
@@ -191,13 +200,14 @@ def _reference_module(model: Any, layers: int) -> Any:
                     tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"], layer
                 )
             positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
-            output = self.inner(
-                input_ids=tensors["input_ids"],
-                attention_mask=tensors["attention_mask"],
-                past_key_values=cache,
-                **positions,
-                use_cache=True,
-            )
+            with stateless_rotary(self.inner):
+                output = self.inner(
+                    input_ids=tensors["input_ids"],
+                    attention_mask=tensors["attention_mask"],
+                    past_key_values=cache,
+                    **positions,
+                    use_cache=True,
+                )
             result = {"logits": output.logits}
             for index, layer in enumerate(output.past_key_values.layers):
                 result[f"present.{index}.key"] = layer.keys
@@ -231,12 +241,13 @@ def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
                 # Without a cache the model would count from zero.
                 past_length, new = past[0][0].shape[2], tensors["input_ids"].shape[1]
                 positions["cache_position"] = torch.arange(past_length, past_length + new)
-            logits = self.inner(
-                input_ids=tensors["input_ids"],
-                attention_mask=tensors["attention_mask"],
-                use_cache=False,
-                **positions,
-            ).logits
+            with stateless_rotary(self.inner):
+                logits = self.inner(
+                    input_ids=tensors["input_ids"],
+                    attention_mask=tensors["attention_mask"],
+                    use_cache=False,
+                    **positions,
+                ).logits
             missing = sorted(set(range(layers)) - set(state.present))
             if missing:
                 raise ExportError(

@@ -61,7 +61,6 @@ class Family:
 
 _NO_INTERFACE = "its transformers code has no attention interface"
 _OWN_MASK = "a mask that the model builds itself"
-_EXPERTS = r"torch cannot trace it at modeling_\w+\.py:\d+ `for expert_idx in expert_hit"
 
 # Windows are shorter than the longest case, so that they matter.
 FAMILIES = {
@@ -123,13 +122,51 @@ FAMILIES = {
         _NO_INTERFACE,
     ),
     "stablelm": Family("StableLm", _BASE, _NO_INTERFACE),
+    "phi3 longrope": Family(
+        "Phi3",
+        _BASE
+        | {
+            "original_max_position_embeddings": 12,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [1.5, 2.0, 3.0, 4.0],
+            },
+        },
+    ),
+    "phi3 partial rotary": Family("Phi3", _BASE | {"partial_rotary_factor": 0.5}),
+    "llama dynamic ntk": Family(
+        "Llama",
+        _BASE | {"max_position_embeddings": 12, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ),
     "mixtral": Family(
-        "Mixtral", _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2}, why_not=_EXPERTS
+        "Mixtral", _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    ),
+    "qwen3moe": Family(
+        "Qwen3Moe",
+        _BASE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
+    ),
+    "qwen2moe": Family(
+        "Qwen2Moe",
+        _BASE
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+        _NO_INTERFACE,
     ),
     "gpt-oss": Family(
         "GptOss",
-        _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rope_scaling": None},
-        why_not=_EXPERTS,
+        _BASE
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "rope_scaling": None,
+            "sliding_window": 8,
+        },
     ),
     "mamba": Family(
         "Mamba",

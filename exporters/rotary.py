@@ -1,0 +1,58 @@
+"""Rotary embeddings whose frequencies depend on how long the text is: LongRoPE and dynamic NTK scaling.
+
+transformers chooses the frequencies with an ``if`` on the largest position and keeps them in the module.
+Neither can be traced, and the second makes a result depend on the calls before it. Here they are computed in
+each call, from the positions alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["stateless_rotary"]
+
+
+@contextlib.contextmanager
+def stateless_rotary(model: Any) -> Iterator[None]:
+    """Makes rotary embeddings of changing frequencies a function of their inputs while open."""
+    changed = []
+    try:
+        for module in model.modules():
+            kind = getattr(module, "rope_type", None)
+            if not isinstance(kind, str) or not (kind == "longrope" or "dynamic" in kind):
+                continue
+            # What transformers' decorator dynamic_rope_update wraps: the part without the choice.
+            plain = inspect.unwrap(type(module).forward)
+            if plain is type(module).forward or "forward" in vars(module):
+                continue
+            module.forward = _stateless(module, plain, long=kind == "longrope")
+            changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _stateless(module: Any, plain: Any, *, long: bool) -> Any:
+    import torch
+
+    config = module.config
+    limit = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        length = torch.max(position_ids) + 1
+        if long:
+            stretched, _ = module.rope_init_fn(config, x.device, seq_len=limit + 1)
+            frequencies = torch.where(length > limit, stretched, module.original_inv_freq)
+        else:
+            frequencies, _ = module.rope_init_fn(config, x.device, seq_len=length)
+        # A copy, because a module must not be given traced tensors.
+        called = copy.copy(module)
+        called._buffers = {**module._buffers, "inv_freq": frequencies}
+        return plain(called, x, position_ids)
+
+    return forward
