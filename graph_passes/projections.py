@@ -1,0 +1,194 @@
+"""Projections of one activation in one MatMul: fewer and wider matrices, one weight read after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label
+from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
+
+__all__ = ["PACKED_FROM", "PackProjections"]
+
+PACKED_FROM = "onnxsmith.packed_from"
+"""Metadata of a packed weight: a JSON list with the names of the weights in it, in the order of columns."""
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """``activation @ weight + bias``.
+
+    Attributes:
+        weight: Its matrix.
+        bias: One number for each column, or None.
+        result: The value of all of it.
+        bias_node: The Add, or None.
+    """
+
+    weight: MatMulWeight
+    bias: ir.Value | None
+    result: ir.Value
+    bias_node: ir.Node | None
+
+
+class PackProjections(GraphPass):
+    """Packs query, key and value of GroupQueryAttention, which takes them as one operand.
+
+    The packed weight is put together when it is written.
+    """
+
+    name: ClassVar[str] = "pack_projections"
+    summary: ClassVar[str] = "one MatMul for query, key and value of GroupQueryAttention"
+
+    def apply(self, model: ir.Model) -> Changes:
+        """Packs the operands of each GroupQueryAttention that fits, and says why others stay."""
+        changes = Changes()
+        found = {
+            weight.node: weight for weight in find_matmul_weights(model) if isinstance(weight, MatMulWeight)
+        }
+        for node in list(model.graph):
+            if not is_operator(node, "GroupQueryAttention", _DOMAIN) or None in node.inputs[:3]:
+                continue
+            parts = [_projection(value, found) for value in node.inputs[:3] if value is not None]
+            reason = _refusal(node, parts)
+            if reason:
+                changes.skipped[label(node)] = reason
+                continue
+            known = [part for part in parts if isinstance(part, _Projection)]
+            packed = _pack(model.graph, known, after=node)
+            node.replace_input_with(0, packed)
+            node.replace_input_with(1, None)
+            node.replace_input_with(2, None)
+            changes.count += 1
+        if changes.count:
+            common.RemoveUnusedNodesPass()(model)
+            changes.details = {"packed": changes.count, "matmuls_removed": 2 * changes.count}
+        return changes
+
+
+def _projection(value: ir.Value, found: dict[ir.Node, MatMulWeight]) -> _Projection | str:
+    node = value.producer()
+    if node is None:
+        return "an operand is an input of the graph"
+    if node in found:
+        return _Projection(found[node], None, value, None)
+    if is_operator(node, "Add"):
+        for matrix, bias in (node.inputs, node.inputs[::-1]):
+            producer = matrix.producer() if matrix is not None else None
+            tensor = constant_of(bias)
+            if producer in found and tensor is not None and len(tensor.shape) == 1:
+                weight = found[producer]
+                if tensor.size == weight.out_features and len(producer.outputs[0].uses()) == 1:
+                    return _Projection(weight, bias, value, node)
+    return f"an operand comes from {node.op_type}, not from a MatMul with a constant weight"
+
+
+def _refusal(node: ir.Node, parts: Sequence[_Projection | str]) -> str:
+    for part in parts:
+        if isinstance(part, str):
+            return part
+    known = [part for part in parts if isinstance(part, _Projection)]
+    first = known[0].weight
+    if any(part.weight.activation is not first.activation for part in known):
+        return "query, key and value are projections of different values"
+    if any(part.weight.node.op_type != "MatMul" for part in known):
+        return "a projection is a FusedMatMul"
+    if len({part.weight.source.dtype for part in known}) != 1:
+        return "the weights have different types"
+    if len({part.weight.is_transposed for part in known}) != 1:
+        return "the weights lie in different directions"
+    for part in known:
+        source = part.weight.source
+        if len(source.uses()) != 1 or source.is_graph_output():
+            return f"the weight {source.name!r} is used elsewhere"
+        if len(part.result.uses()) != 1 or part.result.is_graph_output():
+            return "a projection is used elsewhere"
+    sizes = [part.weight.out_features for part in known]
+    heads, kv_heads = int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads")
+    if not heads or sizes[0] % heads or sizes[1:] != [sizes[0] // heads * kv_heads] * 2:
+        return f"the projections have {', '.join(map(str, sizes))} columns, which are not its heads"
+    return ""
+
+
+def _pack(graph: ir.Graph, parts: Sequence[_Projection], *, after: ir.Node) -> ir.Value:
+    first = parts[0].weight
+    # Rows of a weight that lies as (N, K), columns of one that lies as (K, N).
+    axis = 0 if first.is_transposed else 1
+    weight = _joined(graph, [part.weight.source for part in parts], axis=axis)
+    right = weight
+    if first.is_transposed:
+        turned = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}_transposed")
+        graph.insert_before(after, turned)
+        right = turned.outputs[0]
+        right.type = weight.type
+    packed = ir.node("MatMul", [first.activation, right], name=f"{label(first.node)}_packed")
+    graph.insert_before(after, packed)
+    result = packed.outputs[0]
+    columns = sum(part.weight.out_features for part in parts)
+    axes = axes_of(first.node.outputs[0])
+    for value in (result,):
+        value.type = first.node.outputs[0].type
+        value.shape = ir.Shape([*axes[:-1], columns]) if axes is not None else None
+    if all(part.bias is None for part in parts):
+        return result
+    bias = _joined_bias(graph, parts, weight.name or "packed")
+    added = ir.node("Add", [result, bias], name=f"{packed.name}_bias")
+    graph.insert_before(after, added)
+    added.outputs[0].type, added.outputs[0].shape = result.type, result.shape
+    return added.outputs[0]
+
+
+def _joined(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -> ir.Value:
+    tensors = [source.const_value for source in sources]
+    kept = [tensor for tensor in tensors if tensor is not None]
+    assert len(kept) == len(sources)
+    shape = [int(size) for size in kept[0].shape.numpy()]
+    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
+    name = _common_name([source.name or "" for source in sources])
+
+    def compute() -> ir.TensorProtocol:
+        joined = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
+        return ir.Tensor(joined, dtype=kept[0].dtype, name=name)
+
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))
+    value.const_value = ir.LazyTensor(compute, dtype=kept[0].dtype, shape=ir.Shape(shape), name=name)
+    value.metadata_props[PACKED_FROM] = json.dumps([source.name for source in sources])
+    graph.register_initializer(value)
+    return value
+
+
+def _joined_bias(graph: ir.Graph, parts: Sequence[_Projection], name: str) -> ir.Value:
+    dtype = parts[0].weight.source.dtype
+    assert dtype is not None
+    pieces = []
+    for part in parts:
+        tensor = constant_of(part.bias)
+        empty = np.zeros(part.weight.out_features, dtype.numpy())
+        pieces.append(empty if tensor is None else tensor.numpy())
+    base = name.removesuffix(".weight")
+    tensor = ir.tensor(np.concatenate(pieces).astype(dtype.numpy()), dtype=dtype, name=f"{base}.bias")
+    value = ir.Value(
+        name=f"{base}.bias", shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``."""
+    prefix = os.path.commonprefix(list(names))
+    suffix = os.path.commonprefix([name[::-1] for name in names])[::-1]
+    middles = [name[len(prefix) : len(name) - len(suffix)] for name in names]
+    if not all(middles) or sum(map(len, middles)) > 40:
+        return f"{names[0]}_packed"
+    return f"{prefix}{'_'.join(middles) if max(map(len, middles)) > 1 else ''.join(middles)}{suffix}"
