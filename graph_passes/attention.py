@@ -108,9 +108,9 @@ def _flat_from_views(value: ir.Value) -> ir.Value | str:
         if same_axes(axes_of(source), (axes[0], axes[1], axes[2] * axes[3])):
             return source
     if node is not None and _swaps_heads(node) and node.inputs[0] is not None:
-        flat = _flat_from_heads(node.inputs[0])
-        if flat is not None:
-            return flat
+        looked_through = _flat_from_heads(node.inputs[0])
+        if looked_through is not None:
+            return looked_through
         return f"{label(node)} swaps the axes of a value that no rule looks through"
     # Anything else that computes on views, such as a norm of each head: one Reshape, no Transpose.
     shape = small_constant(value, np.array([0, 0, axes[2] * axes[3]], np.int64))
@@ -126,8 +126,8 @@ def _flat_from_heads(value: ir.Value) -> ir.Value | None:
     if node is None or axes is None or len(axes) != 4:
         return None
     if _swaps_heads(node) and node.inputs[0] is not None:
-        flat = _flat_from_views(node.inputs[0])
-        return None if isinstance(flat, str) else flat
+        viewed = _flat_from_views(node.inputs[0])
+        return None if isinstance(viewed, str) else viewed
     if not is_operator(node, "RotaryEmbedding", _DOMAIN):
         return None
     source, positions, cos, sin = node.inputs[:4]
@@ -215,6 +215,8 @@ class RotaryInAttention(GraphPass):
                 continue
             rotations = [value.producer() for value in node.inputs[:2] if value is not None]
             if not any(is_operator(one, "RotaryEmbedding", _DOMAIN) for one in rotations):
+                if any(_turns_back(one) for one in rotations):
+                    changes.skipped[label(node)] = "its operands are not flat (run flatten_attention first)"
                 continue
             reason = self._refusal(node, rotations)
             if reason:
@@ -264,11 +266,9 @@ class RotaryInAttention(GraphPass):
             scale = one.attributes.get("scale")
             if scale is not None and scale.as_float() != 1.0:
                 return "the rotation also scales"
-            axes = axes_of(one.inputs[0])
-            if axes is None or len(axes) != 3:
-                return "the rotated operand is not flat (run flatten_attention first)"
         axes, cos = axes_of(query.inputs[0]), axes_of(query.inputs[2])
-        assert axes is not None
+        if axes is None or len(axes) != 3:
+            return "the shape of its operand is not known"
         heads = int_attribute(node, "num_heads")
         if not isinstance(axes[2], int) or cos is None or not isinstance(cos[-1], int):
             return "the size of a head is not known"
@@ -287,6 +287,11 @@ class RotaryInAttention(GraphPass):
             if table is None or (table.const_value is None and _range_of(table) is None):
                 return "the table of angles is computed in a way that no rule knows"
         return ""
+
+
+def _turns_back(node: ir.Node | None) -> bool:
+    inner = node.inputs[0] if node is not None and is_operator(node, "Reshape") else None
+    return inner is not None and is_operator(inner.producer(), "Transpose")
 
 
 def _range_of(table: ir.Value) -> ir.Node | None:
@@ -331,13 +336,23 @@ def _lengthen(table: ir.Value, total: ir.Value | None) -> None:
 
 def _row_lengths(node: ir.Node, positions: ir.Value) -> ir.Value:
     """(batch,) int32: all of a row's new tokens are valid. Padding is hidden by the attention bias."""
-    rows = ir.node("Shape", [positions], {"start": 0, "end": 1}, name="rows_of_batch")
-    tokens = ir.node("Shape", [positions], {"start": 1, "end": 2}, name="tokens_of_row")
+    # Without the attributes start and end of Shape, which operator sets below 15 do not have.
+    size = ir.node("Shape", [positions], name="size_of_batch")
+    first, second = (small_constant(positions, np.array([index], np.int64)) for index in (0, 1))
+    rows = ir.node("Gather", [size.outputs[0], first], name="rows_of_batch")
+    tokens = ir.node("Gather", [size.outputs[0], second], name="tokens_of_row")
     narrow = ir.node("Cast", tokens.outputs, {"to": ir.DataType.INT32.value}, name="tokens_of_row_int32")
     spread = ir.node("Expand", [narrow.outputs[0], rows.outputs[0]], name="tokens_of_rows")
-    for one, kind in ((rows, "INT64"), (tokens, "INT64"), (narrow, "INT32"), (spread, "INT32")):
+    kinds = (
+        (size, "INT64", 2),
+        (rows, "INT64", 1),
+        (tokens, "INT64", 1),
+        (narrow, "INT32", 1),
+        (spread, "INT32", 1),
+    )
+    for one, kind, _ in kinds:
         one.outputs[0].type = ir.TensorType(ir.DataType[kind])
-        one.outputs[0].shape = ir.Shape([1])
+        one.outputs[0].shape = ir.Shape([2 if one is size else 1])
         assert node.graph is not None
         node.graph.insert_before(node, one)
     axes = axes_of(positions)

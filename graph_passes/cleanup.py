@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -20,29 +19,12 @@ from onnxsmith.graph_passes.structure import (
     signature,
 )
 
-__all__ = ["Cleanup", "LowerIrVersion", "StripMetadata", "operator_counts"]
+__all__ = ["Cleanup", "StripMetadata", "operator_counts"]
 
-# Operator set of the default domain -> the IR version that came with it
-# (https://github.com/onnx/onnx/blob/main/docs/Versioning.md). Runtimes in the field stop at an IR
-# version, whatever the graph uses of it.
-_IR_OF_OPSET = ((18, 8), (20, 9), (22, 10), (23, 11), (24, 12), (25, 13))
 # Folding uncovers rewrites and rewrites uncover folding. Two rounds have been seen to be enough.
 _ROUNDS = 8
 # Their result may be of any size, whatever the size of their inputs.
 _GROWING = frozenset({"Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
-# Element type -> the IR version that brought it. Those that an older onnx_ir does not know are left out.
-_IR_OF_TYPE: Mapping[ir.DataType, int] = {
-    ir.DataType[name]: version
-    for version, names in {
-        9: ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"),
-        10: ("INT4", "UINT4"),
-        11: ("FLOAT4E2M1",),
-        12: ("FLOAT8E8M0",),
-        13: ("INT2", "UINT2"),
-    }.items()
-    for name in names
-    if name in ir.DataType.__members__
-}
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
@@ -218,42 +200,3 @@ class StripMetadata(GraphPass):
             function.metadata_props.clear()
             function.doc_string = None
         return Changes(count)
-
-
-class LowerIrVersion(GraphPass):
-    """Declares the lowest IR version that the graph's operator set and types need."""
-
-    name: ClassVar[str] = "lower_ir_version"
-    summary: ClassVar[str] = "declare the lowest IR version that the graph needs: older runtimes load it"
-
-    def apply(self, model: ir.Model) -> Changes:
-        """Lowers the version, never raises it."""
-        opset = max((model.opset_imports.get(domain, 0) for domain in ("", "ai.onnx")), default=0)
-        needed = next((version for last, version in _IR_OF_OPSET if opset <= last), model.ir_version)
-        if model.functions:
-            needed = max(needed, 10)  # overloads and metadata of functions
-        if model.device_configurations:
-            needed = max(needed, 11)
-        needed = max(needed, *(_IR_OF_TYPE.get(dtype, 0) for dtype in _element_types(model)), 0)
-        if needed >= model.ir_version:
-            return Changes()
-        before, model.ir_version = model.ir_version, needed
-        return Changes(1, {"before": before, "after": needed})
-
-
-def _element_types(model: ir.Model) -> set[ir.DataType]:
-    """Every element type that a value, a tensor or a Cast has."""
-    found: set[ir.DataType | None] = set()
-    for root in (model.graph, *(function.graph for function in model.functions.values())):
-        for graph in (root, *root.subgraphs()):
-            found.update(value.dtype for value in (*graph.inputs, *graph.initializers.values()))
-            for node in graph:
-                found.update(value.dtype for value in node.outputs)
-                for name, attribute in node.attributes.items():
-                    if attribute.is_ref():
-                        continue
-                    if attribute.type is ir.AttributeType.TENSOR:
-                        found.add(attribute.as_tensor().dtype)
-                    elif attribute.type is ir.AttributeType.INT and name in ("to", "dtype", "output_dtype"):
-                        found.add(ir.DataType(attribute.as_int()))
-    return {dtype for dtype in found if dtype is not None}

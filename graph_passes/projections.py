@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label
+from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label, small_constant
 from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
 
 __all__ = ["PACKED_FROM", "PackProjections"]
@@ -50,6 +50,16 @@ class PackProjections(GraphPass):
     name: ClassVar[str] = "pack_projections"
     summary: ClassVar[str] = "one MatMul for query, key and value of GroupQueryAttention"
 
+    def __init__(self, *, gate_up: bool = False) -> None:
+        """Sets what else is packed.
+
+        Args:
+            gate_up: Also pack other MatMuls of the same activation, such as gate and up of an MLP, with a
+                Split behind them. Measured on a decoder in 4 bits on a CPU: 2 % less time in decode, up
+                to 3 % more for a prompt, whose activations the Split copies.
+        """
+        self.gate_up = gate_up
+
     def apply(self, model: ir.Model) -> Changes:
         """Packs the operands of each GroupQueryAttention that fits, and says why others stay."""
         changes = Changes()
@@ -70,10 +80,45 @@ class PackProjections(GraphPass):
             node.replace_input_with(1, None)
             node.replace_input_with(2, None)
             changes.count += 1
+        removed = 2 * changes.count
+        if self.gate_up:
+            common.RemoveUnusedNodesPass()(model)
+            for siblings in _siblings(model):
+                reason = _refusal_of_siblings(siblings)
+                if reason:
+                    changes.skipped[label(siblings[0].weight.node)] = reason
+                    continue
+                _split(model.graph, siblings)
+                changes.count += 1
+                removed += len(siblings) - 1
         if changes.count:
             common.RemoveUnusedNodesPass()(model)
-            changes.details = {"packed": changes.count, "matmuls_removed": 2 * changes.count}
+            changes.details = {"packed": changes.count, "matmuls_removed": removed}
         return changes
+
+
+def _siblings(model: ir.Model) -> list[list[_Projection]]:
+    groups: dict[ir.Value, list[_Projection]] = {}
+    for weight in find_matmul_weights(model):
+        if isinstance(weight, MatMulWeight) and weight.node.outputs[0].uses():
+            part = _Projection(weight, None, weight.node.outputs[0], None)
+            groups.setdefault(weight.activation, []).append(part)
+    return [parts for parts in groups.values() if len(parts) > 1]
+
+
+def _split(graph: ir.Graph, parts: Sequence[_Projection]) -> None:
+    """All parts in one MatMul, and a Split for those who used them."""
+    packed = _pack(graph, parts, after=parts[0].weight.node)
+    sizes = small_constant(
+        parts[0].weight.source, np.array([part.weight.out_features for part in parts], np.int64)
+    )
+    node = ir.node(
+        "Split", [packed, sizes], {"axis": -1}, num_outputs=len(parts), name=f"{packed.name}_split"
+    )
+    graph.insert_before(parts[0].weight.node, node)
+    for part, output in zip(parts, node.outputs, strict=True):
+        output.type, output.shape = part.result.type, part.result.shape
+        part.result.replace_all_uses_with(output)
 
 
 def _projection(value: ir.Value, found: dict[ir.Node, MatMulWeight]) -> _Projection | str:
@@ -101,6 +146,19 @@ def _refusal(node: ir.Node, parts: Sequence[_Projection | str]) -> str:
     first = known[0].weight
     if any(part.weight.activation is not first.activation for part in known):
         return "query, key and value are projections of different values"
+    reason = _refusal_of_siblings(known)
+    if reason:
+        return reason
+    if any(len(part.result.uses()) != 1 for part in known):
+        return "a projection is used elsewhere"
+    sizes = [part.weight.out_features for part in known]
+    heads, kv_heads = int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads")
+    if not heads or sizes[0] % heads or sizes[1:] != [sizes[0] // heads * kv_heads] * 2:
+        return f"the projections have {', '.join(map(str, sizes))} columns, which are not its heads"
+    return ""
+
+
+def _refusal_of_siblings(known: Sequence[_Projection]) -> str:
     if any(part.weight.node.op_type != "MatMul" for part in known):
         return "a projection is a FusedMatMul"
     if len({part.weight.source.dtype for part in known}) != 1:
@@ -111,12 +169,8 @@ def _refusal(node: ir.Node, parts: Sequence[_Projection | str]) -> str:
         source = part.weight.source
         if len(source.uses()) != 1 or source.is_graph_output():
             return f"the weight {source.name!r} is used elsewhere"
-        if len(part.result.uses()) != 1 or part.result.is_graph_output():
-            return "a projection is used elsewhere"
-    sizes = [part.weight.out_features for part in known]
-    heads, kv_heads = int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads")
-    if not heads or sizes[0] % heads or sizes[1:] != [sizes[0] // heads * kv_heads] * 2:
-        return f"the projections have {', '.join(map(str, sizes))} columns, which are not its heads"
+        if part.result.is_graph_output():
+            return "a projection is an output of the graph"
     return ""
 
 
@@ -178,7 +232,7 @@ def _joined_bias(graph: ir.Graph, parts: Sequence[_Projection], name: str) -> ir
     base = name.removesuffix(".weight")
     tensor = ir.tensor(np.concatenate(pieces).astype(dtype.numpy()), dtype=dtype, name=f"{base}.bias")
     value = ir.Value(
-        name=f"{base}.bias", shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
+        name=f"{base}.bias", shape=ir.Shape([tensor.size]), type=ir.TensorType(dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value
@@ -186,9 +240,14 @@ def _joined_bias(graph: ir.Graph, parts: Sequence[_Projection], name: str) -> ir
 
 def _common_name(names: Sequence[str]) -> str:
     """``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``."""
-    prefix = os.path.commonprefix(list(names))
-    suffix = os.path.commonprefix([name[::-1] for name in names])[::-1]
+    prefix = _common_start(names)
+    suffix = _common_start([name[::-1] for name in names])[::-1]
     middles = [name[len(prefix) : len(name) - len(suffix)] for name in names]
     if not all(middles) or sum(map(len, middles)) > 40:
         return f"{names[0]}_packed"
     return f"{prefix}{'_'.join(middles) if max(map(len, middles)) > 1 else ''.join(middles)}{suffix}"
+
+
+def _common_start(names: Sequence[str]) -> str:
+    pairs = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in pairs)

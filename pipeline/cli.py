@@ -304,16 +304,17 @@ def passes(json_target: Json = None) -> None:
 @app.command()
 @guarded
 def presets(json_target: Json = None) -> None:
-    """List the ready-made lists of passes."""
-    from onnxsmith.graph_passes.presets import PRESETS
+    """List the ready-made lists of passes: what each is for, and why each pass stands where it does."""
+    from onnxsmith.graph_passes.presets import PRESETS, PURPOSES, REASONS
     from onnxsmith.pipeline.console import emit_json
     from onnxsmith.pipeline.tables import show_presets
 
     if json_target:
         plain = {
-            name: [{"name": p, "parameters": dict(a)} for p, a in specs] for name, specs in PRESETS.items()
+            name: [{"name": p, "parameters": dict(a), "why": REASONS[p]} for p, a in specs]
+            for name, specs in PRESETS.items()
         }
-        emit_json(json_target, "presets", {"presets": plain})
+        emit_json(json_target, "presets", {"presets": plain, "purposes": dict(PURPOSES)})
     if json_target != "-":
         show_presets()
 

@@ -238,14 +238,14 @@ def show_passes(described: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_presets() -> None:
-    """Each preset with its passes."""
-    from onnxsmith.graph_passes.presets import PRESETS
+    """Each preset: what it is for, its passes, and why each stands where it does."""
+    from onnxsmith.graph_passes.presets import PRESETS, PURPOSES, REASONS
 
     for name, specs in PRESETS.items():
-        sys.stdout.write(f"{name}\n")
+        sys.stdout.write(f"{name}: {PURPOSES[name]}\n")
         for one, arguments in specs:
             shown = ",".join(f"{k}={v}" for k, v in arguments.items())
-            sys.stdout.write(f"    {one}{':' + shown if shown else ''}\n")
+            sys.stdout.write(f"    {one + (':' + shown if shown else ''):<40} {REASONS[one]}\n")
 
 
 def show_providers(rows: Sequence[Mapping[str, Any]]) -> None:

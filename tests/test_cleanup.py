@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 
 from generated_graphs import Array, Case, assert_same, cases, graph, run, serialized
 from onnxsmith.errors import BadInputError
-from onnxsmith.graph_passes.cleanup import Cleanup, LowerIrVersion, StripMetadata, operator_counts
+from onnxsmith.graph_passes.cleanup import Cleanup, StripMetadata, operator_counts
+from onnxsmith.graph_passes.versions import LowerIrVersion
 
 HEAD = '<ir_version: 9, opset_import: ["": 18]> '
 X = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)

@@ -13,6 +13,7 @@ from onnxsmith import graph_passes
 from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.graph_passes import PASSES, PRESETS, load_pass, make_passes, pass_names
 from onnxsmith.graph_passes.contract import GraphPass
+from onnxsmith.graph_passes.presets import PURPOSES, REASONS
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
@@ -53,12 +54,17 @@ def test_presets_can_be_made(preset: str) -> None:
     assert [one.name for one in made] == [name for name, _ in PRESETS[preset]]
 
 
+def test_presets_say_what_they_are_for_and_why_each_pass_is_there() -> None:
+    assert list(PURPOSES) == list(PRESETS)
+    assert {name for specs in PRESETS.values() for name, _ in specs} == set(REASONS)
+
+
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(
         UnknownNameError, match=r"unknown pass 'clenup'; expected one of .*Did you mean 'cleanup'"
     ):
         load_pass("clenup")
-    with pytest.raises(UnknownNameError, match="unknown pass 'nothing'; expected one of cleanup, fuse_"):
+    with pytest.raises(UnknownNameError, match="unknown pass 'nothing'; expected one of cleanup, con"):
         load_pass("nothing")
 
 
