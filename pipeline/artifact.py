@@ -16,7 +16,8 @@ from onnxsmith.environment import describe_environment
 from onnxsmith.errors import ModelFileError, OnnxsmithError, SourceError
 from onnxsmith.onnx_file import check_model
 from onnxsmith.package import ModelPackage
-from onnxsmith.package_io import MANIFEST_NAME, load_package, read_manifest
+from onnxsmith.package_io import MANIFEST_NAME, is_inside, load_package, read_manifest
+from onnxsmith.pipeline.signing import SIGNATURE_NAME, check_signature
 
 __all__ = ["FileEntry", "Finding", "Manifest", "StepEntry", "to_plain", "verify_artifact", "write_manifest"]
 
@@ -77,7 +78,7 @@ def write_manifest(
     components = {}
     for name, component in package.components.items():
         assert component.path is not None, "the package was not saved"
-        components[name] = component.path.name
+        components[name] = component.path.relative_to(directory).as_posix()
     manifest = Manifest(
         content_sha256="",
         schema_version=1,
@@ -103,7 +104,7 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != MANIFEST_NAME:
+        if path.is_file() and name not in (MANIFEST_NAME, SIGNATURE_NAME):
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
     return entries
 
@@ -121,15 +122,22 @@ class Finding:
     problem: str
 
 
-def verify_artifact(directory: Path) -> list[Finding]:
+def verify_artifact(directory: Path, *, key: Path | None = None) -> list[Finding]:
     """Checks an artifact: every byte against the manifest, and the manifest against the graphs.
+
+    A signature that is there must be of this manifest, whoever made it.
+
+    Args:
+        directory: The artifact.
+        key: The Ed25519 public key, in PEM, that must have signed it.
 
     Returns:
         What is wrong; an empty list means that nothing is.
 
     Raises:
         SourceError: This is not an artifact.
-        ModelFileError: Its manifest cannot be read.
+        ModelFileError: Its manifest or signature cannot be read.
+        BadInputError: The key cannot be read.
     """
     if not directory.is_dir() or not (directory / MANIFEST_NAME).is_file():
         raise SourceError(
@@ -141,18 +149,21 @@ def verify_artifact(directory: Path) -> list[Finding]:
         manifest = Manifest.model_validate(read_manifest(directory))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        at = ".".join(str(part) for part in first["loc"])
         raise ModelFileError(
-            f"{directory / MANIFEST_NAME}: {key}", got=first["msg"], expected="a manifest of schema version 1"
+            f"{directory / MANIFEST_NAME}: {at}", got=first["msg"], expected="a manifest of schema version 1"
         ) from error
     findings = _file_findings(directory, manifest)
+    _, problem = check_signature(directory, key)
+    if problem:
+        findings.append(Finding(SIGNATURE_NAME, problem))
     if manifest.content_sha256 != _content_sha256(manifest):
         findings.append(Finding(MANIFEST_NAME, "it was edited (content_sha256 differs)"))
     if not manifest.components:
         findings.append(Finding("components", "the manifest names no graph"))
     for name, file in manifest.components.items():
-        if Path(file).name != file:
-            findings.append(Finding(f"components.{name}", f"{file!r} is not a plain file name"))
+        if not is_inside(file):
+            findings.append(Finding(f"components.{name}", f"{file!r} is not inside the artifact"))
             continue
         if file not in manifest.files:
             findings.append(Finding(f"components.{name}", f"{file} is not among the files of the manifest"))
@@ -179,7 +190,7 @@ def _file_findings(directory: Path, manifest: Manifest) -> list[Finding]:
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
         if path.is_symlink() or not path.is_dir()
-    } - {MANIFEST_NAME}
+    } - {MANIFEST_NAME, SIGNATURE_NAME}
     findings += [
         Finding(name, "it is not in the manifest") for name in sorted(present - manifest.files.keys())
     ]
@@ -188,7 +199,7 @@ def _file_findings(directory: Path, manifest: Manifest) -> list[Finding]:
 
 def _file_problem(directory: Path, name: str, entry: FileEntry) -> str | None:
     path = directory / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not is_inside(name):
         return "the manifest names a path outside the artifact"
     # The artifact itself may be a link, such as one to the current version.
     inside = [part for part in (path, *path.parents) if part != directory and part.is_relative_to(directory)]

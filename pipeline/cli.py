@@ -27,6 +27,7 @@ from onnxsmith.pipeline.arguments import (
     pass_spec,
     preset_specs,
 )
+from onnxsmith.pipeline.artifact_commands import ARTIFACT_COMMANDS
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
@@ -263,31 +264,6 @@ def inspect(
 
 @app.command()
 @guarded
-def verify(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory made by onnxsmith.")],
-    json_target: Json = None,
-) -> int:
-    """Check every byte of an artifact against its manifest, and the manifest against the graphs."""
-    from onnxsmith.pipeline.artifact import verify_artifact
-    from onnxsmith.pipeline.console import emit_json, message
-
-    findings = verify_artifact(artifact)
-    if json_target:
-        body = {
-            "passed": not findings,
-            "findings": [{"where": f.where, "problem": f.problem} for f in findings],
-        }
-        emit_json(json_target, "verify", body)
-    for finding in findings:
-        message(f"{artifact / finding.where}: {finding.problem}")
-    if json_target != "-":
-        count = f"{len(findings)} problem{'' if len(findings) == 1 else 's'}"
-        sys.stdout.write(f"{artifact}: {count if findings else 'everything is as the manifest says'}\n")
-    return FAILED if findings else 0
-
-
-@app.command()
-@guarded
 def passes(json_target: Json = None) -> None:
     """List the passes with their parameters and defaults."""
     from onnxsmith.graph_passes.registry import load_pass, pass_names
@@ -319,5 +295,5 @@ def presets(json_target: Json = None) -> None:
         show_presets()
 
 
-for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS):
+for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS, *ARTIFACT_COMMANDS):
     app.command()(_command)

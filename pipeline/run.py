@@ -24,8 +24,10 @@ from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import file_entries, write_manifest
 from onnxsmith.pipeline.calibration import context_for
+from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
+from onnxsmith.pipeline.sbom import write_sbom
 from onnxsmith.pipeline.staging import (
     check_destination,
     check_report_place,
@@ -209,12 +211,13 @@ class _Job:
             "bench",
             "placement",
         )
-        write_manifest(
-            package,
-            staging,
-            measurements={key: measured[key] for key in keys} | {"reference": plain["reference"]},
-            recipe=plain["recipe"],
+        measurements = {key: measured[key] for key in keys} | {"reference": plain["reference"]}
+        card = model_card(
+            package, name=self.recipe.name, measurements=measurements, environment=self.report.environment
         )
+        (staging / CARD_NAME).write_text(card, encoding="utf-8")
+        write_sbom(package, staging, name=self.recipe.name)
+        write_manifest(package, staging, measurements=measurements, recipe=plain["recipe"])
 
     def _annotate(self, package: ModelPackage, name: str) -> None:
         made = self._packages[name]

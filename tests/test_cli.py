@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -203,6 +204,16 @@ def test_generate_continues_as_torch_does(
     assert onnxsmith("generate", exported, "the smith", "--max-new-tokens", 12, "--json", "-").json["text"]
 
 
+def test_package_says_what_it_made_and_what_not(onnxsmith: Command, exported: Path) -> None:
+    done = onnxsmith("package", exported, "-o", "out")
+    assert done.status == 0, done.err
+    assert re.search(r"^genai +ready$", done.out, re.MULTILINE)
+    assert re.search(r"^sentence-transformers +left out: ", done.out, re.MULTILINE)
+    assert onnxsmith("verify", "out").status == 0
+    assert onnxsmith("package", exported, "-o", "out").status == 2
+    assert onnxsmith("generate", "out", "the smith", "--max-new-tokens", 4).status == 0
+
+
 def test_inspect_reads_no_weights(onnxsmith: Command, exported: Path) -> None:
     done = onnxsmith("inspect", exported, "--top", 3, "--json", "-")
     assert done.status == 0, done.err
@@ -224,7 +235,7 @@ def test_inspect_reads_no_weights(onnxsmith: Command, exported: Path) -> None:
 def test_lists_name_what_there_is(onnxsmith: Command, command: str, names: set[str]) -> None:
     done = onnxsmith(command)
     assert done.status == 0, done.err
-    assert names <= {line.split()[0] for line in done.out.splitlines() if line.strip()}
+    assert names <= {line.split()[0].rstrip(":") for line in done.out.splitlines() if line.strip()}
     assert onnxsmith(command, "--json", "-").json[command]
 
 
@@ -279,6 +290,13 @@ def test_json_goes_to_a_file_beside_the_table(onnxsmith: Command, exported: Path
         (["inspect", "gone.onnx"], 2, "gone.onnx"),
         (["inspect", "good.onnx", "--top", "-1"], 2, "at least 0"),
         (["inspect", "good.onnx", "--json", "gone/result.json"], 2, "there is no directory gone"),
+        (["package", "good.onnx", "-o", "out", "--layout", "genia"], 2, "Did you mean 'genai'?"),
+        (
+            ["package", "good.onnx", "-o", "out", "--layout", "genai"],
+            2,
+            "layout genai: the model has no config",
+        ),
+        (["package", "good.onnx", "-o", "out", "--sign-key", "gone.pem"], 2, "key gone.pem: cannot be read"),
         (["verify", "full"], 2, "no manifest.json; expected an artifact"),
         (["run", "gone.yaml"], 2, "gone.yaml: cannot be read"),
         (["run", "typo.yaml"], 2, "typo.yaml, line 3: sorce: unknown key 'sorce'"),

@@ -90,6 +90,16 @@ def test_the_manifest_has_the_measurements_and_the_recipe(report: Report, work: 
     assert manifest["source"]["files"] and all(file["sha256"] for file in manifest["source"]["files"])
 
 
+def test_the_card_and_the_bill_of_materials_are_there(report: Report, work: Path) -> None:
+    assert report.variants[2].perplexity is not None
+    card = (work / "out" / "README.md").read_text()
+    assert f"{report.variants[2].perplexity['value']:.3f}" in card
+    bill = json.loads((work / "out" / "sbom.cdx.json").read_text())
+    assert {"model.onnx", "report.json"} <= {
+        file["name"] for file in bill["metadata"]["component"]["components"]
+    }
+
+
 def test_the_artifact_says_what_the_report_says(report: Report, work: Path) -> None:
     assert report.generation is not None and report.generation["tokens"] > 0
     said = "".join(generate_text(work / "out", "the smith", max_new_tokens=report.generation["tokens"]))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         inspect_model,
         optimize_model,
     )
+    from onnxsmith.pipeline.packing import package_model
     from onnxsmith.pipeline.recipe import Recipe, load_recipe
     from onnxsmith.pipeline.run import run_recipe
     from onnxsmith.runtime import BenchSettings, OrtSession, SamplingSettings, TorchSession
@@ -58,6 +59,7 @@ __all__ = [
     "load_torch",
     "make_passes",
     "optimize_model",
+    "package_model",
     "run_passes",
     "run_recipe",
     "save_package",
@@ -89,6 +91,7 @@ _HOMES: Mapping[str, str] = {
     "load_torch": "onnxsmith.exporters",
     "make_passes": "onnxsmith.graph_passes",
     "optimize_model": "onnxsmith.pipeline.operations",
+    "package_model": "onnxsmith.pipeline.packing",
     "run_passes": "onnxsmith.graph_passes",
     "run_recipe": "onnxsmith.pipeline.run",
     "save_package": "onnxsmith.package_io",

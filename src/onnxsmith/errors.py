@@ -178,6 +178,7 @@ _INSTALL: Mapping[str, str] = {
     "transformers": "pip install 'onnxsmith[torch]'",
     "gguf": "pip install 'onnxsmith[torch]'",
     "accelerate": "pip install 'onnxsmith[torch]'",
+    "cryptography": "pip install 'onnxsmith[sign]'",
     "onnxruntime": "pip install onnxruntime",
 }
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onnxsmith.errors import ModelFileError, SourceError
 from onnxsmith.onnx_file import load_model, save_model
 from onnxsmith.package import TEXT_GENERATION, Component, ModelPackage, StepRecord, cache_pairs
 
-__all__ = ["MANIFEST_NAME", "load_package", "read_manifest", "save_package"]
+__all__ = ["MANIFEST_NAME", "is_inside", "load_package", "read_manifest", "save_package"]
 
 MANIFEST_NAME = "manifest.json"
 
 # Configuration and tokenizer files are small; a stranger's directory may hold anything.
 _MAX_FILE_BYTES = 64 * 1024 * 1024
 _FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_NOT_PACKAGE_FILES = frozenset({MANIFEST_NAME, "report.json"})
+# Made anew for each artifact, from what it is.
+_NOT_PACKAGE_FILES = frozenset(
+    {
+        MANIFEST_NAME,
+        "genai_config.json",
+        "modules.json",
+        "report.json",
+        "requirements.txt",
+        "sbom.cdx.json",
+        "sentence_bert_config.json",
+    }
+)
 
 
 def save_package(package: ModelPackage, directory: Path) -> None:
@@ -65,6 +76,12 @@ def load_package(path: Path) -> ModelPackage:
     return _finish(package, manifest)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative path, as a manifest gives it, stays inside of its directory."""
+    pure = PurePosixPath(name)
+    return bool(name) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of an artifact as plain data.
 
@@ -85,11 +102,11 @@ def _component_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
     listed = manifest.get("components")
     if isinstance(listed, dict) and listed:
         for name, file in listed.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or not is_inside(file):
                 raise ModelFileError(
                     str(path / MANIFEST_NAME),
                     got=f"component {name!r} at {file!r}",
-                    expected="a plain file name",
+                    expected="a file inside the artifact",
                 )
         return dict(listed)
     found = sorted(p.name for p in path.glob("*.onnx"))
