@@ -18,6 +18,7 @@ from onnxsmith.graph_passes.structure import (
     require_signature,
     signature,
 )
+from onnxsmith.graph_passes.weights import join_concatenated_weights
 
 __all__ = ["FuseTransformer"]
 
@@ -75,6 +76,7 @@ class FuseTransformer(GraphPass):
             release_dead_users(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
+        joined = join_concatenated_weights(model, min_elements=_MAX_CONSTANT_ELEMENTS)
         require_signature(model, interface, self.name)
         after = operator_counts(model)
         skipped = {name: "the pattern is not in the graph" for name, count in counts.items() if not count}
@@ -93,6 +95,7 @@ class FuseTransformer(GraphPass):
             {
                 "fused": fired,
                 "made": made,
+                **({"weights_joined": joined} if joined else {}),
                 "nodes_before": sum(before.values()),
                 "nodes_after": sum(after.values()),
             },

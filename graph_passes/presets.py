@@ -17,6 +17,7 @@ _FUSED: tuple[PassSpec, ...] = (
     ("fuse_transformer", {}),
     ("flatten_attention", {}),
 )
+_ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
 # What ONNX Runtime 1.32 can and older ones cannot load.
 _NEWEST: tuple[PassSpec, ...] = (
     ("rotary_in_attention", {}),
@@ -30,14 +31,14 @@ _FINISH: tuple[PassSpec, ...] = (
 
 PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "clean": (("transpose_weights", {}), ("cleanup", {}), *_FINISH),
-    "cpu-fp32": (*_FUSED, *_FINISH),
-    "cpu-int8": (*_FUSED, ("quantize_weights", {"bits": 8, "block_size": 32}), *_FINISH),
-    "cpu-int4": (*_FUSED, ("quantize_weights", {"bits": 4, "block_size": 32}), *_FINISH),
-    "cpu-gguf": (*_FUSED, ("keep_gguf_blocks", {}), *_FINISH),
-    "cpu-fp32-newest": (*_FUSED, *_NEWEST, *_FINISH),
-    "cpu-int8-newest": (*_FUSED, *_NEWEST, ("quantize_weights", {"bits": 8, "block_size": 32}), *_FINISH),
-    "cpu-int4-newest": (*_FUSED, *_NEWEST, ("quantize_weights", {"bits": 4, "block_size": 32}), *_FINISH),
-    "cpu-gguf-newest": (*_FUSED, *_NEWEST, ("keep_gguf_blocks", {}), *_FINISH),
+    "cpu-fp32": (*_ON_CPU, *_FINISH),
+    "cpu-int8": (*_ON_CPU, ("quantize_weights", {"bits": 8, "block_size": 32}), *_FINISH),
+    "cpu-int4": (*_ON_CPU, ("quantize_weights", {"bits": 4, "block_size": 32}), *_FINISH),
+    "cpu-gguf": (*_ON_CPU, ("keep_gguf_blocks", {}), *_FINISH),
+    "cpu-fp32-newest": (*_ON_CPU, *_NEWEST, *_FINISH),
+    "cpu-int8-newest": (*_ON_CPU, *_NEWEST, ("quantize_weights", {"bits": 8, "block_size": 32}), *_FINISH),
+    "cpu-int4-newest": (*_ON_CPU, *_NEWEST, ("quantize_weights", {"bits": 4, "block_size": 32}), *_FINISH),
+    "cpu-gguf-newest": (*_ON_CPU, *_NEWEST, ("keep_gguf_blocks", {}), *_FINISH),
 }
 
 PURPOSES: Mapping[str, str] = {
@@ -57,6 +58,7 @@ REASONS: Mapping[str, str] = {
     "cleanup": "before fusion: patterns are written for graphs without no-ops and computed constants",
     "fuse_transformer": "before quantization, which keeps MatMul and replaces its weight",
     "flatten_attention": "after fusion has made RotaryEmbedding of the nodes between the axes' swaps",
+    "split_skip_layer_norm": "after fusion, which made them: on CPUs two operators are faster",
     "rotary_in_attention": "after flatten_attention, whose flat operands it needs",
     "pack_projections": "last before quantization, so that the packed matrix is what gets quantized",
     "quantize_weights": "when the matrices have their final form",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,12 +12,9 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label, small_constant
-from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
+from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, joined_weights
 
-__all__ = ["PACKED_FROM", "PackProjections"]
-
-PACKED_FROM = "onnxsmith.packed_from"
-"""Metadata of a packed weight: a JSON list with the names of the weights in it, in the order of columns."""
+__all__ = ["PackProjections"]
 
 _DOMAIN = "com.microsoft"
 
@@ -178,7 +173,7 @@ def _pack(graph: ir.Graph, parts: Sequence[_Projection], *, after: ir.Node) -> i
     first = parts[0].weight
     # Rows of a weight that lies as (N, K), columns of one that lies as (K, N).
     axis = 0 if first.is_transposed else 1
-    weight = _joined(graph, [part.weight.source for part in parts], axis=axis)
+    weight = joined_weights(graph, [part.weight.source for part in parts], axis=axis)
     right = weight
     if first.is_transposed:
         turned = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}_transposed")
@@ -202,25 +197,6 @@ def _pack(graph: ir.Graph, parts: Sequence[_Projection], *, after: ir.Node) -> i
     return added.outputs[0]
 
 
-def _joined(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -> ir.Value:
-    tensors = [source.const_value for source in sources]
-    kept = [tensor for tensor in tensors if tensor is not None]
-    assert len(kept) == len(sources)
-    shape = [int(size) for size in kept[0].shape.numpy()]
-    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
-    name = _common_name([source.name or "" for source in sources])
-
-    def compute() -> ir.TensorProtocol:
-        joined = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
-        return ir.Tensor(joined, dtype=kept[0].dtype, name=name)
-
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))
-    value.const_value = ir.LazyTensor(compute, dtype=kept[0].dtype, shape=ir.Shape(shape), name=name)
-    value.metadata_props[PACKED_FROM] = json.dumps([source.name for source in sources])
-    graph.register_initializer(value)
-    return value
-
-
 def _joined_bias(graph: ir.Graph, parts: Sequence[_Projection], name: str) -> ir.Value:
     dtype = parts[0].weight.source.dtype
     assert dtype is not None
@@ -236,18 +212,3 @@ def _joined_bias(graph: ir.Graph, parts: Sequence[_Projection], name: str) -> ir
     )
     graph.register_initializer(value)
     return value
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``."""
-    prefix = _common_start(names)
-    suffix = _common_start([name[::-1] for name in names])[::-1]
-    middles = [name[len(prefix) : len(name) - len(suffix)] for name in names]
-    if not all(middles) or sum(map(len, middles)) > 40:
-        return f"{names[0]}_packed"
-    return f"{prefix}{'_'.join(middles) if max(map(len, middles)) > 1 else ''.join(middles)}{suffix}"
-
-
-def _common_start(names: Sequence[str]) -> str:
-    pairs = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in pairs)

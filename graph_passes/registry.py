@@ -35,6 +35,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "rotary_in_attention": "onnxsmith.graph_passes.attention:RotaryInAttention",
         "select_outputs": "onnxsmith.graph_passes.signature:SelectOutputs",
         "set_axes": "onnxsmith.graph_passes.signature:SetAxes",
+        "split_skip_layer_norm": "onnxsmith.graph_passes.norms:SplitSkipLayerNorm",
         "strip_metadata": "onnxsmith.graph_passes.cleanup:StripMetadata",
         "to_float16": "onnxsmith.graph_passes.precision:ToFloat16",
         "transpose_weights": "onnxsmith.graph_passes.weights:TransposeWeights",

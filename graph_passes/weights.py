@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+import json
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 
-__all__ = ["MatMulWeight", "TransposeWeights", "constant_of", "find_matmul_weights", "is_transpose"]
+__all__ = [
+    "PACKED_FROM",
+    "MatMulWeight",
+    "TransposeWeights",
+    "constant_of",
+    "find_matmul_weights",
+    "is_transpose",
+    "join_concatenated_weights",
+    "joined_weights",
+]
+
+PACKED_FROM = "onnxsmith.packed_from"
+"""Metadata of a joined weight: a JSON list with the names of the weights in it, in order."""
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -174,3 +189,69 @@ def _transposed(tensor: ir.TensorProtocol, shape: ir.Shape, name: str | None) ->
         return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
+
+
+def joined_weights(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -> ir.Value:
+    """A new initializer that holds others one after the other, put together when it is written."""
+    tensors = [source.const_value for source in sources]
+    kept = [tensor for tensor in tensors if tensor is not None]
+    assert len(kept) == len(sources)
+    shape = [int(size) for size in kept[0].shape.numpy()]
+    shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
+    name = _common_name([source.name or "" for source in sources])
+
+    def compute() -> ir.TensorProtocol:
+        joined = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
+        return ir.Tensor(joined, dtype=kept[0].dtype, name=name)
+
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))
+    value.const_value = ir.LazyTensor(compute, dtype=kept[0].dtype, shape=ir.Shape(shape), name=name)
+    value.metadata_props[PACKED_FROM] = json.dumps([source.name for source in sources])
+    graph.register_initializer(value)
+    return value
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``."""
+    prefix = _common_start(names)
+    suffix = _common_start([name[::-1] for name in names])[::-1]
+    middles = [name[len(prefix) : len(name) - len(suffix)] for name in names]
+    if not all(middles) or sum(map(len, middles)) > 40:
+        return f"{names[0]}_packed"
+    return f"{prefix}{'_'.join(middles) if max(map(len, middles)) > 1 else ''.join(middles)}{suffix}"
+
+
+def _common_start(names: Sequence[str]) -> str:
+    pairs = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in pairs)
+
+
+def join_concatenated_weights(model: ir.Model, *, min_elements: int) -> int:
+    """Replaces each Concat of large weights, which a runtime would compute at each start, by one weight.
+
+    Args:
+        model: The model.
+        min_elements: Smaller constants are left to constant folding.
+
+    Returns:
+        How many.
+    """
+    graph, count = model.graph, 0
+    for node in list(graph):
+        if node.op_type != "Concat" or node.domain not in ("", "ai.onnx") or not node.inputs:
+            continue
+        sources = [value for value in node.inputs if value is not None]
+        tensors = [value.const_value for value in sources if value.is_initializer()]
+        if len(tensors) != len(node.inputs) or node.outputs[0].is_graph_output():
+            continue
+        if any(constant_of(value) is None or len(value.uses()) != 1 for value in sources):
+            continue
+        if sum(tensor.size for tensor in tensors if tensor is not None) < min_elements:
+            continue
+        axis = node.attributes["axis"].as_int() % len(sources[0].shape or (1,))
+        node.outputs[0].replace_all_uses_with(joined_weights(graph, sources, axis=axis))
+        graph.remove(node, safe=True)
+        count += 1
+    if count:
+        common.RemoveUnusedNodesPass()(model)
+    return count

@@ -13,7 +13,8 @@ import pytest
 from generated_graphs import Array, assert_same, graph, run, serialized
 from onnxsmith.graph_passes import load_pass, operator_counts
 from onnxsmith.graph_passes.attention import FlattenAttention, RotaryInAttention
-from onnxsmith.graph_passes.projections import PACKED_FROM, PackProjections
+from onnxsmith.graph_passes.projections import PackProjections
+from onnxsmith.graph_passes.weights import PACKED_FROM
 from onnxsmith.onnx_file import check_model, load_model, save_model
 
 HEADS, KV_HEADS, SIZE, WIDTH = 4, 2, 16, 24
