@@ -7,35 +7,61 @@ traces that to a ``ModelPackage``. Every step can be called alone.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, UnknownNameError
 from onnxsmith.exporters.loading import TASKS, LoadedModel, load_torch
-from onnxsmith.package import TEXT_GENERATION, Component, ModelPackage, StepRecord
+from onnxsmith.package import MAIN, TEXT_GENERATION, Component, ModelPackage, StepRecord
+from onnxsmith.program import TorchProgram
 
 if TYPE_CHECKING:
-    from onnxsmith.program import TorchProgram
+    import onnx_ir as ir
 
-__all__ = ["ATTENTION", "TASKS", "LoadedModel", "export", "load_torch", "torch_program"]
+__all__ = ["ATTENTION", "TASKS", "LoadedModel", "export", "load_torch", "torch_program", "torch_programs"]
 
 ATTENTION = ("auto", "fused", "standard")
 
 
-def torch_program(loaded: LoadedModel) -> TorchProgram:
-    """The model behind a flat signature: what is exported, and the reference for every comparison.
+def torch_programs(loaded: LoadedModel) -> dict[str, TorchProgram]:
+    """The model behind flat signatures: what is exported, and the reference for every comparison.
+
+    Returns:
+        A program for each component: ``model`` where the model is one graph; ``encoder_model``,
+        ``decoder_model`` and ``decoder_with_past_model`` for an encoder-decoder.
 
     Raises:
         ExportError: The model has no signature that can be exported.
     """
     from onnxsmith.exporters.decoder import decoder_program
-    from onnxsmith.exporters.plain import plain_program
+    from onnxsmith.exporters.hugging_face import encoder_programs
+    from onnxsmith.exporters.plain import module_program
+    from onnxsmith.exporters.seq2seq import is_encoder_decoder, seq2seq_programs
 
-    return decoder_program(loaded) if loaded.task == TEXT_GENERATION else plain_program(loaded)
+    if loaded.task == TEXT_GENERATION:
+        return {MAIN: decoder_program(loaded)}
+    if loaded.task is None:
+        return {MAIN: module_program(loaded)}
+    return seq2seq_programs(loaded) if is_encoder_decoder(loaded) else encoder_programs(loaded)
+
+
+def torch_program(loaded: LoadedModel) -> TorchProgram:
+    """The program of a model that is one graph; see ``torch_programs``.
+
+    Raises:
+        ExportError: It has several, or no signature that can be exported.
+    """
+    programs = torch_programs(loaded)
+    if len(programs) > 1:
+        raise ExportError(
+            loaded.source.text, got=f"the components {', '.join(programs)}", expected="a model of one graph"
+        )
+    return next(iter(programs.values()))
 
 
 def export(
     loaded: LoadedModel,
-    program: TorchProgram | None = None,
+    program: TorchProgram | Mapping[str, TorchProgram] | None = None,
     *,
     attention: str = "auto",
     opset: int | None = None,
@@ -44,7 +70,8 @@ def export(
 
     Args:
         loaded: The model.
-        program: Its signature, if it was made already.
+        program: Its signature, or its signatures by component, if they were made already. An axis that was
+            found to be dynamic and cannot be traced so becomes a size in it.
         attention: How decoders attend: ``fused`` (GroupQueryAttention), ``standard`` (ONNX operators
             only) or ``auto`` (fused where possible).
         opset: Version of the ONNX operator set; torch's default where None.
@@ -54,25 +81,51 @@ def export(
         UnknownNameError: No such attention.
     """
     from onnxsmith.exporters.decoder import trace_decoder
-    from onnxsmith.exporters.tracing import trace
 
     if attention not in ATTENTION:
         raise UnknownNameError("export", name=attention, known=ATTENTION, kind="attention")
     if opset is not None and not 18 <= opset <= 25:
         raise ExportError("export: opset", got=str(opset), expected="18 to 25, which torch's exporter writes")
     began = time.perf_counter()
-    program = program or torch_program(loaded)
+    given = {MAIN: program} if isinstance(program, TorchProgram) else program
+    programs = dict(given) if given else torch_programs(loaded)
     parameters = {"exporter": "torch", "attention": attention, "opset": opset}
-    if loaded.task == TEXT_GENERATION:
-        model, details = trace_decoder(loaded, program, attention=attention, opset=opset)
-    else:
-        model, details = trace(program, opset=opset), {}
-    model.producer_name = "onnxsmith"
+    components: dict[str, Component] = {}
+    details: dict[str, Any] = {}
+    for name, one in programs.items():
+        if loaded.task == TEXT_GENERATION:
+            model, details = trace_decoder(loaded, one, attention=attention, opset=opset)
+        else:
+            model = _trace_plain(one, opset)
+            if one.details:
+                details[name] = dict(one.details)
+        model.producer_name = "onnxsmith"
+        components[name] = Component(model)
     step = StepRecord("export", parameters, time.perf_counter() - began, details)
     return ModelPackage(
-        components={"model": Component(model)},
+        components=components,
         task=loaded.task,
         files=dict(loaded.files),
         source=dict(loaded.provenance),
         steps=(step,),
     )
+
+
+def _trace_plain(program: TorchProgram, opset: int | None) -> ir.Model:
+    """Traces a program; fixes an axis that was only found to be dynamic, where torch cannot keep it so."""
+    from onnxsmith.exporters.plain import fix_axes
+    from onnxsmith.exporters.tracing import FixedAxisError, trace
+
+    first: ExportError | None = None
+    while True:
+        try:
+            return trace(program, opset=opset)
+        except ExportError as error:
+            found = program.natural_sizes.keys() & program.axis_limits.keys() - {"batch"}
+            to_fix = {error.axis} if isinstance(error, FixedAxisError) else found
+            if not to_fix or not to_fix <= found:
+                # What is wrong is what was wrong before any size was fixed.
+                raise first or error from None
+            first = first or error
+            program.details.setdefault("fixed_axes", {}).update(dict.fromkeys(sorted(to_fix), str(error)))
+            fix_axes(program, to_fix)

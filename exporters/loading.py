@@ -6,19 +6,17 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import inspect
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.errors import ExportError, OnnxsmithError, SourceError, UnknownNameError, require
-from onnxsmith.exporters.tracing import line_of
+from onnxsmith.errors import SourceError, UnknownNameError, require
+from onnxsmith.exporters.factory import first_line, load_factory
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -27,14 +25,25 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "TASKS", "LoadedModel", "file_sha256", "load_torch"]
 
-# Task -> (the transformers class that loads it, the architecture suffix that implies it).
-TASKS: Mapping[str, tuple[str, str]] = {
+# Task -> (the transformers classes that load it, the architecture suffix that implies it). Most architectures
+# stand in the tables of these classes; suffixes are for those that do not. The first task that fits is taken.
+TASKS: Mapping[str, tuple[str | tuple[str, ...], str]] = {
     TEXT_GENERATION: ("AutoModelForCausalLM", "ForCausalLM"),
+    "text2text-generation": ("AutoModelForSeq2SeqLM", "ForConditionalGeneration"),
+    "automatic-speech-recognition": (("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"), "ForCTC"),
     "text-classification": ("AutoModelForSequenceClassification", "ForSequenceClassification"),
     "token-classification": ("AutoModelForTokenClassification", "ForTokenClassification"),
     "question-answering": ("AutoModelForQuestionAnswering", "ForQuestionAnswering"),
     "fill-mask": ("AutoModelForMaskedLM", "ForMaskedLM"),
+    "image-classification": ("AutoModelForImageClassification", "ForImageClassification"),
+    "zero-shot-image-classification": (
+        "AutoModelForZeroShotImageClassification",
+        "ForZeroShotImageClassification",
+    ),
+    "audio-classification": ("AutoModelForAudioClassification", "ForAudioClassification"),
+    "text-to-audio": (("AutoModelForTextToWaveform", "AutoModelForTextToSpectrogram"), "ForTextToSpeech"),
     "feature-extraction": ("AutoModel", "Model"),
+    "sentence-similarity": ("AutoModel", "SentenceTransformer"),
 }
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -52,6 +61,10 @@ _TOKENIZER_FILES = (
 )
 
 
+# Copied as they are.
+_OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+
+
 @dataclasses.dataclass
 class LoadedModel:
     """A PyTorch model with all that the export needs to know of it.
@@ -62,7 +75,7 @@ class LoadedModel:
         task: The task; None for a plain module.
         files: Tokenizer and configuration files by name.
         provenance: For the manifest: files with hashes, architecture, number of parameters.
-        inputs: Example inputs by name, for a plain module.
+        inputs: Example inputs by parameter of ``forward``, nested as it takes them, for a plain module.
     """
 
     module: torch.nn.Module
@@ -70,7 +83,7 @@ class LoadedModel:
     task: str | None
     files: dict[str, bytes]
     provenance: dict[str, Any]
-    inputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "float32") -> LoadedModel:
@@ -104,7 +117,9 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
         )
     loaded: LoadedModel
     if source.kind is SourceKind.FACTORY:
-        loaded = _load_factory(source)
+        module, inputs = load_factory(source)
+        provenance = {"kind": str(source.kind), "text": source.text}
+        loaded = LoadedModel(module, source, None, {}, provenance, inputs)
     elif source.kind is SourceKind.GGUF:
         loaded = _load_gguf(source, dtype=getattr(torch, dtype))
     elif source.kind in (SourceKind.HUGGING_FACE_DIRECTORY, SourceKind.HUGGING_FACE_HUB):
@@ -119,103 +134,6 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
     return loaded
 
 
-def _load_factory(source: ModelSource) -> LoadedModel:
-    torch = require("torch", purpose=f"loading {source.text}")
-    module_name, _, attribute = source.text.partition(":")
-    # A console script, unlike `python -m`, does not see the modules of the current directory.
-    with _importable(Path.cwd()):
-        with _users_code(source, f"importing {module_name}"):
-            try:
-                factory: Any = importlib.import_module(module_name)
-            except ModuleNotFoundError as error:
-                own = f"{module_name}.".startswith(f"{error.name}.")
-                raise SourceError(
-                    source.text,
-                    got=f"no module named {error.name!r}",
-                    expected="an importable package.module:factory",
-                    remedy="Run from the directory that holds it, or install it"
-                    if own
-                    else f"{module_name} needs it: install it",
-                ) from error
-        for part in attribute.split("."):
-            if not hasattr(factory, part):
-                public = [n for n in dir(factory) if not n.startswith("_")]
-                raise UnknownNameError(source.text, name=part, known=public, kind="attribute")
-            factory = getattr(factory, part)
-        if not callable(factory):
-            raise SourceError(
-                source.text,
-                got=f"a {type(factory).__name__}",
-                expected="a function that returns a torch.nn.Module",
-            )
-        with _users_code(source, f"{attribute}()"):
-            made = factory if isinstance(factory, torch.nn.Module) else factory()
-            module, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-            if given is None:
-                given = _own_examples(module)
-    if not isinstance(module, torch.nn.Module):
-        raise SourceError(
-            source.text,
-            got=f"a {type(module).__name__}",
-            expected="a torch.nn.Module, or a pair (module, example inputs)",
-        )
-    if given is None:
-        raise SourceError(
-            source.text,
-            got="a module without example inputs",
-            expected="a pair (module, example inputs)",
-            remedy="Return (module, inputs) from the factory, inputs a tensor, a tuple or a dict by name, "
-            "or give the module an attribute example_inputs",
-        )
-    inputs = name_inputs(module, given, where=source.text)
-    return LoadedModel(module, source, None, {}, {"kind": str(source.kind), "text": source.text}, inputs)
-
-
-def _own_examples(module: Any) -> Any:
-    """The example inputs that a module carries (``example_input_array`` is Lightning's name)."""
-    for name in ("example_inputs", "example_input_array"):
-        given = getattr(module, name, None)
-        if given is not None:
-            return given() if callable(given) else given
-    return None
-
-
-def name_inputs(module: torch.nn.Module, given: Any, *, where: str) -> dict[str, torch.Tensor]:
-    """Gives each example input the name of the ``forward`` parameter that takes it.
-
-    Raises:
-        ExportError: An input is not a tensor, or there are more of them than parameters.
-    """
-    torch = require("torch", purpose="exporting")
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    if isinstance(given, torch.Tensor):
-        given = (given,)
-    if isinstance(given, Mapping):
-        named = dict(given)
-    elif not isinstance(given, (tuple, list)):
-        raise ExportError(
-            where,
-            got=f"example inputs are a {type(given).__name__}",
-            expected="a tensor, a tuple of tensors or a dict by name",
-        )
-    else:
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(given) > len(positional):
-            raise ExportError(
-                where, got=f"{len(given)} example inputs", expected=f"at most {len(positional)} for forward()"
-            )
-        named = {p.name: value for p, value in zip(positional, given, strict=False)}
-    for name, value in named.items():
-        if not isinstance(value, torch.Tensor):
-            raise ExportError(
-                where,
-                got=f"example input {name!r} is a {type(value).__name__}",
-                expected="a tensor",
-                remedy="Wrap the module so that forward() takes tensors",
-            )
-    return named
-
-
 def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:
     transformers = require("transformers", purpose=f"loading {source.text}")
     where = str(source.path) if source.path else source.target
@@ -227,7 +145,7 @@ def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dt
     with _quiet(), _readable(source):
         config = transformers.AutoConfig.from_pretrained(where, **options)
     task = task or _task_of(source, config)
-    auto = getattr(transformers, TASKS[task][0])
+    auto = _auto_class(task, config)
     with _quiet(), _readable(source):
         module, info = auto.from_pretrained(
             where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
@@ -261,11 +179,14 @@ def _refuse_missing(source: ModelSource, info: Mapping[str, Any], *, expected: s
 def _task_of(source: ModelSource, config: Any) -> str:
     architectures = list(getattr(config, "architectures", None) or [])
     for architecture in architectures:
-        # GPT2LMHeadModel and its like are older than the suffix ForCausalLM.
+        for task in TASKS:
+            if any(architecture in names for _, names in _loaders(task, config)):
+                return task
+        # Older than the suffix ForCausalLM.
         if architecture.endswith("LMHeadModel"):
             return TEXT_GENERATION
         for task, (_, suffix) in TASKS.items():
-            if architecture.endswith(suffix) and not getattr(config, "is_encoder_decoder", False):
+            if architecture.endswith(suffix):
                 return task
     raise SourceError(
         source.text,
@@ -275,6 +196,28 @@ def _task_of(source: ModelSource, config: Any) -> str:
     )
 
 
+def _loaders(task: str, config: Any) -> list[tuple[Any, tuple[str, ...]]]:
+    """The classes that load a task, each with the architectures that it makes of this configuration."""
+    transformers = require("transformers", purpose="loading a model")
+    names = TASKS[task][0]
+    found = []
+    for name in (names,) if isinstance(names, str) else names:
+        auto = getattr(transformers, name)
+        table = getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {})
+        made = table.get(getattr(config, "model_type", ""), ())
+        found.append((auto, (made,) if isinstance(made, str) else tuple(made)))
+    return found
+
+
+def _auto_class(task: str, config: Any) -> Any:
+    loaders = _loaders(task, config)
+    wanted = set(getattr(config, "architectures", None) or ())
+    for auto, made in loaders:
+        if wanted & set(made):
+            return auto
+    return next((auto for auto, made in loaders if made), loaders[0][0])
+
+
 def _tokenizer_files(source: ModelSource, where: str, options: Mapping[str, Any]) -> dict[str, bytes]:
     transformers = require("transformers", purpose=f"loading {source.text}")
     files: dict[str, bytes] = {}
@@ -282,9 +225,28 @@ def _tokenizer_files(source: ModelSource, where: str, options: Mapping[str, Any]
         with _quiet(), _readable(source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         files = saved_files(tokenizer)
-    if source.path and (source.path / "generation_config.json").is_file():
-        files["generation_config.json"] = (source.path / "generation_config.json").read_bytes()
-    return files
+    if source.path:
+        others = [source.path / name for name in _OTHER_FILES]
+        files |= {path.name: path.read_bytes() for path in others if path.is_file()}
+    return files | _pooling_files(source)
+
+
+def _pooling_files(source: ModelSource) -> dict[str, bytes]:
+    """What sentence-transformers says about pooling, in one file: its own stand in directories by number."""
+    root = source.path
+    if root is None or not (root / "modules.json").is_file():
+        return {}
+    with _readable(source):
+        pooling: dict[str, Any] = {}
+        for part in json.loads((root / "modules.json").read_bytes()):
+            kind = str(part.get("type", "")).rpartition(".")[2]
+            if kind == "Pooling":
+                place = root / str(part["path"]) / "config.json"
+                if root.resolve() in place.resolve().parents:
+                    pooling |= json.loads(place.read_bytes())
+            elif kind == "Normalize":
+                pooling["normalize"] = True
+    return {"pooling.json": _json_bytes(pooling)} if pooling else {}
 
 
 def saved_files(tokenizer: Any) -> dict[str, bytes]:
@@ -364,19 +326,6 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _importable(directory: Path) -> Iterator[None]:
-    entry = str(directory)
-    added = entry not in sys.path
-    if added:
-        sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        if added and entry in sys.path:
-            sys.path.remove(entry)
-
-
-@contextlib.contextmanager
 def _readable(source: ModelSource) -> Iterator[None]:
     """Turns what a damaged or foreign model directory raises into one error.
 
@@ -391,11 +340,11 @@ def _readable(source: ModelSource) -> Iterator[None]:
         if source.kind is SourceKind.HUGGING_FACE_HUB:
             raise SourceError(
                 source.text,
-                got=f"neither a local path nor a hub model that can be reached ({_first_line(error)})",
+                got=f"neither a local path nor a hub model that can be reached ({first_line(error)})",
                 expected="an existing directory, or a hub id and a network",
                 remedy="Check the spelling; with HF_HUB_OFFLINE=1 only cached models are found",
             ) from error
-        raise SourceError(source.text, got=f"cannot be read: {_first_line(error)}") from error
+        raise SourceError(source.text, got=f"cannot be read: {first_line(error)}") from error
     except Exception as error:
         remedy = None
         if "trust_remote_code" in str(error):
@@ -404,34 +353,8 @@ def _readable(source: ModelSource) -> Iterator[None]:
                 "factory of your own and name that as package.module:factory"
             )
         raise SourceError(
-            source.text, got=f"cannot be read: {type(error).__name__}: {_first_line(error)}", remedy=remedy
+            source.text, got=f"cannot be read: {type(error).__name__}: {first_line(error)}", remedy=remedy
         ) from error
-
-
-@contextlib.contextmanager
-def _users_code(source: ModelSource, doing: str) -> Iterator[None]:
-    """Turns what the user's own code raises into one error that names the line.
-
-    ``SystemExit`` too: importing a script without a main guard would otherwise end this process silently.
-    """
-    try:
-        yield
-    except (OnnxsmithError, MemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        place = line_of(error)
-        if isinstance(error, SyntaxError) and error.filename:
-            place = f" at {Path(error.filename).name}:{error.lineno}"
-        raise SourceError(
-            source.text,
-            got=f"{doing} fails{place}: {type(error).__name__}: {_first_line(error)}",
-            expected="code that runs and gives a torch.nn.Module",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
-"""Models without a cache: encoders from Hugging Face directories, and any ``nn.Module``."""
+"""Any ``nn.Module`` with example inputs: its flat signature, found by running it."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import copy
 import inspect
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
+from onnxsmith.exporters.axes import find_axes, resized
+from onnxsmith.exporters.flattening import flatten, rebuild
 from onnxsmith.exporters.tracing import line_of
 from onnxsmith.package import TensorSpec
 from onnxsmith.program import TorchProgram
@@ -18,183 +20,207 @@ if TYPE_CHECKING:
 
     from onnxsmith.exporters.loading import LoadedModel
 
-__all__ = ["plain_program"]
-
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-_EXAMPLE_BATCH, _EXAMPLE_LENGTH = 2, 7
+__all__ = ["fix_axes", "flat_program", "module_program"]
 
 
-def plain_program(loaded: LoadedModel) -> TorchProgram:
-    """The model behind a flat signature, found by running it once on its example inputs.
+def module_program(loaded: LoadedModel) -> TorchProgram:
+    """The module behind a flat signature.
 
-    Outputs that are dicts, dataclasses or sequences are flattened: ``last_hidden_state``,
-    ``hidden_states.0``. Axis 0 of every tensor is the batch; axis 1 of a text encoder is the sequence;
-    axes of a plain module that change with nothing are sizes.
+    Nested inputs and outputs get dotted names (``state.0``, ``hidden_states.1``); dynamic axes are found by
+    running the module with other sizes and are named after their meaning (``batch``, ``sequence``,
+    ``height``).
 
     Raises:
         ExportError: It does not run on its example inputs, or returns no tensor.
     """
-    if loaded.task is None:
-        return _module_program(loaded)
-    return _text_program(loaded)
-
-
-def _text_program(loaded: LoadedModel) -> TorchProgram:
-    import torch
-
-    model: Any = loaded.module
-    accepted = inspect.signature(model.forward).parameters
-    names = [name for name in _TEXT_INPUTS if name in accepted]
-    wanted = json.loads(loaded.files.get("tokenizer_config.json", b"{}")).get("model_input_names")
-    if wanted:
-        names = [name for name in names if name in wanted]
-    if "token_type_ids" in names and getattr(model.config, "type_vocab_size", 0) < 2:
-        names.remove("token_type_ids")
-    if "input_ids" not in names:
-        raise ExportError(
-            type(model).__name__,
-            got=f"forward() takes {', '.join(list(accepted)[:5])}",
-            expected="a text model that takes input_ids",
-            remedy="Wrap it in a factory with example inputs and name that as package.module:factory",
-        )
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
-    shape = (_EXAMPLE_BATCH, _EXAMPLE_LENGTH)
-    generator = torch.Generator().manual_seed(0)
-    makers = {
-        "input_ids": lambda: torch.randint(0, vocabulary, shape, generator=generator),
-        "attention_mask": lambda: torch.ones(shape, dtype=torch.int64),
-        "token_type_ids": lambda: torch.zeros(shape, dtype=torch.int64),
+    module = loaded.module
+    where = type(module).__name__
+    examples = {
+        name: tensor
+        for parameter, value in loaded.inputs.items()
+        for name, tensor in flatten(parameter, value, where=where, kind="input")
     }
-    examples = {name: makers[name]() for name in names}
-    axes: tuple[str, ...] = ("batch", "sequence")
-    inputs = tuple(TensorSpec(name, "int64", axes) for name in names)
-    program = _finish(loaded, inputs, examples, {_EXAMPLE_BATCH: "batch", _EXAMPLE_LENGTH: "sequence"})
-    program.limits |= {"input_ids": vocabulary}
-    if "token_type_ids" in names:
-        program.limits["token_type_ids"] = int(model.config.type_vocab_size)
-    return program
+    call = _caller(module, loaded.inputs)
+    return flat_program(module, call, examples, name=where, task=loaded.task)
 
 
-def _module_program(loaded: LoadedModel) -> TorchProgram:
-    import torch
-
-    examples = dict(loaded.inputs)
-    batches = {int(t.shape[0]) for t in examples.values() if t.ndim}
-    if batches == {1}:
-        # torch takes a size of one for a constant: trace with two rows, so that the batch stays free.
-        examples = {n: torch.cat([t, t]) if t.ndim else t for n, t in examples.items()}
-        batches = {2}
-    shared = batches.pop() if len(batches) == 1 else None
-    inputs = tuple(
-        TensorSpec(
-            name,
-            str(t.dtype).removeprefix("torch."),
-            tuple(
-                "batch" if axis == 0 and size == shared else size
-                for axis, size in enumerate(map(int, t.shape))
-            ),
-        )
-        for name, t in examples.items()
-    )
-    names = {} if shared is None else {shared: "batch"}
-    program = _finish(loaded, inputs, examples, names, batch_only=True)
-    program.limits |= {n: max(int(t.max()) + 1, 1) for n, t in examples.items() if not t.is_floating_point()}
-    return program
-
-
-def _finish(
-    loaded: LoadedModel,
-    inputs: tuple[TensorSpec, ...],
-    examples: dict[str, torch.Tensor],
-    axis_names: dict[int, str],
+def flat_program(
+    module: torch.nn.Module,
+    call: Callable[[torch.nn.Module, dict[str, Any]], Any],
+    examples: Mapping[str, torch.Tensor],
     *,
-    batch_only: bool = False,
+    name: str,
+    task: str | None = None,
+    keep: Callable[[str], bool] | None = None,
+    static: Collection[tuple[str, int]] = (),
 ) -> TorchProgram:
+    """The program of a module that is called on named tensors.
+
+    Args:
+        module: What is traced.
+        call: Calls the module on tensors by name.
+        examples: Inputs that run.
+        name: For messages.
+        task: The task.
+        keep: Which outputs are wanted, by name; all where None.
+        static: Axes of inputs, by name and number, that are known to have one size.
+
+    Raises:
+        ExportError: It does not run on its example inputs, or returns no tensor.
+    """
     torch = require("torch", purpose="exporting")
-    module = _named_outputs(loaded.module, loaded.task is not None)
-    name = type(loaded.module).__name__
-    try:
-        with torch.no_grad():
-            results = module(**examples)
-    except OnnxsmithError:
-        raise
-    except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        raise ExportError(
-            name,
-            got=f"forward() fails on the example inputs{line_of(error)}: {type(error).__name__}: {text}",
-            expected="example inputs that run",
-        ) from error
-    if not results:
+    named = _named_outputs(module, call, name, keep)
+    first = _first_run(named, examples, name)
+    if not first:
         raise ExportError(name, got="forward() returns no tensor", expected="at least one")
 
-    def axis(position: int, size: int) -> int | str:
-        return axis_names.get(size, size) if position == 0 or not batch_only else size
+    def run(tensors: dict[str, Any]) -> dict[str, Any]:
+        with torch.no_grad():
+            results: dict[str, Any] = _twin(named)(**tensors)
+        return results
 
-    outputs = tuple(
-        TensorSpec(
-            output,
-            str(t.dtype).removeprefix("torch."),
-            tuple(axis(i, int(size)) if i < 2 else int(size) for i, size in enumerate(t.shape)),
-        )
-        for output, t in results.items()
+    with _same_randomness():
+        axes = find_axes(run, examples, static=static)
+    inputs = tuple(
+        TensorSpec(key, str(t.dtype).removeprefix("torch."), axes.inputs[key])
+        for key, t in axes.examples.items()
     )
-    return TorchProgram(module, inputs, outputs, examples, task=loaded.task, name=name)
+    outputs = tuple(
+        TensorSpec(key, str(t.dtype).removeprefix("torch."), axes.outputs.get(key))
+        for key, t in first.items()
+    )
+    return TorchProgram(
+        named,
+        inputs,
+        outputs,
+        axes.examples,
+        task=task,
+        name=name,
+        limits={key: max(int(t.max()) + 1, 1) for key, t in examples.items() if _is_integer(t) and t.numel()},
+        axis_limits=axes.limits,
+        natural_sizes=axes.natural,
+    )
 
 
-def _named_outputs(module: torch.nn.Module, is_transformers: bool) -> torch.nn.Module:
+def _twin(module: Any) -> Any:
+    """A module with the same tensors and attributes of its own.
+
+    Some keep what they saw of their inputs, such as a window that was too large for an image: what is only
+    tried must not change the model.
+    """
+    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    try:
+        return copy.deepcopy(module, shared)
+    # Attributes that cannot be copied: files, locks, modules of C.
+    except Exception:
+        return module
+
+
+def fix_axes(program: TorchProgram, names: set[str]) -> None:
+    """Makes sizes of dynamic axes: those that the example inputs had."""
+    for spec in program.inputs:
+        for axis, size in enumerate(spec.shape or ()):
+            if size in names:
+                program.examples[spec.name] = resized(
+                    program.examples[spec.name], axis, program.natural_sizes[str(size)]
+                )
+    sizes = {name: program.natural_sizes[name] for name in names}
+    program.inputs = tuple(_fixed(spec, sizes) for spec in program.inputs)
+    program.outputs = tuple(_fixed(spec, sizes) for spec in program.outputs)
+    program.axis_limits = {k: v for k, v in program.axis_limits.items() if k not in names}
+
+
+def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
+    if spec.shape is None:
+        return spec
+    return TensorSpec(spec.name, spec.dtype, tuple(sizes.get(str(a), a) for a in spec.shape))
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and str(tensor.dtype) != "torch.bool"
+
+
+def _caller(
+    module: torch.nn.Module, inputs: Mapping[str, Any]
+) -> Callable[[torch.nn.Module, dict[str, Any]], Any]:
+    """What calls ``forward`` with the example's structure, positional where its parameters are."""
+    kinds = {name: p.kind for name, p in inspect.signature(module.forward).parameters.items()}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    # A parameter before *args cannot be given by name.
+    by_place = any(kinds.get(name) in positional for name in inputs)
+
+    def call(module: torch.nn.Module, tensors: dict[str, Any]) -> Any:
+        given = {name: rebuild(name, value, tensors) for name, value in inputs.items()}
+        args: list[Any] = []
+        for name in list(given) if by_place else ():
+            kind = kinds.get(name)
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args += given.pop(name)
+            elif kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+                args.append(given.pop(name))
+        return module(*args, **given)
+
+    return call
+
+
+def _named_outputs(
+    module: torch.nn.Module,
+    call: Callable[[torch.nn.Module, dict[str, Any]], Any],
+    where: str,
+    keep: Callable[[str], bool] | None,
+) -> torch.nn.Module:
     import torch
 
-    options: dict[str, Any] = {}
-    if is_transformers:
-        options["return_dict"] = True
-        # A decoder that is asked for features would give its cache as outputs.
-        if "use_cache" in inspect.signature(module.forward).parameters:
-            options["use_cache"] = False
-
     class Named(torch.nn.Module):
+        """Takes tensors by name, gives tensors by name, and leaves those that it takes as they are."""
+
         def __init__(self) -> None:
             super().__init__()
             self.inner = module
+            self.changed_inputs: frozenset[str] = frozenset()
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            result = self.inner(**tensors, **options)
+            given = {n: t.clone() if n in self.changed_inputs else t for n, t in tensors.items()}
+            result = call(self.inner, given)
             # A graph has one name space: an output may not be called as an input is.
             return {
                 f"{name}_output" if name in tensors else name: tensor
-                for name, tensor in _flatten("", result, type(module).__name__)
+                for name, tensor in flatten("", result, where=where)
+                if keep is None or keep(name)
             }
 
     return Named().eval()
 
 
-def _flatten(name: str, value: Any, where: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in an output by dotted name: ``hidden_states.0``, and ``output_0`` for a bare number.
-
-    Raises:
-        ExportError: Something that may hold tensors and cannot be looked into.
-    """
+def _first_run(named: Any, examples: Mapping[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """Runs the module once, and finds out which of its inputs it writes to."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        yield name or "output", value
-        return
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return
-    if isinstance(value, Mapping):
-        parts = [(str(key), part) for key, part in value.items()]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, (tuple, list)):
-        parts = [(str(index) if name else f"output_{index}", part) for index, part in enumerate(value)]
-    elif dataclasses.is_dataclass(value):
-        parts = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    else:
+    tensors = {name: tensor.clone() for name, tensor in examples.items()}
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    try:
+        with torch.no_grad():
+            results: dict[str, torch.Tensor] = named(**tensors)
+    except (OnnxsmithError, MemoryError):
+        raise
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
         raise ExportError(
             where,
-            got=f"output {name or 'of forward()'} is a {type(value).__name__}",
-            expected="tensors in tuples, lists, dicts or dataclasses",
-            remedy="Wrap the module so that forward() returns tensors",
-        )
-    for key, part in parts:
-        yield from _flatten(f"{name}.{key}" if name else key, part, where)
+            got=f"forward() fails on the example inputs{line_of(error)}: {type(error).__name__}: {text}",
+            expected="example inputs that run",
+        ) from error
+    # A graph's inputs are constant: what is written to is a copy.
+    named.changed_inputs = frozenset(n for n, t in tensors.items() if t._version != versions[n])
+    return results
+
+
+@contextlib.contextmanager
+def _same_randomness() -> Iterator[None]:
+    import torch
+
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)

@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["line_of", "trace"]
+__all__ = ["FixedAxisError", "line_of", "trace"]
 
 # This folder, under both of its names: onnxsmith.exporters is a link.
 _HERE = Path(__file__).parent
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+class FixedAxisError(ExportError):
+    """An axis that is dynamic in the signature and has one size in the traced graph."""
+
+    def __init__(self, axis: str, where: str, *, got: str, expected: str, remedy: str) -> None:
+        """``axis`` is its name."""
+        super().__init__(where, got=got, expected=expected, remedy=remedy)
+        self.axis = axis
 
 
 def trace(
@@ -123,7 +132,8 @@ def _name_axes(model: ir.Model, specs: Mapping[str, TensorSpec], where: str) -> 
             continue
         for axis, (wanted, got) in enumerate(zip(spec.shape, value.shape, strict=True)):
             if isinstance(wanted, str) and isinstance(got, int):
-                raise ExportError(
+                raise FixedAxisError(
+                    wanted,
                     f"{where}: input {value.name!r} axis {axis} ({wanted})",
                     got=f"torch fixed it to {got} while tracing",
                     expected="a dynamic axis",
@@ -227,6 +237,7 @@ def _silence() -> Iterator[None]:
     names = (
         "torch.onnx",
         "torch.export",
+        "torch._subclasses.fake_tensor",
         "onnxscript",
         "onnx_ir",
         "torch.onnx._internal.exporter._registration",

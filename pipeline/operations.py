@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from onnxsmith.onnx_file import weight_bytes
 from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import write_manifest
+from onnxsmith.pipeline.references import compare_package, open_programs, open_reference
 from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes import PassSpec
-    from onnxsmith.program import TorchProgram
     from onnxsmith.runtime import BenchResult, BenchSettings
 
 __all__ = [
@@ -60,8 +61,9 @@ def export_model(
         CheckFailedError: The ONNX model does not compute what the PyTorch model does; nothing was written.
         OnnxsmithError: It could not be done.
     """
-    from onnxsmith.exporters import export, load_torch, torch_program
+    from onnxsmith.exporters import export, load_torch, torch_programs
     from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+    from onnxsmith.runtime import OrtBackend
 
     progress = progress or Progress()
     check_destination(destination, force=force)
@@ -74,16 +76,24 @@ def export_model(
         purpose=f"export of {source}",
     )
     with progress.step("export"):
-        program = torch_program(loaded)
-        package = export(loaded, program, attention=attention, opset=opset)
+        programs = torch_programs(loaded)
+        package = export(loaded, programs, attention=attention, opset=opset)
     with progress.step("clean up"):
         package = run_passes(package, make_passes(PRESETS["clean"]))
     comparison = None
     with staged_directory(destination, force=force) as staging:
         save_package(package, staging)
         if verify:
-            with progress.step("compare"):
-                comparison = _compare_with_torch(program, package, source)
+            with progress.step("compare"), open_programs(programs, name=source) as reference:
+                expected = reference.expected(candidates=[package])
+                comparison = compare_package(
+                    reference,
+                    expected,
+                    package,
+                    OrtBackend(),
+                    tolerance=tolerance_for(package.precision),
+                    name=source,
+                )
             if not comparison.passed:
                 raise CheckFailedError(
                     f"export of {source}",
@@ -94,14 +104,6 @@ def export_model(
                 )
         write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
     return package, comparison
-
-
-def _compare_with_torch(program: TorchProgram, package: ModelPackage, name: str) -> Comparison:
-    from onnxsmith.runtime import OrtBackend, TorchBackend, cases_for, compare_sessions, reference_outputs
-
-    with TorchBackend().open(program) as reference, OrtBackend().open(package, name=name) as candidate:
-        expected = reference_outputs(reference, cases_for(reference, limits=program.limits))
-        return compare_sessions(reference, candidate, expected, tolerance=tolerance_for(package.precision))
 
 
 def _summary(comparison: Comparison | None) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def compare_models(
     Raises:
         OnnxsmithError: The reference cannot be run, or a candidate cannot be read.
     """
-    from onnxsmith.runtime import OrtBackend, cases_for, compare_sessions, load_cases, reference_outputs
+    from onnxsmith.runtime import OrtBackend
 
     progress = progress or Progress()
     if not candidates:
@@ -201,38 +203,22 @@ def compare_models(
     packages = [(path, load_package(path)) for path in candidates]
     for _, package in packages:
         tolerance_for(precision or package.precision)
-    with progress.step("reference"):
-        session, limits = _open_reference(reference, task)
     results = []
-    with session:
-        made = (
-            load_cases(inputs, session.inputs)
-            if inputs
-            else cases_for(session, limits=limits, samples=samples, seed=seed)
+    with contextlib.ExitStack() as stack:
+        with progress.step("reference"):
+            opened = stack.enter_context(open_reference(reference, task=task))
+        expected = opened.expected(
+            samples=samples, seed=seed, inputs=inputs, candidates=[package for _, package in packages]
         )
-        expected = reference_outputs(session, made)
         with progress.step("compare", len(packages) * len(providers)) as step:
             for path, package in packages:
                 bounds = tolerance or tolerance_for(precision or package.precision)
                 for backend in backends:
-                    with backend.open(package, name=str(path)) as candidate:
-                        candidate.check_placement()
-                        results.append(compare_sessions(session, candidate, expected, tolerance=bounds))
+                    results.append(
+                        compare_package(opened, expected, package, backend, tolerance=bounds, name=str(path))
+                    )
                     step.advance(note=str(path))
     return results
-
-
-def _open_reference(reference: str, task: str | None) -> tuple[Any, Mapping[str, int]]:
-    from onnxsmith.exporters import load_torch, torch_program
-    from onnxsmith.runtime import OrtBackend, TorchBackend, value_limits
-
-    source = ModelSource.parse(reference)
-    if source.is_torch:
-        program = torch_program(load_torch(source, task=task))
-        return TorchBackend().open(program, name=reference), program.limits
-    assert source.path is not None
-    package = load_package(source.path)
-    return OrtBackend().open(package, name=reference), value_limits(package)
 
 
 def bench_models(
@@ -252,13 +238,15 @@ def bench_models(
     progress = progress or Progress()
     for provider in providers:
         resolve_provider(provider)
+    candidates = []
     for model in models:
-        load_package(model)
-    candidates = [
-        Candidate(str(model) if len(providers) == 1 else f"{model} [{provider}]", model, provider)
-        for model in models
-        for provider in providers
-    ]
+        components = list(load_package(model).components)
+        for component in components:
+            # Each graph of a model of several is measured alone.
+            name, part = (f"{model}: {component}", component) if len(components) > 1 else (str(model), None)
+            for provider in providers:
+                label = name if len(providers) == 1 else f"{name} [{provider}]"
+                candidates.append(Candidate(label, model, provider, component=part))
     with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
         return benchmark(
             candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")

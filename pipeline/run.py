@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from onnxsmith.pipeline.artifact import file_entries, write_manifest
 from onnxsmith.pipeline.calibration import context_for
 from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
+from onnxsmith.pipeline.references import open_programs
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
 from onnxsmith.pipeline.sbom import write_sbom
 from onnxsmith.pipeline.staging import (
@@ -153,7 +155,7 @@ class _Job:
 
     def run(self, work: Path) -> VariantReport:
         """Exports, makes and measures the variants, and chooses one."""
-        from onnxsmith.exporters import export, load_torch, torch_program
+        from onnxsmith.exporters import export, load_torch, torch_programs
 
         recipe = self.recipe
         with self.step("load") as step:
@@ -171,16 +173,16 @@ class _Job:
                 remedy="Leave evaluation.perplexity out of the recipe",
             )  # fmt: skip
         with self.step("export") as step:
-            program = torch_program(loaded)
-            exported = export(loaded, program, attention=recipe.export.attention, opset=recipe.export.opset)
+            programs = torch_programs(loaded)
+            exported = export(loaded, programs, attention=recipe.export.attention, opset=recipe.export.opset)
             step.note = exported.steps[-1].details.get("attention", "")
         for variant in recipe.variants:
             self.report.variants.append(VariantReport(variant.name, provider=self.backend.name))
         with self.step("variants", sum(len(p) for p in self.passes.values())) as step:
             for variant, entry in zip(recipe.variants, self.report.variants, strict=True):
                 self._make(variant, entry, exported, work, step)
-        self._check(program, work)
-        self._measure(program)
+        self._check(programs, work)
+        self._measure(programs)
         return self._choose()
 
     def pack(self, chosen: VariantReport, staging: Path, destination: Path) -> None:
@@ -226,8 +228,6 @@ class _Job:
     def _make(
         self, variant: Variant, entry: VariantReport, exported: ModelPackage, work: Path, step: Step
     ) -> None:
-        from onnxsmith.graph_passes import operator_counts
-
         directory = work / variant.name
         directory.mkdir()
         try:
@@ -243,8 +243,8 @@ class _Job:
         entry.precision = package.precision
         entry.size_mb = sum(p.stat().st_size for p in directory.iterdir() if ".onnx" in p.suffixes) / 1e6
         entry.operators = {
-            "before": operator_counts(exported.main.model),
-            "after": operator_counts(package.main.model),
+            "before": _operators(exported),
+            "after": _operators(package),
         }
         # Kept without graphs: only what the manifest will say.
         self._packages[variant.name] = dataclasses.replace(package, components={}, files={})
@@ -268,34 +268,36 @@ class _Job:
     def _pass_keys(self, name: str) -> tuple[str, ...]:
         return tuple(f"{p.name} {json.dumps(p.arguments(), sort_keys=True)}" for p in self.passes[name])
 
-    def _check(self, program: TorchProgram, work: Path) -> None:
+    def _check(self, programs: Mapping[str, TorchProgram], work: Path) -> None:
         """Compares every variant with torch, and scores the text."""
         from onnxsmith.runtime import (
-            TorchBackend,
-            cases_for,
-            compare_sessions,
+            OrtSession,
+            WorkerSession,
+            compare_components,
+            merged_placement,
+            open_components,
             perplexity,
-            reference_outputs,
         )
 
         recipe, spec = self.recipe, self.recipe.evaluation.perplexity
         made = [v for v in self.report.variants if v.error is None]
         tokens = None
-        with TorchBackend().open(program) as reference:
+        # A text is scored by models of one graph.
+        program, name = next(iter(programs.values())), next(iter(programs))
+        with open_programs(programs) as reference:
             with self.step("reference") as step:
-                samples = recipe.evaluation.comparison.samples
-                cases = cases_for(reference, limits=program.limits, samples=samples, seed=recipe.seed)
-                expected = reference_outputs(reference, cases)
-                step.note = f"{len(expected)} cases"
+                expected = reference.expected(samples=recipe.evaluation.comparison.samples, seed=recipe.seed)
+                step.note = f"{sum(map(len, expected.values()))} cases"
                 keep = None
                 self.report.reference = {
                     "name": f"torch {recipe.export.dtype}", "perplexity": None, "prefill_tokens_per_s": None,
-                    "decode_tokens_per_s": None, "latency_ms": None, "size_mb": self._torch_mb(program),
+                    "decode_tokens_per_s": None, "latency_ms": None, "size_mb": self._torch_mb(programs),
                 }  # fmt: skip
                 if spec is not None and made:
                     tokens = self._tokens(spec, self.paths[made[0].name], program.limits["input_ids"])
                     keep = _logits_file(work, spec, tokens, int(program.outputs[0].shape[-1]))  # type: ignore[index,arg-type]
-                    result = perplexity(reference, tokens, window=spec.window, keep_logits=keep)
+                    scorer = reference.sessions[name]
+                    result = perplexity(scorer, tokens, window=spec.window, keep_logits=keep)
                     self.report.reference["perplexity"] = dataclasses.asdict(result) | {
                         "data": spec.data, "data_sha256": text_sha256(self.text), "window": spec.window,
                     }  # fmt: skip
@@ -304,15 +306,25 @@ class _Job:
                 for entry in made:
                     package = load_package(self.paths[entry.name])
                     try:
-                        with self.backend.open(package, name=entry.name) as session:
-                            entry.placement = session.check_placement().to_json()
-                            comparison = compare_sessions(
-                                reference, session, expected, tolerance=tolerance_for(entry.precision)
-                            )
-                            entry.comparison = comparison.to_json()
+                        parts = {part: package.only(part) for part in package.components}
+                        with open_components(self.backend, parts, name=entry.name) as sessions:
+                            entry.placement = merged_placement(
+                                [
+                                    session.check_placement()
+                                    for session in sessions.values()
+                                    if isinstance(session, OrtSession | WorkerSession)
+                                ]
+                            ).to_json()
+                            entry.comparison = compare_components(
+                                reference.sessions,
+                                sessions,
+                                expected,
+                                tolerance=tolerance_for(entry.precision),
+                                name=entry.name,
+                            ).to_json()
                             if spec is not None and tokens is not None:
                                 scored = perplexity(
-                                    session, tokens, window=spec.window, reference_logits=keep
+                                    sessions[name], tokens, window=spec.window, reference_logits=keep
                                 )
                                 self._score(entry, scored)
                     except LackingError:
@@ -340,17 +352,23 @@ class _Job:
             )
         return ids
 
-    def _measure(self, program: TorchProgram) -> None:
+    def _measure(self, programs: Mapping[str, TorchProgram]) -> None:
         from onnxsmith.runtime import BenchSettings, Candidate, benchmark
 
         spec = self.recipe.evaluation.benchmark
         made = [v for v in self.report.variants if v.error is None]
         if spec is None or not made:
             return
+        if len(programs) > 1:
+            with self.step("benchmark") as step:
+                step.note = (
+                    "not measured: a model of several graphs; see `onnxsmith bench`, which measures each"
+                )
+            return
         settings = BenchSettings(**spec.model_dump(exclude={"reference"}), seed=self.recipe.seed)
         candidates = [Candidate(v.name, self.paths[v.name], self.recipe.provider) for v in made]
         if spec.reference:
-            candidates.append(Candidate("torch", program=program))
+            candidates.append(Candidate("torch", program=next(iter(programs.values()))))
         with self.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
             results = benchmark(
                 candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
@@ -416,8 +434,19 @@ class _Job:
         return {"prompt": prompt, "text": tokenizer.continuation(start, ids), "tokens": len(ids)}
 
     @staticmethod
-    def _torch_mb(program: TorchProgram) -> float:
-        return sum(p.numel() * p.element_size() for p in program.module.parameters()) / 1e6
+    def _torch_mb(programs: Mapping[str, TorchProgram]) -> float:
+        # What components share counts once.
+        parameters = {id(p): p for program in programs.values() for p in program.module.parameters()}
+        return sum(p.numel() * p.element_size() for p in parameters.values()) / 1e6
+
+
+def _operators(package: ModelPackage) -> dict[str, int]:
+    from onnxsmith.graph_passes import operator_counts
+
+    counts: Counter[str] = Counter()
+    for component in package.components.values():
+        counts.update(operator_counts(component.model))
+    return dict(counts.most_common())
 
 
 def _specs(variant: Variant) -> list[tuple[str, Mapping[str, Any]]]:

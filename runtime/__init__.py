@@ -5,6 +5,12 @@ from __future__ import annotations
 from onnxsmith.runtime.backend import Backend, OrtBackend, TorchBackend
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
+from onnxsmith.runtime.components import (
+    compare_components,
+    expected_outputs,
+    merged_placement,
+    open_components,
+)
 from onnxsmith.runtime.generation import generate, generate_batch
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirement_of
@@ -18,6 +24,7 @@ from onnxsmith.runtime.providers import (
 from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
 from onnxsmith.runtime.sampling import SamplingSettings
 from onnxsmith.runtime.scoring import Perplexity, perplexity
+from onnxsmith.runtime.seq2seq import Seq2SeqDecoder, generate_sequences
 from onnxsmith.runtime.session import Session
 from onnxsmith.runtime.torch_session import TorchSession
 from onnxsmith.runtime.worker_session import WorkerSession
@@ -36,6 +43,7 @@ __all__ = [
     "ProviderChoice",
     "Requirement",
     "SamplingSettings",
+    "Seq2SeqDecoder",
     "Session",
     "TorchBackend",
     "TorchSession",
@@ -43,15 +51,4 @@ __all__ = [
     "available_providers",
     "benchmark",
     "cases_for",
-    "check_requirements",
-    "choose_provider",
-    "compare_sessions",
-    "generate",
-    "generate_batch",
-    "load_cases",
-    "perplexity",
-    "reference_outputs",
-    "requirement_of",
-    "resolve_provider",
-    "value_limits",
-]
+    "compare_components",

@@ -47,6 +47,7 @@ class Candidate:
         loader: For PyTorch in a process of its own: ``module:function``, which gives the program.
         arguments: Of that function; plain data.
         compiled: For PyTorch: whether ``torch.compile`` makes kernels of it.
+        component: For ONNX, which graph of a model of several; the only one where None.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Candidate:
     loader: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compiled: bool = False
+    component: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses a candidate that is no model, or two."""
@@ -333,6 +335,8 @@ class _ProcessRunner(_Runner):
                 choice, options={**choice.options, **_CUDA_GRAPH_OPTIONS[choice.name]}
             )
         package = load_package(candidate.path)
+        if candidate.component is not None:
+            package = package.only(candidate.component)
         self._choice = choice
         self._weights = weight_bytes_of_nodes(package.main.model)
         self.facts = {"provider": choice.ort_name, "size_mb": _size_mb(candidate.path)}

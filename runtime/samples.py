@@ -20,7 +20,7 @@ from onnxsmith.runtime.session import Array, Session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Case", "cases_for", "decoder_feeds", "load_cases", "value_limits"]
+__all__ = ["Case", "cases_for", "decoder_feeds", "load_cases", "made_up_values", "value_limits"]
 
 # (batch, past length, new tokens, tokens of left padding in the last row). Length 1 and batch 1 are where
 # shapes get frozen by accident; padding and a cache are where attention is wrong without an error; the
@@ -82,6 +82,8 @@ def cases_for(
     samples: int | None = None,
     seed: int = 0,
     sizes: tuple[int, int] | None = None,
+    axis_limits: Mapping[str, tuple[int, int | None]] | None = None,
+    fixed: Mapping[str, tuple[int | None, ...]] | None = None,
 ) -> Iterator[Case]:
     """Makes inputs of several shapes for a model.
 
@@ -93,6 +95,8 @@ def cases_for(
         samples: How many cases; all kinds where None.
         seed: Of the random numbers.
         sizes: (batch, other dynamic axes), for one case of that size.
+        axis_limits: For dynamic axes by name, the smallest and, where there is one, the largest size.
+        fixed: By input, the sizes of axes that candidates have fixed; None for others.
     """
     random = np.random.default_rng(seed)
     if reference.cache:
@@ -100,8 +104,27 @@ def cases_for(
         for shape in decoder_shapes[:samples]:
             yield _decoder_case(reference, limits, random, *shape)
         return
+    known: set[tuple[int, ...]] = set()
     for number, (first, rest) in enumerate((sizes,) if sizes else _PLAIN_SHAPES[:samples]):
-        yield _plain_case(reference.inputs, limits, random, first, rest, pad=number == 4)
+        found: dict[str, int] = {}
+        feeds, tokens = made_up_values(
+            reference.inputs,
+            found,
+            limits=limits,
+            random=random,
+            first=first,
+            rest=rest,
+            axis_limits=axis_limits or {},
+            fixed=fixed or {},
+            pad=number == 4,
+        )
+        made = tuple(found.values())
+        if made in known and tokens is None:
+            # The same sizes again, because most are fixed or bounded.
+            continue
+        known.add(made)
+        described = " ".join(f"{name}={size}" for name, size in found.items()) or "fixed shapes"
+        yield Case(described + (" right-padding" if tokens is not None else ""), feeds, tokens)
 
 
 def decoder_feeds(
@@ -184,20 +207,50 @@ def _decoder_case(
     return Case(name, decoder_feeds(reference.inputs, ids[:, past_length:], mask=mask, past=past), mask)
 
 
-def _plain_case(
+def made_up_values(
     inputs: tuple[TensorSpec, ...],
+    sizes: dict[str, int],
+    *,
     limits: Mapping[str, int],
     random: np.random.Generator,
     first: int,
     rest: int,
-    *,
+    axis_limits: Mapping[str, tuple[int, int | None]],
+    fixed: Mapping[str, tuple[int | None, ...]],
     pad: bool,
-) -> Case:
-    sizes: dict[str, int] = {}
+) -> tuple[dict[str, Array], npt.NDArray[np.bool_] | None]:
+    """Makes values for inputs.
+
+    Args:
+        inputs: What is needed.
+        sizes: Sizes of dynamic axes by name; those that are not there yet are added.
+        limits: For integer inputs, one above the highest valid value.
+        random: Where values come from.
+        first: Size of the batch.
+        rest: Size of other dynamic axes.
+        axis_limits: The smallest and the largest size of axes.
+        fixed: By input, sizes of axes that are given; None for others.
+        pad: Whether the last row ends in padding, where there is a mask.
+
+    Returns:
+        Values by name, and which tokens count; None where all do.
+    """
+    kinds: dict[str, bool] = {}
     for spec in inputs:
+        given = fixed.get(spec.name, ())
         for axis, size in enumerate(spec.shape or ()):
-            if isinstance(size, str):
-                sizes.setdefault(size, first if axis == 0 else rest)
+            if not isinstance(size, str) or size in sizes:
+                continue
+            is_batch = axis == 0 or size == "batch" or size.endswith("_batch")
+            wanted = first if is_batch else rest
+            # Another size for each axis of a kind, so that none can be taken for another.
+            before = [name for name, kind in kinds.items() if kind == is_batch]
+            wanted += len(before) if wanted > 1 or is_batch else 0
+            kinds[size] = is_batch
+            low, high = axis_limits.get(size, (1, None))
+            wanted = max(low, wanted if high is None else min(wanted, high))
+            known = given[axis] if axis < len(given) else None
+            sizes[size] = wanted if known is None else known
     feeds: dict[str, Array] = {}
     tokens = None
     for spec in inputs:
@@ -210,8 +263,7 @@ def _plain_case(
             tokens = np.ones(shape, np.bool_)
             tokens[-1, -shape[1] // 3 :] = False
             feeds[spec.name] = tokens.astype(spec.dtype)
-    described = " ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed shapes"
-    return Case(described + (" right-padding" if tokens is not None else ""), feeds, tokens)
+    return feeds, tokens
 
 
 def _values(

@@ -21,6 +21,7 @@ from onnxsmith.errors import (
     UnknownNameError,
 )
 from onnxsmith.exporters import TASKS, load_torch
+from onnxsmith.exporters.loading import _task_of
 from onnxsmith.source import ModelSource, resolve_path
 
 torch = pytest.importorskip("torch")
@@ -37,6 +38,13 @@ BERT = {
 }
 CLASSES = {
     "text-generation": "LlamaForCausalLM",
+    "text2text-generation": "T5ForConditionalGeneration",
+    "automatic-speech-recognition": "WhisperForConditionalGeneration",
+    "image-classification": "ViTForImageClassification",
+    "zero-shot-image-classification": "CLIPModel",
+    "audio-classification": "ASTForAudioClassification",
+    "text-to-audio": "VitsModel",
+    "sentence-similarity": "BertSentenceTransformer",
     "text-classification": "BertForSequenceClassification",
     "token-classification": "BertForTokenClassification",
     "question-answering": "BertForQuestionAnswering",
@@ -169,13 +177,32 @@ def test_an_onnx_source_is_no_torch_model(tmp_path: Path) -> None:
         load(tmp_path / "model.onnx")
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+@pytest.mark.parametrize(
+    ("kind", "architecture", "task"),
+    [
+        ("bert", "BertSentenceTransformer", "sentence-similarity"),
+        ("t5", "T5ForConditionalGeneration", "text2text-generation"),
+        ("marian", "MarianMTModel", "text2text-generation"),
+        ("whisper", "WhisperForConditionalGeneration", "automatic-speech-recognition"),
+        ("wav2vec2", "Wav2Vec2ForCTC", "automatic-speech-recognition"),
+        ("vit", "ViTForImageClassification", "image-classification"),
+        ("clip", "CLIPModel", "zero-shot-image-classification"),
+        ("audio-spectrogram-transformer", "ASTForAudioClassification", "audio-classification"),
+        ("vits", "VitsModel", "text-to-audio"),
+        ("speecht5", "SpeechT5ForTextToSpeech", "text-to-audio"),
+    ],
+)
+def test_the_task_comes_from_the_tables_of_transformers(kind: str, architecture: str, task: str) -> None:
+    config = transformers.AutoConfig.for_model(kind, architectures=[architecture])
+    assert _task_of(ModelSource.parse("some/model"), config) == task
+
+
+def test_an_unknown_architecture_is_refused(llama_copy: Path) -> None:
+    change_config(llama_copy, architectures=["LlamaForDreams"])
     with pytest.raises(
-        SourceError, match=r"architecture T5ForConditionalGeneration; expected one that ends in"
+        SourceError, match=r"architecture LlamaForDreams; expected one that ends in ForCausalLM"
     ):
-        load(tmp_path / "t5")
+        load(llama_copy)
 
 
 def test_a_config_without_architecture_is_refused(llama_copy: Path) -> None:
@@ -423,7 +450,7 @@ def test_a_factory_that_imports_its_neighbour_late(user_module: Any) -> None:
         (
             "def make(): return nn.Linear(3, 2), ['text']",
             ExportError,
-            r"example input 'input' is a str; expected a tensor",
+            r"example inputs without a tensor; expected at least one tensor",
         ),
         (
             "def make(): return nn.Linear(3, 2), (torch.ones(1), torch.ones(1))",
@@ -433,7 +460,12 @@ def test_a_factory_that_imports_its_neighbour_late(user_module: Any) -> None:
         (
             "def make(): return nn.Linear(3, 2), {'input': None}",
             ExportError,
-            r"example input 'input' is a NoneType",
+            r"example inputs without a tensor",
+        ),
+        (
+            "def make(): return nn.Linear(3, 2), {'input': {1, 2}}",
+            ExportError,
+            r"input input is a set; expected tensors in tuples.*so that forward\(\) takes tensors",
         ),
         (
             "def make(): return nn.Linear(3, 2), 5",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "COMPONENT_ORDER",
+    "MAIN",
     "TEXT_GENERATION",
     "CachePair",
     "Component",
@@ -24,6 +26,20 @@ __all__ = [
 ]
 
 TEXT_GENERATION = "text-generation"
+# The component of a package that has one.
+MAIN = "model"
+# Those of packages that have several, in the order in which they run.
+COMPONENT_ORDER = (
+    MAIN,
+    "text_model",
+    "vision_model",
+    "audio_model",
+    "encoder_model",
+    "decoder_model",
+    "decoder_model_merged",
+    "decoder_with_past_model",
+    "decoder_postnet_and_vocoder",
+)
 
 _BLOCK_QUANTIZED = frozenset({"MatMulNBits", "GatherBlockQuantized"})
 _INTEGER_OPERATORS = frozenset(
@@ -142,6 +158,10 @@ class ModelPackage:
             raise KeyError(f"the package has the components {', '.join(self.components)}; name one of them")
         return next(iter(self.components.values()))
 
+    def only(self, name: str) -> ModelPackage:
+        """The package with one of its components alone, which is shared and not copied."""
+        return dataclasses.replace(self, components={name: self.components[name]})
+
     @property
     def precision(self) -> str:
         """What bounds the accuracy.
@@ -184,8 +204,11 @@ class ModelPackage:
 def cache_pairs(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> tuple[CachePair, ...]:
     """Finds the KV cache in a signature, by the names that optimum and onnxruntime-genai agree on.
 
-    ``past_key_values.3.key`` goes with ``present.3.key``. Returns no pairs where there is no cache.
+    ``past_key_values.3.key`` goes with ``present.3.key``. Returns no pairs where there is no cache, and none
+    for the decoder of an encoder-decoder, which needs more than a cache and tokens.
     """
+    if any(".encoder." in spec.name for spec in inputs):
+        return ()
     by_name = {spec.name: spec for spec in outputs}
     return tuple(_pairs(inputs, by_name))
 

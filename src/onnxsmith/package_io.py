@@ -8,7 +8,15 @@ from typing import Any
 
 from onnxsmith.errors import ModelFileError, SourceError
 from onnxsmith.onnx_file import load_model, save_model
-from onnxsmith.package import TEXT_GENERATION, Component, ModelPackage, StepRecord, cache_pairs
+from onnxsmith.package import (
+    COMPONENT_ORDER,
+    MAIN,
+    TEXT_GENERATION,
+    Component,
+    ModelPackage,
+    StepRecord,
+    cache_pairs,
+)
 
 __all__ = ["MANIFEST_NAME", "is_inside", "load_package", "read_manifest", "save_package"]
 
@@ -108,17 +116,26 @@ def _component_files(path: Path, manifest: dict[str, Any]) -> dict[str, str]:
                     got=f"component {name!r} at {file!r}",
                     expected="a file inside the artifact",
                 )
-        return dict(listed)
+        return {name: listed[name] for name in sorted(listed, key=_order)}
     found = sorted(p.name for p in path.glob("*.onnx"))
     if not found:
         raise SourceError(
             str(path), got="a directory without .onnx files", expected="an artifact or an ONNX model"
         )
+    parts = {name.removesuffix(".onnx"): name for name in found}
+    if len(parts) > 1 and parts.keys() <= set(COMPONENT_ORDER) - {MAIN}:
+        return {name: parts[name] for name in sorted(parts, key=_order)}
     if len(found) > 1:
         raise SourceError(
             str(path), got=f"{len(found)} ONNX files ({', '.join(found[:4])})", remedy="Name the file itself"
         )
     return {"model": found[0]}
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Components in the order in which they run: files and JSON objects have another."""
+    known = name in COMPONENT_ORDER
+    return (COMPONENT_ORDER.index(name) if known else len(COMPONENT_ORDER), name)
 
 
 def _finish(package: ModelPackage, manifest: dict[str, Any]) -> ModelPackage:

@@ -26,6 +26,12 @@ class TorchProgram:
         task: The Hugging Face task name, or None.
         limits: For integer inputs, one above the highest value that is valid, such as the vocabulary size.
         name: For messages and reports.
+        axis_limits: Name of a dynamic axis to the smallest and the largest size that runs; None where no
+            largest was found.
+        natural_sizes: Name of a dynamic axis that was found by trying, to its size in the example inputs. A
+            tracer that cannot keep such an axis dynamic may fix it to this size; other dynamic axes must
+            stay dynamic.
+        details: What was decided on the way, for the manifest.
     """
 
     module: torch.nn.Module
@@ -35,4 +41,6 @@ class TorchProgram:
     task: str | None = None
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     name: str = "torch"
+    axis_limits: dict[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+    natural_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
