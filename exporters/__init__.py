@@ -18,9 +18,19 @@ from onnxsmith.program import TorchProgram
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ATTENTION", "TASKS", "LoadedModel", "export", "load_torch", "torch_program", "torch_programs"]
+__all__ = [
+    "ATTENTION",
+    "TASKS",
+    "TRACING",
+    "LoadedModel",
+    "export",
+    "load_torch",
+    "torch_program",
+    "torch_programs",
+]
 
 ATTENTION = ("auto", "fused", "standard")
+TRACING = ("auto", "layers", "whole")
 
 
 def torch_programs(loaded: LoadedModel) -> dict[str, TorchProgram]:
@@ -65,6 +75,7 @@ def export(
     *,
     attention: str = "auto",
     opset: int | None = None,
+    tracing: str = "auto",
 ) -> ModelPackage:
     """Exports a loaded model. Weights are shared with the PyTorch model, not copied.
 
@@ -75,26 +86,30 @@ def export(
         attention: How decoders attend: ``fused`` (GroupQueryAttention), ``standard`` (ONNX operators
             only) or ``auto`` (fused where possible).
         opset: Version of the ONNX operator set; torch's default where None.
+        tracing: How decoders are traced: ``layers`` (one layer of each kind, copied), ``whole`` or ``auto``
+            (layers where possible).
 
     Raises:
         ExportError: torch cannot trace it, or its attention cannot be represented.
-        UnknownNameError: No such attention.
+        UnknownNameError: No such attention or tracing.
     """
     from onnxsmith.exporters.decoder import trace_decoder
 
     if attention not in ATTENTION:
         raise UnknownNameError("export", name=attention, known=ATTENTION, kind="attention")
+    if tracing not in TRACING:
+        raise UnknownNameError("export", name=tracing, known=TRACING, kind="tracing")
     if opset is not None and not 18 <= opset <= 25:
         raise ExportError("export: opset", got=str(opset), expected="18 to 25, which torch's exporter writes")
     began = time.perf_counter()
     given = {MAIN: program} if isinstance(program, TorchProgram) else program
     programs = dict(given) if given else torch_programs(loaded)
-    parameters = {"exporter": "torch", "attention": attention, "opset": opset}
+    parameters = {"exporter": "torch", "attention": attention, "opset": opset, "tracing": tracing}
     components: dict[str, Component] = {}
     details: dict[str, Any] = {}
     for name, one in programs.items():
         if loaded.task == TEXT_GENERATION:
-            model, details = trace_decoder(loaded, one, attention=attention, opset=opset)
+            model, details = trace_decoder(loaded, one, attention=attention, opset=opset, tracing=tracing)
         else:
             model = _trace_plain(one, opset)
             if one.details:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
@@ -68,7 +68,7 @@ class AttentionTrace:
         present: Filled by the attention function: per layer, key and value including the past.
     """
 
-    past: list[tuple[torch.Tensor, torch.Tensor]]
+    past: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
     last_index: torch.Tensor
     total_length: torch.Tensor
     total_size: Any
@@ -79,7 +79,7 @@ class AttentionTrace:
     def begin(
         attention_mask: torch.Tensor,
         sequence: Any,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
+        past: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
         dtype: torch.dtype,
     ) -> AttentionTrace:
         """Prepares a pass.
@@ -97,7 +97,7 @@ class AttentionTrace:
         import torch
 
         batch, total = attention_mask.shape
-        hidden = (1 - attention_mask)[:, None, None, :].to(dtype) * _MASKED
+        hidden = (attention_mask - 1)[:, None, None, :].to(dtype) * -_MASKED
         return AttentionTrace(
             past=past,
             last_index=torch.full((batch,), total - 1, dtype=torch.int32),
@@ -208,8 +208,8 @@ def _emit(
     where = f"{type(module).__name__} (layer {layer})"
     attributes, head_sink = _attributes(where, module, options)
     _check_mask(where, mask, attributes.get("local_window_size"))
-    if layer is None or layer >= len(trace.past):
-        raise ExportError(where, got=f"layer index {layer}", expected=f"0 to {len(trace.past) - 1}")
+    if not isinstance(layer, int) or layer not in trace.past:
+        raise ExportError(where, got=f"layer index {layer}", expected=f"0 to {max(trace.past)}")
     if layer in trace.present:
         raise ExportError(where, got="attention runs twice in one layer", expected="one call for each layer")
     batch, heads, sequence, size = query.shape

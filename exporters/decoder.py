@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
 from onnxsmith.exporters.known_values import experts_unrolled
+from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, shortened
 from onnxsmith.exporters.rotary import stateless_rotary
-from onnxsmith.exporters.tracing import line_of, trace
+from onnxsmith.exporters.stitching import stitch
+from onnxsmith.exporters.tracing import line_of, trace, weight_tensor
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import TorchProgram
 
@@ -85,7 +89,7 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
         for name, (heads, size) in zip(names, flat_shapes, strict=True)
     }
     return TorchProgram(
-        module=_reference_module(model, len(shapes)),
+        module=_reference_module(model, range(len(shapes))),
         inputs=inputs,
         outputs=outputs,
         examples=examples,
@@ -96,7 +100,12 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
 
 
 def trace_decoder(
-    loaded: LoadedModel, program: TorchProgram, *, attention: str = "auto", opset: int | None = None
+    loaded: LoadedModel,
+    program: TorchProgram,
+    *,
+    attention: str = "auto",
+    opset: int | None = None,
+    tracing: str = "auto",
 ) -> tuple[ir.Model, dict[str, Any]]:
     """Exports a decoder.
 
@@ -106,37 +115,83 @@ def trace_decoder(
         attention: ``fused`` emits GroupQueryAttention; ``standard`` emits ONNX operators only; ``auto``
             is ``fused`` where the model allows it, and says why not where it does not.
         opset: Version of the ONNX operator set.
+        tracing: ``layers`` traces one layer of each kind and copies it, ``whole`` traces all of them;
+            ``auto`` is ``layers`` where the model can be taken apart.
 
     Returns:
         The graph, and what was decided, for the manifest.
 
     Raises:
-        ExportError: It cannot be traced, or ``fused`` cannot represent its attention.
+        ExportError: It cannot be traced, or ``fused`` cannot represent its attention, or it cannot be taken
+            apart for ``layers``.
     """
     with experts_unrolled(loaded.module.config):
-        return _trace_decoder(loaded, program, attention=attention, opset=opset)
+        details: dict[str, Any] = {"attention": "standard"}
+        if attention in ("auto", "fused"):
+            try:
+                with fused_attention(loaded.module) as traces:
+                    road = _Road(loaded.module, program, opset, traces)
+                    model, traced = road.trace(tracing)
+            except ExportError as error:
+                if attention == "fused":
+                    raise
+                details["why_not_fused"] = str(error)
+            else:
+                return model, {"attention": "GroupQueryAttention"} | traced
+        model, traced = _Road(loaded.module, program, opset, None).trace(tracing)
+        return model, details | traced
 
 
-def _trace_decoder(
-    loaded: LoadedModel, program: TorchProgram, *, attention: str, opset: int | None
-) -> tuple[ir.Model, dict[str, Any]]:
-    details: dict[str, Any] = {"attention": "standard"}
-    if attention in ("auto", "fused"):
-        try:
-            model = _trace_fused(loaded.module, program, opset)
-        except ExportError as error:
-            if attention == "fused":
-                raise
-            details["why_not_fused"] = str(error)
+@dataclasses.dataclass(frozen=True)
+class _Road:
+    """One way to attend; ``traces`` is None for the standard one."""
+
+    model: Any
+    program: TorchProgram
+    opset: int | None
+    traces: list[AttentionTrace] | None
+
+    def trace(self, tracing: str) -> tuple[ir.Model, dict[str, Any]]:
+        count = sum(spec.name.startswith("past_key_values.") for spec in self.program.inputs) // 2
+        every = range(count)
+        if tracing != "whole":
+            try:
+                return self.trace_layers(count)
+            except NotAlikeError as error:
+                why = str(error)
+            if tracing == "layers":
+                raise ExportError(
+                    self.program.name, got=why, expected="layers that are alike", remedy="Trace it as a whole"
+                )
         else:
-            return model, {"attention": "GroupQueryAttention"}
-    return trace(program, opset=opset), details
+            why = "as asked"
+        model = trace(self.program, self.module(every), opset=self.opset)
+        return model, {"tracing": "whole", "why_whole": why}
 
+    def trace_layers(self, count: int) -> tuple[ir.Model, dict[str, Any]]:
+        whole, program = self.module(range(count)), self.program
+        kinds = layer_kinds(self.model, count, lambda tensors: whole(**tensors), program.examples)
+        named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-def _trace_fused(model: Any, program: TorchProgram, opset: int | None) -> ir.Model:
-    layers = sum(spec.name.startswith("past_key_values.") for spec in program.inputs) // 2
-    with fused_attention(model) as traces:
-        return trace(program, _fused_module(model, layers, traces), opset=opset)
+        def kept(spec: TensorSpec) -> bool:
+            group, _, rest = spec.name.partition(".")
+            layer = rest.partition(".")[0]
+            return group not in ("past_key_values", "present") or int(layer) in kinds.distinct
+
+        part = dataclasses.replace(
+            program,
+            inputs=tuple(filter(kept, program.inputs)),
+            outputs=tuple(filter(kept, program.outputs)),
+        )
+        with shortened(self.model, kinds):
+            model = trace(part, self.module(kinds.distinct), opset=self.opset)
+        stitch(model, kinds, program.inputs, program.outputs, lambda name: weight_tensor(named[name], name))
+        return model, {"tracing": "layers", "layers_traced": len(kinds.distinct), "layers": count}
+
+    def module(self, layers: Sequence[int]) -> Any:
+        if self.traces is None:
+            return _reference_module(self.model, layers)
+        return _fused_module(self.model, layers, self.traces)
 
 
 def _takes_positions(model: Any) -> bool:
@@ -180,7 +235,7 @@ def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return found  # type: ignore[return-value]  # pairs by construction
 
 
-def _reference_module(model: Any, layers: int) -> Any:
+def _reference_module(model: Any, layers: Sequence[int]) -> Any:
     import torch
     from transformers import DynamicCache
 
@@ -195,9 +250,12 @@ def _reference_module(model: Any, layers: int) -> Any:
             # Made without the configuration: that would give layers with a sliding window a cache that
             # forgets, where the graph's cache keeps everything and masks.
             cache = DynamicCache()
-            for layer in range(layers):
-                cache.update(
-                    tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"], layer
+            for layer in layers:
+                _fill(
+                    cache,
+                    layer,
+                    tensors[f"past_key_values.{layer}.key"],
+                    tensors[f"past_key_values.{layer}.value"],
                 )
             positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
             with stateless_rotary(self.inner):
@@ -209,15 +267,28 @@ def _reference_module(model: Any, layers: int) -> Any:
                     use_cache=True,
                 )
             result = {"logits": output.logits}
-            for index, layer in enumerate(output.past_key_values.layers):
-                result[f"present.{index}.key"] = layer.keys
-                result[f"present.{index}.value"] = layer.values
+            for layer in layers:
+                filled = output.past_key_values.layers[layer]
+                result[f"present.{layer}.key"] = filled.keys
+                result[f"present.{layer}.value"] = filled.values
             return result
 
     return Reference().eval()
 
 
-def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
+def _fill(cache: Any, layer: int, key: Any, value: Any) -> None:
+    """Puts tensors into a cache as they are: ``update`` would concatenate them with nothing first."""
+    from transformers.cache_utils import DynamicLayer
+
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    filled = cache.layers[layer]
+    filled.keys, filled.values = key, value
+    filled.dtype, filled.device = key.dtype, key.device
+    filled.is_initialized = True
+
+
+def _fused_module(model: Any, layers: Sequence[int], traces: list[AttentionTrace]) -> Any:
     import torch
 
     takes_cache_position = "cache_position" in inspect.signature(model.forward).parameters
@@ -228,10 +299,10 @@ def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
             self.inner = model
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-            past = [
-                (tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"])
-                for layer in range(layers)
-            ]
+            past = {
+                layer: (tensors[f"past_key_values.{layer}.key"], tensors[f"past_key_values.{layer}.value"])
+                for layer in layers
+            }
             state = AttentionTrace.begin(
                 tensors["attention_mask"], tensors["input_ids"].shape[1], past, self.inner.dtype
             )
@@ -248,7 +319,7 @@ def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
                     use_cache=False,
                     **positions,
                 ).logits
-            missing = sorted(set(range(layers)) - set(state.present))
+            missing = sorted(set(layers) - set(state.present))
             if missing:
                 raise ExportError(
                     type(self.inner).__name__,
@@ -257,7 +328,7 @@ def _fused_module(model: Any, layers: int, traces: list[AttentionTrace]) -> Any:
                     remedy="Export it with --attention standard",
                 )
             result = {"logits": logits}
-            for layer in range(layers):
+            for layer in layers:
                 result[f"present.{layer}.key"], result[f"present.{layer}.value"] = state.present[layer]
             return result
 

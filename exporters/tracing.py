@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
+from onnxsmith.exporters.decomposition import decomposed_where_needed, without_autocast
 from onnxsmith.package import TensorSpec
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["FixedAxisError", "line_of", "trace"]
+__all__ = ["FixedAxisError", "line_of", "trace", "weight_tensor"]
 
 # This folder, under both of its names: onnxsmith.exporters is a link.
 _HERE = Path(__file__).parent
@@ -69,7 +70,7 @@ def trace(
         ),
     )
     try:
-        with _silence(), torch.no_grad():
+        with _silence(), torch.no_grad(), without_autocast(), decomposed_where_needed():
             exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)
             onnx_program = torch.onnx.export(
                 exported,
@@ -185,6 +186,13 @@ def _name_weights(model: ir.Model, module: torch.nn.Module) -> None:
         if name in graph.initializers and short not in graph.initializers:
             # onnx_ir re-keys the mapping of initializers when a value is renamed.
             graph.initializers[name].name = short
+
+
+def weight_tensor(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
+    """A weight as ONNX has it. Shares memory with the module."""
+    import onnx_ir as ir
+
+    return ir.tensor(tensor.detach(), name=name)
 
 
 def _find(error: BaseException, kind: type[OnnxsmithError]) -> OnnxsmithError | None:

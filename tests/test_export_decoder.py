@@ -223,7 +223,7 @@ def assert_equal(program: TorchProgram, package: ModelPackage, preset: str) -> N
 @pytest.mark.parametrize("name", slow_unless_quick(FUSABLE))
 def test_fused_attention_equals_torch(name: str) -> None:
     _, program, package = fused(name)
-    assert package.steps[0].details == {"attention": FUSED}
+    assert package.steps[0].details["attention"] == FUSED
     layers = FAMILIES[name].options.get("num_hidden_layers", 2)
     nodes = [n for n in package.main.model.graph if n.op_type == "GroupQueryAttention"]
     assert len(nodes) == layers
@@ -239,7 +239,7 @@ def test_standard_attention_equals_torch(name: str) -> None:
     loaded = made(name)
     program = torch_program(loaded)
     package = export(loaded, program, attention="standard")
-    assert package.steps[0].details == {"attention": STANDARD}
+    assert package.steps[0].details["attention"] == STANDARD
     domains = {node.domain for node in package.main.model.graph.all_nodes()}
     assert domains <= {"", "ai.onnx"}
     assert_equal(program, package, "clean")
@@ -394,7 +394,7 @@ def refused(**changes: Any) -> str:
         layer_idx = changes.pop("layer_idx", 0)
 
     size = changes.pop("value_size", 8)
-    past = [(torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8))]
+    past = {0: (torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8))}
     trace = AttentionTrace.begin(torch.ones(1, 3, dtype=torch.int64), 3, past, torch.float32)
     if changes.pop("twice", False):
         trace.present[0] = past[0]

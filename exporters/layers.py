@@ -1,0 +1,325 @@
+"""Which layers of a decoder are alike, found by watching one forward pass on tensors without data.
+
+Layers are taken for alike only if they run the same operators with the same arguments: their own weights and
+cache, the hidden state that the layer before them made, and tensors from outside that are the very same.
+Nothing is concluded from names or configurations, so a layer with another window, another mask or another
+scale is another kind. A model in which anything else flows between layers is not taken apart at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import OnnxsmithError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ENTRY", "EXIT", "MARKER_DOMAIN", "LayerKinds", "NotAlikeError", "layer_kinds", "shortened"]
+
+MARKER_DOMAIN = "onnxsmith"
+ENTRY, EXIT = "LayerEntry", "LayerExit"
+# A constant of at most this many elements is compared by its value.
+_SMALL = 4096
+
+
+class NotAlikeError(Exception):
+    """The decoder cannot be taken apart into layers; the text says why. Never leaves this package."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKinds:
+    """The layers of a decoder.
+
+    Attributes:
+        path: Where the list of layers is in the model, such as ``model.layers``.
+        first: For each layer, the first layer that is like it.
+        length: Number of elements of the tuple that a layer returns; 0 where it returns a tensor.
+    """
+
+    path: str
+    first: tuple[int, ...]
+    length: int
+
+    @property
+    def distinct(self) -> list[int]:
+        """The first layer of each kind, in order."""
+        return sorted(set(self.first))
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a layer's weights begin with."""
+        return f"{self.path}.{layer}."
+
+
+def layer_kinds(
+    model: Any, count: int, run: Callable[[Any], Mapping[str, Any]], inputs: Mapping[str, torch.Tensor]
+) -> LayerKinds:
+    """Runs the model once on tensors without data and says which layers are alike.
+
+    Args:
+        model: The decoder.
+        count: How many layers have a cache.
+        run: Runs the decoder on named tensors and gives its outputs by name.
+        inputs: Example inputs.
+
+    Raises:
+        NotAlikeError: The layers cannot be told apart from the rest of the model, or none is like another.
+    """
+    import torch
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    path, layers = _layer_list(model, count)
+    owners = _owners(model, path)
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    try:
+        with torch.no_grad(), fake:
+            tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
+            recorder = _recorder(owners, tensors, count)
+            with _watched(layers, recorder), recorder:
+                outputs = run(tensors)
+    except (NotAlikeError, OnnxsmithError):
+        raise
+    except Exception as error:
+        raise NotAlikeError(f"it does not run without data: {type(error).__name__}") from error
+    recorder.finish(outputs)
+    firsts: dict[Any, int] = {}
+    first = tuple(firsts.setdefault(tuple(recorder.logs[i]), i) for i in range(count))
+    if len(firsts) == count:
+        raise NotAlikeError("no two layers are alike")
+    return LayerKinds(path, first, recorder.length)
+
+
+def _layer_list(model: Any, count: int) -> tuple[str, Any]:
+    import torch
+
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count > 1
+    ]
+    # Lists inside the layers (of experts, say) may have the same length by chance.
+    outer = [pair for pair in found if not any(pair[0].startswith(f"{other}.") for other, _ in found)]
+    if len(outer) != 1:
+        raise NotAlikeError(f"{len(outer)} lists of {count} layers")
+    return outer[0]
+
+
+def _owners(model: Any, path: str) -> dict[int, tuple[int | None, str]]:
+    """For each weight and buffer, by identity, the layer that has it, and its name there."""
+    owners: dict[int, tuple[int | None, str]] = {}
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in every:
+        inside = name.removeprefix(f"{path}.") if name.startswith(f"{path}.") else ""
+        index, _, rest = inside.partition(".")
+        owner = (int(index), rest) if inside else (None, name)
+        known = owners.setdefault(id(tensor), owner)
+        if known[0] != owner[0]:
+            raise NotAlikeError(f"{name} is shared between layers")
+    return owners
+
+
+@contextlib.contextmanager
+def _watched(layers: Any, recorder: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+
+            def forward(*args: Any, _index: int = index, _inner: Any = layer.forward, **options: Any) -> Any:
+                recorder.enter(_index, args, options)
+                result = _inner(*args, **options)
+                recorder.leave(_index, result)
+                return result
+
+            stack.enter_context(_replaced_forward(layer, forward))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: Any, forward: Any) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _hidden(args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    return args[0] if args else options.get("hidden_states")
+
+
+def _recorder(
+    owners: dict[int, tuple[int | None, str]], tensors: Mapping[str, torch.Tensor], count: int
+) -> Any:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten, tree_leaves
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.logs: list[list[Any]] = [[] for _ in range(count)]
+            self.current: int | None = None
+            self.done = -1
+            self.hidden: Any = None
+            self.last: Any = None
+            self.length = -1
+            # By identity; the tensors are kept, or an identity would be used again.
+            self.made: dict[int, tuple[int | None, int]] = {}
+            self.kept: list[Any] = list(tensors.values())
+            self.symbols: dict[str, int] = {}
+            self.past = {}
+            for name, tensor in tensors.items():
+                if name.startswith("past_key_values."):
+                    _, layer, part = name.split(".")
+                    self.past[id(tensor)] = (int(layer), part)
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            kwargs = kwargs or {}
+            leaves, form = tree_flatten((args, kwargs))
+            described = tuple(self.describe(leaf) for leaf in leaves)
+            result = func(*args, **kwargs)
+            sizes = []
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    if id(tensor) not in self.made and not self.is_input(tensor):
+                        self.made[id(tensor)] = (self.current, len(self.kept))
+                        self.kept.append(tensor)
+                    sizes.append((self.describe(tensor), tensor.dtype, *map(self.describe, tensor.shape)))
+            if self.current is not None:
+                self.logs[self.current].append((str(func), str(form), described, tuple(sizes)))
+            return result
+
+        def is_input(self, tensor: Any) -> bool:
+            return id(tensor) in owners or id(tensor) in self.past or tensor is self.hidden
+
+        def describe(self, value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return self.describe_tensor(value)
+            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                # Sizes that depend on data have a new name in each layer.
+                return ("symbol", self.symbols.setdefault(str(value), len(self.symbols)))
+            if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+                return repr(value)
+            return (
+                str(value)
+                if isinstance(value, (torch.layout, torch.memory_format))
+                else ("object", id(value))
+            )
+
+        def describe_tensor(self, tensor: Any) -> Any:
+            if self.current is not None and tensor is self.hidden:
+                return "hidden"
+            layer, name = self.origin(tensor)
+            if layer is None:
+                return ("outside", name)
+            if layer != self.current and not (tensor is self.last and self.done == count - 1):
+                place = "the rest of the model" if self.current is None else f"layer {self.current}"
+                raise NotAlikeError(f"{place} uses a tensor of layer {layer}")
+            return ("own", name)
+
+        def origin(self, tensor: Any) -> tuple[int | None, Any]:
+            """The layer that a tensor belongs to, and its name there; for others, what identifies it."""
+            if id(tensor) in owners:
+                return owners[id(tensor)]
+            if id(tensor) in self.past:
+                return self.past[id(tensor)]
+            if id(tensor) in self.made:
+                layer, number = self.made[id(tensor)]
+                return (layer, number - self.start if layer is not None else number)
+            if type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.numel() <= _SMALL:
+                with torch._C._DisableTorchDispatch():
+                    return (None, (str(tensor.dtype), tuple(tensor.shape), repr(tensor.tolist())))
+            self.kept.append(tensor)
+            return (None, id(tensor))
+
+        def enter(self, index: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            hidden = _hidden(args, options)
+            if self.current is not None or index != self.done + 1:
+                raise NotAlikeError(f"layer {index} runs after layer {self.done}")
+            if not isinstance(hidden, torch.Tensor) or (index and hidden is not self.last):
+                raise NotAlikeError(f"layer {index} does not take what the layer before it returns")
+            self.current, self.hidden, self.start, self.symbols = index, hidden, len(self.kept), {}
+            leaves, form = tree_flatten((args, options))
+            self.logs[index].append((str(form), tuple(map(self.describe, leaves))))
+
+        def leave(self, index: int, result: Any) -> None:
+            values = result if isinstance(result, tuple) else (result,)
+            length = len(values) if isinstance(result, tuple) else 0
+            if not isinstance(values[0], torch.Tensor) or any(value is not None for value in values[1:]):
+                raise NotAlikeError(f"layer {index} returns more than the hidden state")
+            if values[0] is self.hidden or self.length not in (-1, length):
+                raise NotAlikeError(f"layer {index} returns something else than the others")
+            self.logs[index].append(self.describe(values[0]))
+            self.current, self.done, self.last, self.length = None, index, values[0], length
+
+        def finish(self, outputs: Mapping[str, Any]) -> None:
+            if self.done != count - 1:
+                raise NotAlikeError(f"{self.done + 1} of {count} layers ran")
+            for name, tensor in outputs.items():
+                layer, where = self.made.get(id(tensor), (None, -1))
+                wanted = int(name.split(".")[1]) if name.startswith("present.") else None
+                if where < 0 or layer != wanted:
+                    raise NotAlikeError(f"{name} does not come from its layer")
+
+    return Recorder()
+
+
+@contextlib.contextmanager
+def shortened(model: Any, kinds: LayerKinds) -> Iterator[None]:
+    """Leaves one layer of each kind in the model while open, marked for stitching.
+
+    The others hand the hidden state on. They keep their attributes, by which models choose masks, but have
+    no weights.
+    """
+    import torch
+
+    layers = model.get_submodule(kinds.path)
+    kept = list(layers)
+
+    class Skipped(torch.nn.Module):
+        def __init__(self, original: Any) -> None:
+            super().__init__()
+            self.__dict__["original"] = original
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["original"], name)
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            hidden = _hidden(args, options)
+            return (hidden, *[None] * (kinds.length - 1)) if kinds.length else hidden
+
+    def mark(hidden: Any, kind: str, layer: int) -> Any:
+        return torch.onnx.ops.symbolic(
+            f"{MARKER_DOMAIN}::{kind}", [hidden], {"layer": layer}, dtype=hidden.dtype, shape=hidden.shape
+        )
+
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(kept):
+            if kinds.first[index] != index:
+                layers[index] = Skipped(layer)
+                continue
+
+            def forward(*args: Any, _index: int = index, _inner: Any = layer.forward, **options: Any) -> Any:
+                entered = mark(_hidden(args, options), ENTRY, _index)
+                if args:
+                    args = (entered, *args[1:])
+                else:
+                    options["hidden_states"] = entered
+                result = _inner(*args, **options)
+                if isinstance(result, tuple):
+                    return (mark(result[0], EXIT, _index), *result[1:])
+                return mark(result, EXIT, _index)
+
+            stack.enter_context(_replaced_forward(layer, forward))
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(kept):
+                layers[index] = layer
