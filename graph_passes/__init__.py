@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith.graph_passes.presets import PRESETS, PassSpec
 from onnxsmith.graph_passes.registry import PASSES, load_pass, make_passes, pass_names
@@ -41,6 +42,7 @@ def run_passes(
     *,
     on_step: Callable[[StepRecord], None] | None = None,
     context: PassContext | None = None,
+    verify: Callable[[ModelPackage, ModelPackage, StepRecord], Mapping[str, Any]] | None = None,
 ) -> ModelPackage:
     """Runs passes, in order, on every graph of a package.
 
@@ -51,6 +53,8 @@ def run_passes(
         passes: What to run.
         on_step: Called after each pass, for progress.
         context: What passes cannot make themselves: the file that weights came from, activations.
+        verify: Called after each pass that changed something, with the package before and after it. Raises
+            where the pass broke the model; what it returns goes to the record.
 
     Raises:
         PassError: A pass failed or refused the model.
@@ -61,6 +65,8 @@ def run_passes(
     for one in passes:
         details: dict[str, object] = {}
         began = time.perf_counter()
+        before = result.derive() if verify is not None else result
+        changed = False
         for name, component in result.components.items():
             in_context(component.model, context)
             try:
@@ -70,10 +76,14 @@ def run_passes(
             changes = getattr(outcome, "changes", None)
             if outcome.modified:
                 component.path = None
+                changed = True
             if changes is not None:
                 part = {"changes": changes.count, **changes.details, "skipped": changes.skipped}
                 details |= part if len(result.components) == 1 else {name: part}
         record = StepRecord(one.name, one.arguments(), time.perf_counter() - began, details)
+        if verify is not None and changed:
+            found = verify(before, result, record)
+            record = dataclasses.replace(record, details={**details, "verified": dict(found)})
         result.steps = (*result.steps, record)
         if on_step is not None:
             on_step(record)

@@ -23,6 +23,7 @@ __all__ = [
     "Models",
     "Output",
     "Providers",
+    "VerifyEach",
     "command_line",
     "known",
     "pass_spec",
@@ -56,6 +57,12 @@ Json = Annotated[
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the artifact is to be.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
+VerifyEach = Annotated[
+    bool,
+    typer.Option(
+        "--verify-each", help="Check and compare after each pass; names the one that breaks the model."
+    ),
+]
 Providers = Annotated[
     list[str] | None,
     typer.Option("--provider", metavar="P", help="Execution provider; may be repeated. [default: cpu]"),

@@ -22,6 +22,7 @@ from onnxsmith.pipeline.arguments import (
     Models,
     Output,
     Providers,
+    VerifyEach,
     command_line,
     known,
     pass_spec,
@@ -85,6 +86,7 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
     ] = None,
+    verify_each: VerifyEach = False,
     force: Force = False,
     json_target: Json = None,
 ) -> int:
@@ -101,6 +103,7 @@ def run(
         base=recipe.resolve().parent,
         force=force,
         command=command_line(),
+        verify_each=verify_each,
         progress=progress_for(),
     )
     if json_target:
@@ -187,6 +190,7 @@ def optimize(
         list[str] | None,
         typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="A pass; may be repeated."),
     ] = None,
+    verify_each: VerifyEach = False,
     force: Force = False,
     json_target: Json = None,
 ) -> None:
@@ -196,7 +200,9 @@ def optimize(
     from onnxsmith.pipeline.tables import show_optimize
 
     specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
-    before, after = optimize_model(model, output, specs, force=force, progress=progress_for())
+    before, after = optimize_model(
+        model, output, specs, verify_each=verify_each, force=force, progress=progress_for()
+    )
     if json_target:
         steps = [
             {"name": s.name, "parameters": s.parameters, "seconds": s.seconds, "details": s.details}

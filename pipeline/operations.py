@@ -16,6 +16,7 @@ from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import write_manifest
 from onnxsmith.pipeline.references import compare_package, open_programs, open_reference
 from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
+from onnxsmith.pipeline.stepwise import StepVerifier
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
@@ -124,6 +125,7 @@ def optimize_model(
     destination: Path,
     specs: Sequence[PassSpec],
     *,
+    verify_each: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[ModelPackage, ModelPackage]:
@@ -133,6 +135,8 @@ def optimize_model(
         model: An artifact, a directory with one ONNX model, or an ONNX file.
         destination: Where the artifact is to be.
         specs: Names and parameters of the passes.
+        verify_each: Whether to run the checker and compare outputs after each pass, which names the pass that
+            broke the model. It costs as much as writing and running the model that often.
         force: Whether an artifact that is there may be replaced.
         progress: Who listens.
 
@@ -140,6 +144,7 @@ def optimize_model(
         The package before and after.
 
     Raises:
+        CheckFailedError: With ``verify_each``, a pass broke the model; nothing was written.
         OnnxsmithError: It could not be done; nothing was written.
     """
     from onnxsmith.graph_passes import make_passes, run_passes
@@ -152,8 +157,11 @@ def optimize_model(
     before = load_package(model)
     size = sum(weight_bytes(c.model) for c in before.components.values())
     require_space(destination.resolve().parent, size, purpose=f"optimisation of {model}")
+    verify = StepVerifier() if verify_each else None
     with progress.step("optimize", len(passes)) as step:
-        after = run_passes(before, passes, on_step=lambda record: step.advance(note=record.name))
+        after = run_passes(
+            before, passes, on_step=lambda record: step.advance(note=record.name), verify=verify
+        )
     if not after.source:
         after.source = {"kind": "onnx", "text": str(model)}
     with staged_directory(destination, force=force) as staging:

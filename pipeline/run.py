@@ -36,6 +36,7 @@ from onnxsmith.pipeline.staging import (
     require_space,
     staged_directory,
 )
+from onnxsmith.pipeline.stepwise import StepVerifier
 from onnxsmith.pipeline.texts import load_text, text_sha256
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.progress import Progress, Step
@@ -58,6 +59,7 @@ def run_recipe(
     base: Path | None = None,
     force: bool = False,
     command: str = "",
+    verify_each: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Does everything that a recipe asks for.
@@ -71,6 +73,7 @@ def run_recipe(
         base: The directory that relative paths of the recipe start from.
         force: Whether an artifact that is there may be replaced.
         command: The command line, for the report.
+        verify_each: Check the model after each pass; a pass that breaks it fails its variant, by name.
         progress: Who listens.
 
     Raises:
@@ -85,7 +88,7 @@ def run_recipe(
             recipe.source, got="an ONNX model", expected="a PyTorch model to compare with",
             remedy="Use `onnxsmith optimize` for ONNX models",
         )  # fmt: skip
-    job = _Job(recipe, source, base, command, progress or Progress())
+    job = _Job(recipe, source, base, command, progress or Progress(), verify_each=verify_each)
     try:
         with staged_directory(destination, force=force) as staging:
             # Beside the artifact, so that packing is a rename and not a copy.
@@ -107,7 +110,14 @@ class _NothingChosenError(Exception):
 
 class _Job:
     def __init__(
-        self, recipe: Recipe, source: ModelSource, base: Path | None, command: str, progress: Progress
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        base: Path | None,
+        command: str,
+        progress: Progress,
+        *,
+        verify_each: bool = False,
     ) -> None:
         from onnxsmith.graph_passes import make_passes
         from onnxsmith.runtime import OrtBackend
@@ -115,6 +125,7 @@ class _Job:
         self.recipe = recipe
         self.source = source
         self.progress = progress
+        self.verify = StepVerifier() if verify_each else None
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
         self.context = context_for(source)
@@ -259,7 +270,7 @@ class _Job:
         for number, one in enumerate(self.passes[name], 1):
             prefix = keys[:number]
             known = self._prefixes.get(prefix)
-            package = known or run_passes(package, [one], context=self.context)
+            package = known or run_passes(package, [one], context=self.context, verify=self.verify)
             if any(other[:number] == prefix for other in others):
                 self._prefixes[prefix] = package
             step.advance(note=f"{name}: {one.name}")

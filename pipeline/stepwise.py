@@ -1,0 +1,118 @@
+"""A check after each pass: which one broke the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.comparison import TOLERANCES, tolerance_for
+from onnxsmith.errors import CheckFailedError, LackingError, OnnxsmithError
+from onnxsmith.package import ModelPackage, StepRecord
+
+if TYPE_CHECKING:
+    from onnxsmith.comparison import Comparison, Tolerance
+
+__all__ = ["StepVerifier"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepVerifier:
+    """Compares the model before and after each pass, on the CPU, and runs the checker on it.
+
+    The bounds are those of the less precise of the two, as for a comparison with PyTorch.
+
+    Attributes:
+        samples: How many cases of made-up inputs.
+        tolerance: Bounds instead of those of the precision.
+        seed: Of the inputs.
+    """
+
+    samples: int = 4
+    tolerance: Tolerance | None = None
+    seed: int = 0
+
+    def __call__(self, before: ModelPackage, after: ModelPackage, step: StepRecord) -> Mapping[str, Any]:
+        """Checks one step.
+
+        Returns:
+            What was compared, for the manifest.
+
+        Raises:
+            CheckFailedError: The pass broke the model; the message names it.
+        """
+        from onnxsmith.onnx_file import check_model
+        from onnxsmith.package_io import save_package
+
+        with tempfile.TemporaryDirectory(prefix="onnxsmith-verify-") as directory:
+            written = after.derive()
+            try:
+                save_package(written, Path(directory))
+                for component in written.components.values():
+                    assert component.path is not None
+                    check_model(component.path)
+                results = {name: self._compare(before, written, name) for name in written.components}
+            except LackingError:
+                raise
+            except CheckFailedError:
+                raise
+            except OnnxsmithError as error:
+                raise self._broken(step, f"the model after it is broken: {error}") from error
+        parts: dict[str, Any] = {}
+        for name, comparison in results.items():
+            if comparison is None:
+                parts[name] = {"compared": False, "why": "the pass changed the outputs"}
+                continue
+            if not comparison.passed:
+                raise self._broken(
+                    step, f"the model after it differs from the one before: {comparison.reason}"
+                )
+            worst = comparison.worst
+            parts[name] = {
+                "compared": True,
+                "tensors": len(comparison.tensors),
+                "max_abs": None if worst is None else worst.max_abs,
+            }
+        return parts if len(parts) > 1 else next(iter(parts.values()), {})
+
+    def _broken(self, step: StepRecord, what: str) -> CheckFailedError:
+        return CheckFailedError(
+            f"pass {step.name}",
+            got=what,
+            expected="the same as before it",
+            remedy="Nothing was written. Leave the pass out, or report this with the model",
+        )
+
+    def _compare(self, before: ModelPackage, after: ModelPackage, name: str) -> Comparison | None:
+        from onnxsmith.runtime import OrtSession, cases_for, compare_sessions, reference_outputs, value_limits
+
+        known = {spec.name for spec in before.components[name].outputs}
+        if not known & {spec.name for spec in after.components[name].outputs}:
+            return None
+        bounds = self.tolerance or tolerance_for(_precision(before, after))
+        limits = value_limits(before)
+        with (
+            OrtSession(before, component=name, name="before") as reference,
+            OrtSession(after, component=name, name="after") as candidate,
+        ):
+            # A pass may have fixed axes: cases of the other signature would not fit. One that removed inputs
+            # takes fewer than the cases have.
+            narrowed = {spec.name for spec in candidate.inputs} == {spec.name for spec in reference.inputs}
+            cases = cases_for(
+                candidate if narrowed else reference, limits=limits, samples=self.samples, seed=self.seed
+            )
+            return compare_sessions(
+                reference, candidate, reference_outputs(reference, cases), tolerance=bounds
+            )
+
+
+def _precision(before: ModelPackage, after: ModelPackage) -> str:
+    """Whose bounds apply: those of the less precise one."""
+    order = list(TOLERANCES)
+    precisions = {package.precision for package in (before, after)}
+    if len(precisions) == 1 and not precisions & {"float64", "float32"}:
+        # Nothing was rounded by this pass; but what is rounded in both may tip over to the next number.
+        return "float16"
+    return max(precisions, key=order.index)
