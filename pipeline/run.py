@@ -88,7 +88,8 @@ def run_recipe(
             recipe.source, got="an ONNX model", expected="a PyTorch model to compare with",
             remedy="Use `onnxsmith optimize` for ONNX models",
         )  # fmt: skip
-    job = _Job(recipe, source, base, command, progress or Progress(), verify_each=verify_each)
+    job = _Job(recipe, source, base, command, progress or Progress())
+    job.verify = StepVerifier() if verify_each else None
     try:
         with staged_directory(destination, force=force) as staging:
             # Beside the artifact, so that packing is a rename and not a copy.
@@ -110,14 +111,7 @@ class _NothingChosenError(Exception):
 
 class _Job:
     def __init__(
-        self,
-        recipe: Recipe,
-        source: ModelSource,
-        base: Path | None,
-        command: str,
-        progress: Progress,
-        *,
-        verify_each: bool = False,
+        self, recipe: Recipe, source: ModelSource, base: Path | None, command: str, progress: Progress
     ) -> None:
         from onnxsmith.graph_passes import make_passes
         from onnxsmith.runtime import OrtBackend
@@ -125,7 +119,7 @@ class _Job:
         self.recipe = recipe
         self.source = source
         self.progress = progress
-        self.verify = StepVerifier() if verify_each else None
+        self.verify: StepVerifier | None = None
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
         self.context = context_for(source)
