@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxsmith.pipeline._report_numbers import as_given, finite, number, part
 
-__all__ = ["bars", "scatter", "timeline"]
+__all__ = ["bars", "error_by_depth", "scatter", "timeline"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,3 +215,42 @@ def timeline(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found.append({"data": step, "start": round(start, 3), "share": round(share, 3), "label": label})
         start += share
     return found
+
+
+def error_by_depth(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The error of each tensor, and the one that its node makes, over depth; None where all are exact.
+
+    Args:
+        tensors: Each with ``depth``, ``name``, ``operator``, ``error``, ``introduced`` and ``mark``, which is
+            ``first`` or ``worst`` for tensors to point at. Infinite errors stand at the top.
+    """
+    errors = [e for t in tensors for e in (t["error"], t["introduced"]) if math.isfinite(e) and e > 0]
+    if not errors and all(t["error"] == 0 for t in tensors):
+        return None
+    width, height = 1060, 320
+    high = max(errors, default=1.0) * 2
+    # What is exact, or nearly, stands on the axis.
+    low = max(min(errors, default=1e-3) / 2, high * 1e-9)
+    y_axis = _Axis(low, high, height - 30, 16, logarithmic=True)
+    x_axis = _Axis(0.0, max((t["depth"] for t in tensors), default=0) or 1.0, 52, width - 12)
+
+    def at(value: float) -> float:
+        return 8.0 if not math.isfinite(value) else y_axis.at(max(value, low))
+
+    points, marks = [], []
+    for tensor in tensors:
+        x = x_axis.at(tensor["depth"])
+        for kind, key in (("together", "error"), ("own", "introduced")):
+            said = "not finite" if not math.isfinite(tensor[key]) else number(tensor[key], 2)
+            text = f"{tensor['name']} ({tensor['operator']}): {said}"
+            points.append({"kind": kind, "x": x, "y": at(tensor[key]), "text": text})
+        if tensor["mark"]:
+            right = x < width * 0.7
+            y = at(tensor["introduced" if tensor["mark"] == "worst" else "error"])
+            label = f"{tensor['name']} ({tensor['operator']})"
+            place = {"label_x": x + 11 if right else x - 11, "label_y": y + 4, "anchor": "start"}
+            marks.append({"x": x, "y": y, "text": label, **place} | ({} if right else {"anchor": "end"}))
+    return {
+        "width": width, "height": height, "left": 52, "right": width - 12, "bottom": height - 30,
+        "y_ticks": y_axis.ticks(), "points": points, "marks": marks,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The commands that run models to judge them or to use them: compare and generate."""
+"""The commands that run models to judge them or to use them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,65 @@ def compare(
     if json_target != "-":
         show_comparisons(results)
     return 0 if passed else FAILED
+
+
+@guarded
+def bisect(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="An artifact or an .onnx file.")],
+    provider: Annotated[str, typer.Option(metavar="P", help="Execution provider of the candidate.")] = "cpu",
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of made-up cases. [default: 4]")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Inputs to use, one array for each.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="Write the smallest model and inputs that show the fault."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the error by depth.")
+    ] = None,
+    atol: Annotated[float | None, typer.Option(metavar="X", help="Absolute tolerance.")] = None,
+    rtol: Annotated[float | None, typer.Option(metavar="X", help="Tolerance relative to the tensor.")] = None,
+    task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
+    json_target: Json = None,
+) -> int:
+    """Find the first tensors that diverge and the node to blame; exit status 1 if there is one."""
+    from onnxsmith.pipeline.bisecting import bisect_models
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.judgement_tables import show_divergence
+
+    result = bisect_models(
+        reference,
+        candidate,
+        provider=provider,
+        samples=samples,
+        inputs=inputs,
+        output=output,
+        tolerance=tolerance_of(atol, rtol),
+        task=task,
+        seed=seed,
+        progress=progress_for(),
+    )
+    if output is not None and result.reproduction is not None:
+        # It was made beside its place and moved there.
+        result = dataclasses.replace(
+            result, reproduction=dataclasses.replace(result.reproduction, directory=output)
+        )
+    if report is not None:
+        from onnxsmith.pipeline.depth_page import write_depth_page
+
+        write_depth_page(report, [result])
+    if json_target:
+        emit_json(json_target, "bisect", result.to_json())
+    if json_target != "-":
+        show_divergence(result)
+    return 0 if result.passed else FAILED
 
 
 @guarded
@@ -154,4 +213,4 @@ def _prompts(path: Path) -> Sequence[str]:
     return load_texts(path)
 
 
-JUDGING_COMMANDS: Sequence[Callable[..., None]] = (compare, generate)
+JUDGING_COMMANDS: Sequence[Callable[..., None]] = (compare, bisect, generate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxsmith.runtime.backend import Backend, OrtBackend, TorchBackend
 from onnxsmith.runtime.benchmark import BenchResult, BenchSettings, Candidate, benchmark
+from onnxsmith.runtime.bisection import find_divergence
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
 from onnxsmith.runtime.components import (
     compare_components,
@@ -11,6 +12,7 @@ from onnxsmith.runtime.components import (
     merged_placement,
     open_components,
 )
+from onnxsmith.runtime.divergence import Blame, Divergence
 from onnxsmith.runtime.generation import generate, generate_batch
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirement_of
@@ -21,6 +23,7 @@ from onnxsmith.runtime.providers import (
     choose_provider,
     resolve_provider,
 )
+from onnxsmith.runtime.references import GraphReference, Reference, TorchReference
 from onnxsmith.runtime.samples import Case, cases_for, load_cases, value_limits
 from onnxsmith.runtime.sampling import SamplingSettings
 from onnxsmith.runtime.scoring import Perplexity, perplexity
@@ -34,18 +37,23 @@ __all__ = [
     "Backend",
     "BenchResult",
     "BenchSettings",
+    "Blame",
     "Candidate",
     "Case",
+    "Divergence",
+    "GraphReference",
     "OrtBackend",
     "OrtSession",
     "Perplexity",
     "Placement",
     "ProviderChoice",
+    "Reference",
     "Requirement",
     "SamplingSettings",
     "Seq2SeqDecoder",
     "Session",
     "TorchBackend",
+    "TorchReference",
     "TorchSession",
     "WorkerSession",
     "available_providers",
@@ -56,6 +64,7 @@ __all__ = [
     "compare_components",
     "compare_sessions",
     "expected_outputs",
+    "find_divergence",
     "generate",
     "generate_batch",
     "generate_sequences",

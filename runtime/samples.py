@@ -20,7 +20,15 @@ from onnxsmith.runtime.session import Array, Session
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Case", "cases_for", "decoder_feeds", "load_cases", "made_up_values", "value_limits"]
+__all__ = [
+    "Case",
+    "cases_for",
+    "decoder_feeds",
+    "load_cases",
+    "made_up_values",
+    "numpy_dtype",
+    "value_limits",
+]
 
 # (batch, past length, new tokens, tokens of left padding in the last row). Length 1 and batch 1 are where
 # shapes get frozen by accident; padding and a cache are where attention is wrong without an error; the
@@ -169,7 +177,7 @@ def decoder_feeds(
                     batch if axis == 0 else size if isinstance(size, int) else 0
                     for axis, size in enumerate(spec.shape or ())
                 ]
-                feeds[spec.name] = np.zeros(shape, _dtype(spec.dtype))
+                feeds[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
         elif spec.name == "use_cache_branch":
             feeds[spec.name] = np.array([length > 0])
         else:
@@ -269,7 +277,7 @@ def made_up_values(
 def _values(
     spec: TensorSpec, shape: tuple[int, ...], limit: int | None, random: np.random.Generator
 ) -> Array:
-    dtype = _dtype(spec.dtype)
+    dtype = numpy_dtype(spec.dtype)
     if spec.name == "attention_mask":
         return np.ones(shape, dtype)
     if spec.name == "position_ids":
@@ -281,7 +289,8 @@ def _values(
     return random.standard_normal(shape).astype(dtype)
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy type of a name, those of ``ml_dtypes`` included."""
     try:
         return np.dtype(name)
     except TypeError:

@@ -1,0 +1,138 @@
+"""Where a model leaves its reference, which node is to blame, and a small model that shows it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.staging import check_destination, staged_directory
+from onnxsmith.progress import Progress
+from onnxsmith.source import ModelSource
+
+if TYPE_CHECKING:
+    from onnxsmith.comparison import Tolerance
+    from onnxsmith.runtime import Case, Divergence, Reference
+
+__all__ = ["bisect_models", "open_traceable"]
+
+# Which of the made-up cases tell most: padding, a cache, a cache with padding, several new tokens.
+_DECODER_ORDER = (3, 5, 1, 6, 2, 4, 0, 7)
+_PLAIN_ORDER = (1, 4, 0, 3, 2)
+_SAMPLES = 4
+
+
+def bisect_models(
+    reference: str,
+    candidate: Path,
+    *,
+    provider: str = "cpu",
+    samples: int | None = None,
+    inputs: Path | None = None,
+    output: Path | None = None,
+    tolerance: Tolerance | None = None,
+    task: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Finds the first tensors that diverge, and the nodes that make the error rather than pass it on.
+
+    Args:
+        reference: A source of a PyTorch model, or an ONNX model, which then runs on the CPU.
+        candidate: An artifact or ONNX file.
+        provider: Execution provider of the candidate.
+        samples: Number of made-up cases; 4 where None.
+        inputs: An ``.npz`` file with one array for each input, in place of made-up cases.
+        output: A directory for the smallest model and inputs that show the worst node's error, with a
+            script; it must not exist, or be
+            empty. Nothing is written where None, or where nothing diverges.
+        tolerance: Bounds; by the candidate's precision where None.
+        task: For a PyTorch reference.
+        seed: Of the made-up inputs.
+        threads: Threads of an operator.
+        progress: Who listens.
+
+    Raises:
+        OnnxsmithError: A side cannot be read or run.
+    """
+    from onnxsmith.runtime import OrtBackend, find_divergence
+
+    progress = progress or Progress()
+    if samples is not None and samples < 1:
+        raise BadInputError("bisect: --samples", got=str(samples), expected="at least 1")
+    if output is not None:
+        check_destination(output, force=False)
+    backend = OrtBackend(provider, threads=threads)
+    package = load_package(candidate)
+    with progress.step("bisect") as step, open_traceable(reference, task) as (right, limits):
+        cases = _cases(right, limits, samples or _SAMPLES, inputs, seed)
+
+        def run(directory: Path | None) -> Divergence:
+            return find_divergence(
+                right,
+                package,
+                backend,
+                cases,
+                name=str(candidate),
+                tolerance=tolerance,
+                unoptimized=OrtBackend(provider, threads=threads, optimize=False),
+                reproduce_in=directory,
+                on_progress=lambda note: step.advance(0, note=note),
+            )
+
+        if output is None:
+            return run(None)
+        with _kept_if_filled(output) as directory:
+            return run(directory)
+
+
+@contextlib.contextmanager
+def _kept_if_filled(output: Path) -> Iterator[Path]:
+    """A directory that takes the place of ``output`` where something was written to it."""
+    with contextlib.suppress(_NothingWrittenError), staged_directory(output, force=False) as staging:
+        yield staging
+        if not any(staging.iterdir()):
+            raise _NothingWrittenError
+
+
+class _NothingWrittenError(Exception):
+    """Nothing diverges, so there is nothing to show."""
+
+
+@contextlib.contextmanager
+def open_traceable(reference: str, task: str | None) -> Iterator[tuple[Reference, Mapping[str, int]]]:
+    """Opens a reference so that its intermediate tensors can be had; with the limits of its inputs.
+
+    Raises:
+        OnnxsmithError: It cannot be read.
+    """
+    from onnxsmith.runtime import GraphReference, OrtBackend, TorchBackend, TorchReference, value_limits
+
+    source = ModelSource.parse(reference)
+    if source.is_torch:
+        from onnxsmith.exporters import load_torch, torch_program
+
+        program = torch_program(load_torch(source, task=task))
+        with TorchBackend().open(program, name=reference) as session:
+            yield TorchReference(session, program), program.limits
+        return
+    assert source.path is not None
+    package = load_package(source.path)
+    with OrtBackend().open(package, name=reference) as opened:
+        yield GraphReference(opened, package, OrtBackend()), value_limits(package)
+
+
+def _cases(
+    reference: Reference, limits: Mapping[str, int], samples: int, inputs: Path | None, seed: int
+) -> Sequence[Case]:
+    from onnxsmith.runtime import cases_for, load_cases
+
+    if inputs is not None:
+        return load_cases(inputs, reference.session.inputs)
+    made = list(cases_for(reference.session, limits=limits, seed=seed))
+    order = _DECODER_ORDER if reference.session.cache else _PLAIN_ORDER
+    return [made[number] for number in order if number < len(made)][:samples]

@@ -1,0 +1,68 @@
+"""Tables of bisect and evaluate for people."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from onnxsmith.pipeline.console import print_table
+
+if TYPE_CHECKING:
+    from onnxsmith.runtime import Divergence
+
+__all__ = ["show_divergence"]
+
+_ROWS = 8
+
+
+def show_divergence(result: Divergence) -> None:
+    """Where it begins, and the nodes by the error that they make."""
+    provider = result.provider.removesuffix("ExecutionProvider")
+    sys.stdout.write(
+        f"{result.candidate} on {provider} against {result.reference}: {len(result.tensors)} tensors found "
+        f"in both, {len(result.unmatched)} only in the candidate, {len(result.cases)} cases\n\n"
+    )
+    first = result.first
+    if first is not None:
+        sys.stdout.write(
+            f"first divergence  {first.name} ({first.operator}), {first.reference} of the reference\n"
+        )
+        sys.stdout.write(f"                  {first.reason}\n\n")
+    rows = [
+        (
+            blame.node,
+            blame.operator,
+            _error(blame.introduced.size),
+            f"{blame.factor:.1f}x" if blame.typical and math.isfinite(blame.factor) else "",
+            _error(blame.inherited),
+            _error(blame.error.size),
+            "!" if blame.stands_out else "",
+        )
+        for blame in result.blamed[:_ROWS]
+    ]
+    headers = ("node", "operator", "makes", "of usual", "inherits", "together", "stands out")
+    print_table("error relative to the reference's tensor", headers, rows, text=("operator",))
+    for blame in result.suspects[:3]:
+        if blame.detail:
+            sys.stdout.write(f"\n{blame.node}: {blame.detail}\n")
+    for name, reason in list(result.outputs.items())[:3]:
+        sys.stdout.write(f"\noutput {name} differs: {reason}\n")
+    if result.changed_by_tapping:
+        sys.stdout.write(
+            f"\nReading intermediate tensors changed an output by {result.tapping_change:.2g}: in the "
+            "untouched model other kernels or fusions run\n"
+        )
+        if result.optimizer_change is not None:
+            change = f"{result.optimizer_change:.2g}"
+            sys.stdout.write(f"Without ONNX Runtime's own optimisation an output changes by {change}\n")
+    made = result.reproduction
+    if made is not None:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in list(made.shapes.items())[:4])
+        size = f"{len(made.nodes)} nodes, {made.bytes / 1e3:.1f} kB, {shapes}"
+        sys.stdout.write(f"\nreproduction      {made.directory}: {size}\n")
+    sys.stdout.write(f"\n{result.verdict}\n")
+
+
+def _error(value: float) -> str:
+    return "inf or NaN" if math.isinf(value) else f"{value:.2g}"
