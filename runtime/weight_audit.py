@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ __all__ = ["audit_weights"]
 
 # A weight is wrong where it is off by more than this share of the largest of its block: rounding is off by
 # at most half a step, and a scale that was searched for may cut the largest off by some more.
-_MAX_ROUNDING = {2: 0.9, 4: 0.5, 8: 0.1}
+_MAX_ROUNDING: Mapping[int, float] = {2: 0.9, 4: 0.5, 8: 0.1}
 _MAX_FLOAT = 0.02
 # Rows that are unpacked at a time.
 _ROWS = 2048
