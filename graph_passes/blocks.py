@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnxsmith.errors import BadInputError
 
 __all__ = [
     "QuantizedBlocks",
+    "block_grid",
     "dequantize_blocks",
     "pack_codes",
     "packed_blocks",
@@ -77,6 +79,7 @@ def quantize_blocks(
     importance: npt.NDArray[np.float32] | None = None,
     scale_type: npt.DTypeLike = np.float32,
     name: str = "the matrix",
+    method: str = "rtn",
 ) -> QuantizedBlocks:
     """Rounds a matrix to blocks of ``bits`` bits along its last axis.
 
@@ -98,46 +101,94 @@ def quantize_blocks(
             column is multiplied with.
         scale_type: What scales will be stored as, float32 or float16: codes are chosen for the rounded scale.
         name: The tensor's name, for messages.
+        method: ``rtn``, or ``hqq`` for zero points from half-quadratic splitting.
 
     Raises:
         BadInputError: A weight is NaN or infinite.
     """
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
+    scales, zeros = block_grid(
+        matrix, bits=bits, block_size=block_size, symmetric=symmetric, minimums=minimums,
+        search_steps=search_steps, importance=importance, scale_type=scale_type, name=name, method=method,
+    )  # fmt: skip
     codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
-    scales = np.empty((rows, blocks), np.float32)
-    zeros = np.empty((rows, blocks), np.float32 if minimums else np.uint8)
-    step = max(1, _CHUNK_ELEMENTS // max(1, blocks * block_size))
-    padding = blocks * block_size - columns
-    counts = None
-    if importance is not None:
-        # Relative, and never zero: a column that the sample did not use is not worth nothing.
-        counts = importance / max(float(importance.mean()), 1e-30) + 1e-2
-        counts = np.pad(counts, (0, padding)).reshape(1, blocks, block_size).astype(np.float32)
-    search = fit_minimums if minimums else _search
 
-    def work(begin: int) -> None:
-        part = matrix[begin : begin + step]
-        if padding:
-            part = np.pad(part, ((0, 0), (0, padding)))
-        values = part.reshape(-1, blocks, block_size)
-        # In each thread anew. Squares of huge weights may overflow: then the search keeps the full range.
-        with np.errstate(over="ignore", invalid="ignore"):
-            scale, zero = search(values, bits, symmetric, search_steps, scale_type, counts)
-            if not np.isfinite(scale).all():
-                _refuse(part, name)
-            code = round_blocks(values, scale, zero, bits)
-        codes[begin : begin + step] = pack_codes(code, bits)
-        scales[begin : begin + step] = scale
-        zeros[begin : begin + step] = zero
+    def work(part: slice, values: npt.NDArray[np.float32]) -> None:
+        codes[part] = pack_codes(round_blocks(values, scales[part], zeros[part], bits), bits)
 
-    # numpy releases the interpreter lock in these loops, so threads are enough.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(work, range(0, rows, step)):
-            pass
+    _over_rows(matrix, block_size, work)
     return packed_blocks(
         codes, scales, zeros, bits=bits, block_size=block_size, columns=columns, symmetric=symmetric
     )
+
+
+def block_grid(
+    matrix: npt.NDArray[np.float32],
+    *,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    minimums: bool,
+    search_steps: int,
+    importance: npt.NDArray[np.float32] | None = None,
+    scale_type: npt.DTypeLike = np.float32,
+    name: str = "the matrix",
+    method: str = "rtn",
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """Scales (N, blocks), and zero points or, in float32, minimums: see ``quantize_blocks``.
+
+    Raises:
+        BadInputError: A weight is NaN or infinite.
+    """
+    rows, columns = matrix.shape
+    blocks = -(-columns // block_size)
+    scales = np.empty((rows, blocks), np.float32)
+    zeros = np.empty((rows, blocks), np.float32 if minimums else np.uint8)
+    counts = None
+    if importance is not None:
+        # Relative, and never zero: a column that the sample did not use is not worth nothing.
+        counts = importance / max(float(importance.mean()), 1e-30) + np.float32(1e-2)
+        counts = np.pad(counts, (0, blocks * block_size - columns))
+        counts = counts.reshape(1, blocks, block_size).astype(np.float32)
+
+    def work(part: slice, values: npt.NDArray[np.float32]) -> None:
+        if method == "hqq":
+            scale, zero = half_quadratic(values, bits, minimums, scale_type)
+        else:
+            search = fit_minimums if minimums else _search
+            scale, zero = search(values, bits, symmetric, search_steps, scale_type, counts)
+        if not np.isfinite(scale).all():
+            _refuse(values, name)
+        scales[part], zeros[part] = scale, zero
+
+    _over_rows(matrix, block_size, work)
+    return scales, zeros
+
+
+def _over_rows(
+    matrix: npt.NDArray[np.float32],
+    block_size: int,
+    work: Callable[[slice, npt.NDArray[np.float32]], None],
+) -> None:
+    """Calls ``work`` with some rows in blocks at a time, in threads."""
+    rows, columns = matrix.shape
+    blocks = -(-columns // block_size)
+    step = max(1, _CHUNK_ELEMENTS // max(1, blocks * block_size))
+    padding = blocks * block_size - columns
+
+    def one(begin: int) -> None:
+        part = matrix[begin : begin + step]
+        if padding:
+            part = np.pad(part, ((0, 0), (0, padding)))
+        # In each thread anew. Squares of huge weights may overflow: then the search keeps the full range.
+        with np.errstate(over="ignore", invalid="ignore"):
+            work(slice(begin, begin + step), part.reshape(-1, blocks, block_size))
+
+    # numpy releases the interpreter lock in these loops, so threads are enough.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(one, range(0, rows, step)):
+            pass
 
 
 def packed_blocks(
@@ -226,6 +277,50 @@ def _search(
         best_zero = np.where(better, zero, best_zero)
         best_error = np.where(better, error, best_error)
     return best_scale, best_zero
+
+
+def half_quadratic(
+    values: npt.NDArray[np.float32],
+    bits: int,
+    minimums: bool,
+    scale_type: npt.DTypeLike,
+    *,
+    steps: int = 20,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+    """Zero points that make the error sparse instead of small: HQQ.
+
+    The solver of Badri and Shaji, 2023 (https://mobiusml.github.io/hqq_blog): the l_p norm of the error,
+    p = 0.7, is split from the rounding by a variable of its own, and both are solved in turn. Where the
+    operator wants whole zero points, the scale is fitted by least squares after the zero point is rounded.
+    """
+    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
+    if minimums:
+        low, high = values.min(-1), values.max(-1)
+    levels = np.float32((1 << bits) - 1)
+    scale = (high / levels - low / levels).astype(scale_type).astype(np.float32)
+    scale[np.abs(scale) < _SMALLEST_SCALE] = 1
+    zero = -low / scale
+    beta, best, best_zero = np.float32(10), np.full(scale.shape, np.inf, np.float32), zero
+    for _ in range(steps):
+        codes = np.clip(np.rint(values / scale[..., None] + zero[..., None]), 0, levels)
+        error = values - (codes - zero[..., None]) * scale[..., None]
+        size = np.abs(error)
+        loss = size.mean(-1)
+        best_zero = np.where(loss < best, zero, best_zero)
+        best = np.minimum(loss, best)
+        with np.errstate(divide="ignore"):
+            shrunk = np.sign(error) * np.maximum(size - np.power(size, np.float32(-0.3)) / beta, 0)
+        zero = (codes - (values - shrunk) / scale[..., None]).mean(-1)
+        beta *= np.float32(1.01)
+    if minimums:
+        minimum: npt.NDArray[np.float32] = (-best_zero * scale).astype(scale_type).astype(np.float32)
+        return scale, minimum
+    whole = np.clip(np.rint(best_zero), 0, levels).astype(np.uint8)
+    codes = _centred(values, scale, whole, bits)
+    squares = np.einsum("rbk,rbk->rb", codes, codes)
+    fitted = np.einsum("rbk,rbk->rb", codes, values) / np.where(squares == 0, np.float32(1), squares)
+    fitted = fitted.astype(scale_type).astype(np.float32)
+    return np.where(np.abs(fitted) >= _SMALLEST_SCALE, fitted, scale), whole
 
 
 def _grid(

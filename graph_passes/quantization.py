@@ -6,13 +6,14 @@ The formats are those of the operators' definitions
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NoReturn, get_args
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from onnxsmith.errors import BadInputError
+from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.graph_passes.block_operators import (
     BlockFormat,
     BlockWriter,
@@ -21,12 +22,23 @@ from onnxsmith.graph_passes.block_operators import (
     node_label,
 )
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
+from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.rounding import (
+    NEEDS_DATA,
+    Choice,
+    Rounding,
+    calibrated,
+    entry_of,
+    method_for,
+)
 from onnxsmith.graph_passes.weights import MatMulWeight
 
 __all__ = ["QuantizeWeights", "QuantizedBlocks", "dequantize_blocks", "quantize_blocks"]
 
 _DOMAIN = "com.microsoft"
+# What may differ from weight to weight.
+_SETTINGS = ("method", "bits", "block_size", "symmetric", "minimums", "half_scales")
 
 
 class QuantizeWeights(GraphPass):
@@ -42,6 +54,7 @@ class QuantizeWeights(GraphPass):
     def __init__(
         self,
         *,
+        method: Literal["rtn", "hqq", "gptq", "awq"] = "rtn",
         bits: Literal[2, 4, 8] = 4,
         block_size: Literal[16, 32, 64, 128, 256] = 32,
         symmetric: bool = False,
@@ -51,10 +64,13 @@ class QuantizeWeights(GraphPass):
         search_steps: int = 9,
         embeddings: bool = True,
         skip_nodes: tuple[str, ...] = (),
+        overrides: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Sets the format.
 
         Args:
+            method: rtn rounds to nearest, on the best of several grids; hqq makes the error sparse; gptq and
+                awq look at activations, and need calibration data.
             bits: Bits of a weight.
             block_size: Weights that share a scale; half as many, and so on, where rows do not divide by it.
             symmetric: Without zero points.
@@ -66,29 +82,18 @@ class QuantizeWeights(GraphPass):
             search_steps: Grids tried for each block; 0 is plain round to nearest.
             embeddings: Also quantize embeddings (Gather).
             skip_nodes: Patterns of node or weight names that keep their precision.
+            overrides: Pattern of node or weight names to what is different for them: any of method, bits,
+                block_size, symmetric, minimums and half_scales. The first pattern that fits counts.
 
         Raises:
             BadInputError: A value that is not among those listed, ``search_steps`` below 0 or above 100, or
                 both ``symmetric`` and ``minimums``.
         """
-        known = self.parameters()
-        given = {"bits": bits, "block_size": block_size, "accuracy_level": accuracy_level}
-        for name, value in given.items():
-            choices = get_args(known[name].annotation)
-            if value not in choices:
-                raise BadInputError(
-                    f"pass {self.name}: {name}",
-                    got=repr(value),
-                    expected=f"one of {', '.join(map(str, choices))}",
-                )
         if not 0 <= search_steps <= 100:
             raise BadInputError(
                 "pass quantize_weights: search_steps", got=str(search_steps), expected="0 to 100"
             )
-        if symmetric and minimums:
-            raise BadInputError(
-                "pass quantize_weights", got="symmetric and minimums", expected="one of them, or neither"
-            )
+        self.method = method
         self.bits = bits
         self.block_size = block_size
         self.symmetric = symmetric
@@ -98,6 +103,36 @@ class QuantizeWeights(GraphPass):
         self.search_steps = search_steps
         self.embeddings = embeddings
         self.skip_nodes = tuple(skip_nodes)
+        self.overrides = dict(overrides or {})
+        self._check({name: getattr(self, name) for name in (*_SETTINGS, "accuracy_level")}, "")
+        for pattern, changes in self.overrides.items():
+            for key in changes:
+                if key not in _SETTINGS:
+                    raise UnknownNameError(
+                        f"pass {self.name}: overrides of {pattern!r}", name=key, known=_SETTINGS, kind="key"
+                    )
+            self._check(self._settings() | changes, f"overrides of {pattern!r}: ")
+
+    def _check(self, given: Mapping[str, Any], where: str) -> None:
+        known = self.parameters()
+        for name, value in given.items():
+            kind = known[name].annotation
+            choices = get_args(kind) if kind is not bool else (False, True)
+            if not any(value is c if isinstance(value, bool) else value == c for c in choices):
+                raise BadInputError(
+                    f"pass {self.name}: {where}{name}",
+                    got=repr(value),
+                    expected=f"one of {', '.join(map(str, choices))}",
+                )
+        if given["symmetric"] and given["minimums"]:
+            raise BadInputError(
+                f"pass {self.name}{': ' + where.rstrip(': ') if where else ''}",
+                got="symmetric and minimums",
+                expected="one of them, or neither",
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def apply(self, model: ir.Model) -> Changes:
         """Replaces what can be replaced; the weights themselves are rounded when they are written.
@@ -107,46 +142,75 @@ class QuantizeWeights(GraphPass):
         """
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
         changes = Changes(skipped=skipped)
-        fitting = []
+        choices: list[Choice] = []
         for weight in weights:
-            form = self._format(weight)
+            settings = self._settings_of(weight)
+            form = self._format(weight, settings)
             if isinstance(form, BlockFormat):
-                fitting.append((weight, form))
+                method, why = method_for(weight, settings["method"])
+                entry = entry_of(weight, form, method) | ({"why": why} if why else {})
+                choices.append(Choice(weight, form, method, entry))
                 continue
             for user in weight.users:
                 node = user.node if isinstance(user, MatMulWeight) else user
                 changes.skipped[node_label(node)] = form
-        if not fitting:
+        if not choices:
             self._refuse(changes.skipped)
-        layers: dict[str, dict[str, Any]] = {}
+        made = self._calibrated(model, [c for c in choices if c.method in NEEDS_DATA])
         writer = BlockWriter(model, accuracy_level=self.accuracy_level)
-        for weight, form in fitting:
-            entry = layers[weight.name] = _entry(weight, form, "rtn")
-            writer.replace(weight, form, _Rounding(weight, form, self.search_steps, entry).blocks)
-            changes.count += len(weight.users)
+        for choice in choices:
+            blocks = made.get(choice.weight.name) or Rounding(choice, self.search_steps)
+            compute = blocks if isinstance(blocks, Rounding) else _given(blocks)
+            writer.replace(choice.weight, choice.form, compute)
+            changes.count += len(choice.weight.users)
         common.RemoveUnusedNodesPass()(model)
         model.opset_imports.setdefault(_DOMAIN, 1)
-        users = [user for weight, _ in fitting for user in weight.users]
+        users = [user for choice in choices for user in choice.weight.users]
         changes.details = {
             "bits": self.bits,
             "matmuls": sum(isinstance(u, MatMulWeight) for u in users),
             "embeddings": sum(isinstance(u, ir.Node) for u in users),
-            "tied": sum(len(weight.users) > 1 for weight, _ in fitting),
-            "layers": layers,
+            "tied": sum(len(choice.weight.users) > 1 for choice in choices),
+            "layers": {choice.weight.name: choice.entry for choice in choices},
         }
+        if made:
+            changes.details["calibration"] = dict(context_of(model).calibration)
         return changes
 
-    def _format(self, weight: SharedWeight) -> BlockFormat | str:
+    def _calibrated(self, model: ir.Model, choices: list[Choice]) -> dict[str, QuantizedBlocks | Rounding]:
+        if not choices:
+            return {}
+        activations = context_of(model).activations
+        if activations is None:
+            raise PreconditionError(
+                f"pass {self.name}",
+                got=f"method {choices[0].method} without calibration data",
+                expected="data to run the model on",
+                remedy="Give --calibration-data, or the key calibration of the recipe",
+            )
+        return calibrated(model, choices, activations, search_steps=self.search_steps)
+
+    def _settings_of(self, weight: SharedWeight) -> dict[str, Any]:
+        nodes = [user.node if isinstance(user, MatMulWeight) else user for user in weight.users]
+        names = [weight.name, *(node.name or "" for node in nodes)]
+        for pattern, changed in self.overrides.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                return self._settings() | changed
+        return self._settings()
+
+    def _format(self, weight: SharedWeight, settings: Mapping[str, Any]) -> BlockFormat | str:
         """The format of a weight, or why there is none."""
-        columns, size = weight.shape[1], int(self.block_size)
+        columns, size = weight.shape[1], int(settings["block_size"])
         while columns % size and size > 16:
             size //= 2
         if columns % size:
-            return f"rows of {columns} are no multiple of block_size {self.block_size}"
-        if self.bits == 2 and weight.gathers:
+            return f"rows of {columns} are no multiple of block_size {settings['block_size']}"
+        if settings["bits"] == 2 and weight.gathers:
             return "GatherBlockQuantized has no kernel for 2 bits"
-        half = self.half_scales and weight.tensor.dtype == ir.DataType.FLOAT
-        return BlockFormat(self.bits, size, self.symmetric, self.minimums, half)
+        # What is added beside MatMulNBits has kernels in float32.
+        wide = weight.tensor.dtype == ir.DataType.FLOAT
+        half, minimums = wide and settings["half_scales"], wide and settings["minimums"]
+        return BlockFormat(settings["bits"], size, settings["symmetric"], minimums, half)
 
     def _refuse(self, skipped: dict[str, str]) -> NoReturn:
         if not skipped:
@@ -166,47 +230,5 @@ class QuantizeWeights(GraphPass):
         )
 
 
-class _Rounding:
-    """Rounds one weight when it is written, and then fills in what that cost."""
-
-    def __init__(self, weight: SharedWeight, form: BlockFormat, steps: int, entry: dict[str, Any]) -> None:
-        self._weight, self._form, self._steps, self._entry = weight, form, steps, entry
-
-    def blocks(self) -> QuantizedBlocks:
-        form, rows = self._form, self._weight.rows()
-        blocks = quantize_blocks(
-            rows,
-            bits=form.bits,
-            block_size=form.block_size,
-            symmetric=form.symmetric,
-            minimums=form.minimums,
-            search_steps=self._steps,
-            scale_type=np.float16 if form.half_scales else self._weight.tensor.dtype.numpy(),
-            name=self._weight.name,
-        )
-        self._entry["weight_error"] = relative_error(rows, blocks)
-        return blocks
-
-
-def relative_error(rows: Any, blocks: QuantizedBlocks) -> float:
-    """The squared error of a weight, relative to its square; read some rows at a time."""
-    error = square = 0.0
-    step = max(1, (1 << 20) // max(1, rows.shape[1]))
-    for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step]
-        difference = (dequantize_blocks(blocks.rows(begin, begin + step)) - part).ravel()
-        error += float(np.dot(difference, difference))
-        square += float(np.dot(part.ravel(), part.ravel()))
-    return error / square if square else 0.0
-
-
-def _entry(weight: SharedWeight, form: BlockFormat, method: str) -> dict[str, Any]:
-    return {
-        "shape": list(weight.shape),
-        "method": method,
-        "bits": form.bits,
-        "block_size": form.block_size,
-        "zero_points": "float minimum" if form.minimums else "none" if form.symmetric else "integer",
-        # Filled in when the weight is written.
-        "weight_error": None,
-    }
+def _given(blocks: QuantizedBlocks) -> Callable[[], QuantizedBlocks]:
+    return lambda: blocks

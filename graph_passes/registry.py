@@ -30,6 +30,8 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "lower_ir_version": "onnxsmith.graph_passes.versions:LowerIrVersion",
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
+        "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
+        "quantize_static": "onnxsmith.graph_passes.static:QuantizeStatic",
         "quantize_weights": "onnxsmith.graph_passes.quantization:QuantizeWeights",
         "remove_unused_inputs": "onnxsmith.graph_passes.signature:RemoveUnusedInputs",
         "rotary_in_attention": "onnxsmith.graph_passes.attention:RotaryInAttention",

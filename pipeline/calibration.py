@@ -2,18 +2,197 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from onnxsmith.source import ModelSource, SourceKind
+import numpy as np
+import numpy.typing as npt
+
+from onnxsmith.errors import BadInputError, FeedError
+from onnxsmith.package import Component, ModelPackage, TensorSpec, cache_pairs
+from onnxsmith.pipeline.texts import load_text, text_sha256
+from onnxsmith.source import ModelSource, SourceKind, resolve_path
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from onnxsmith.graph_passes.context import PassContext
 
-__all__ = ["context_for"]
+__all__ = ["CalibrationData", "context_for"]
+
+Feeds = dict[str, npt.NDArray[Any]]
 
 
-def context_for(source: ModelSource) -> PassContext:
-    """The context of passes on a model that was exported from a source."""
+@dataclasses.dataclass(frozen=True)
+class CalibrationData:
+    """What activations are measured on.
+
+    Attributes:
+        data: A text (see ``load_text``), or an ``.npz`` file with one array for each input, a sample along
+            the first axis of each.
+        samples: Samples used, from the beginning.
+        tokens: Longest sample of a text. A decoder's samples are pieces of this length of the whole text,
+            any other model's are its lines.
+        base: The directory that a relative path starts from.
+    """
+
+    data: str
+    samples: int = 128
+    tokens: int = 512
+    base: Path | None = None
+
+    def feeds(self, package: ModelPackage) -> Callable[[Sequence[TensorSpec]], Iterator[Feeds]]:
+        """What makes the inputs of the package's model, one sample at a time.
+
+        Raises:
+            BadInputError: There is no such data.
+            TokenizerError: A text, and a package without a tokenizer.
+        """
+        if self.data.endswith(".npz"):
+            arrays = _arrays(resolve_path(self.data, base=self.base))
+            return lambda inputs: _slices(arrays, inputs, self.samples, self.data)
+        samples = self._token_ids(package)
+        return lambda inputs: (_text_feeds(inputs, ids) for ids in samples)
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest: which data, and how much of it."""
+        found: dict[str, Any] = {"data": self.data, "samples": self.samples, "tokens": self.tokens}
+        if not self.data.endswith(".npz"):
+            found["sha256"] = text_sha256(load_text(self.data, base=self.base))
+        return found
+
+    def _token_ids(self, package: ModelPackage) -> list[npt.NDArray[np.int64]]:
+        from onnxsmith.pipeline.tokenization import PackageTokenizer
+
+        tokenizer = PackageTokenizer(package)
+        text = load_text(self.data, base=self.base)
+        if any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
+            # A token is at least one byte, so this much text is enough.
+            ids = np.array(tokenizer.encode(text[: self.samples * self.tokens * 16]), np.int64)
+            pieces = [ids[i : i + self.tokens] for i in range(0, len(ids), self.tokens)][: self.samples]
+            return [piece for piece in pieces if len(piece) > 1]
+        lines = (line.strip() for line in text.splitlines())
+        found: list[npt.NDArray[np.int64]] = []
+        for line in (line for line in lines if line):
+            found.append(np.array(tokenizer.encode(line)[: self.tokens], np.int64))
+            if len(found) == self.samples:
+                break
+        return found
+
+
+def context_for(
+    source: ModelSource | None, package: ModelPackage | None = None, data: CalibrationData | None = None
+) -> PassContext:
+    """The context of passes.
+
+    Args:
+        source: What the model was exported from, where known.
+        package: The model that the data is for; its tokenizer is used.
+        data: Calibration data.
+
+    Raises:
+        BadInputError: There is no such data.
+        TokenizerError: A text, and a package without a tokenizer.
+    """
     from onnxsmith.graph_passes.context import PassContext
 
-    return PassContext(gguf=source.path if source.kind is SourceKind.GGUF else None)
+    gguf = source.path if source is not None and source.kind is SourceKind.GGUF else None
+    if data is None or package is None:
+        return PassContext(gguf=gguf)
+    feeds = data.feeds(package)
+
+    def activations(model: ir.Model, names: Sequence[str]) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        return _run(model, names, feeds)
+
+    return PassContext(gguf=gguf, activations=activations, calibration=data.described())
+
+
+def _run(
+    model: ir.Model, names: Sequence[str], feeds: Callable[[Sequence[TensorSpec]], Iterator[Feeds]]
+) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """Runs a copy of a model whose outputs are the named values; what they do not need is cut off."""
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+
+    from onnxsmith.runtime import OrtSession
+
+    copy = model.clone()
+    graph = copy.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    given = {value.name for value in graph.inputs}
+    inner = [name for name in names if name not in given]
+    outputs = [values[name] for name in inner]
+    for value in outputs:
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs[:] = outputs
+    common.RemoveUnusedNodesPass()(copy)
+    package = ModelPackage({"calibration": Component(copy)})
+    count = 0
+    with OrtSession(package, name="calibration") as session:
+        for batch in feeds(session.inputs):
+            found = session.run(batch, inner) if inner else {}
+            yield {name: found[name] if name in found else batch[name] for name in names}
+            count += 1
+    if not count:
+        raise BadInputError("calibration", got="data without a sample", expected="at least one")
+
+
+def _text_feeds(inputs: Sequence[TensorSpec], ids: npt.NDArray[np.int64]) -> Feeds:
+    from onnxsmith.runtime.samples import decoder_feeds
+
+    if any(spec.name.startswith("past_key_values.") for spec in inputs):
+        return decoder_feeds(tuple(inputs), ids[None])
+    made: Feeds = {}
+    for spec in inputs:
+        if spec.name == "input_ids":
+            made[spec.name] = ids[None]
+        elif spec.name == "attention_mask":
+            made[spec.name] = np.ones((1, len(ids)), spec.dtype)
+        elif spec.name == "token_type_ids":
+            made[spec.name] = np.zeros((1, len(ids)), spec.dtype)
+        elif spec.name == "position_ids":
+            made[spec.name] = np.arange(len(ids))[None].astype(spec.dtype)
+        else:
+            raise FeedError(
+                f"calibration: input {spec.name!r}",
+                got="a text as data, and an input that is not made of text",
+                expected="input_ids, attention_mask, token_type_ids, position_ids",
+                remedy="Give an .npz file with one array for each input",
+            )
+    return made
+
+
+def _arrays(path: Path) -> Feeds:
+    try:
+        # Opened here, because numpy leaves its own file open where the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInputError(
+            f"calibration data {path}",
+            got=f"cannot be read: {error}",
+            expected="an .npz file with one array for each input, a sample along the first axis",
+        ) from error
+    lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise BadInputError(
+            f"calibration data {path}",
+            got=f"samples along the first axis: {lengths or 'no array'}",
+            expected="the same number, at least one, in every array",
+        )
+    return arrays
+
+
+def _slices(arrays: Feeds, inputs: Sequence[TensorSpec], samples: int, where: str) -> Iterator[Feeds]:
+    names = [spec.name for spec in inputs]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise FeedError(
+            f"calibration data {where}", got=f"no array {missing[0]!r}", expected=", ".join(names)
+        )
+    for index in range(min(samples, len(arrays[names[0]]))):
+        yield {name: arrays[name][index : index + 1] for name in names}

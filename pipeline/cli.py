@@ -191,17 +191,33 @@ def optimize(
         typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="A pass; may be repeated."),
     ] = None,
     verify_each: VerifyEach = False,
+    calibration_data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="A text or .npz file, for passes that look at activations."),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples used.")] = 128,
+    calibration_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Longest sample.")] = 512,
     force: Force = False,
     json_target: Json = None,
 ) -> None:
     """Run passes on an ONNX model: presets first, then single passes, each in the order given."""
+    from onnxsmith.pipeline.calibration import CalibrationData
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.operations import inspect_model, optimize_model
     from onnxsmith.pipeline.tables import show_optimize
 
     specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
+    calibration = None
+    if calibration_data is not None:
+        calibration = CalibrationData(calibration_data, calibration_samples, calibration_tokens)
     before, after = optimize_model(
-        model, output, specs, verify_each=verify_each, force=force, progress=progress_for()
+        model,
+        output,
+        specs,
+        verify_each=verify_each,
+        calibration=calibration,
+        force=force,
+        progress=progress_for(),
     )
     if json_target:
         steps = [

@@ -14,6 +14,7 @@ from onnxsmith.onnx_file import weight_bytes
 from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import write_manifest
+from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.references import compare_package, open_programs, open_reference
 from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
 from onnxsmith.pipeline.stepwise import StepVerifier
@@ -126,6 +127,7 @@ def optimize_model(
     specs: Sequence[PassSpec],
     *,
     verify_each: bool = False,
+    calibration: CalibrationData | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[ModelPackage, ModelPackage]:
@@ -137,6 +139,7 @@ def optimize_model(
         specs: Names and parameters of the passes.
         verify_each: Whether to run the checker and compare outputs after each pass, which names the pass that
             broke the model. It costs as much as writing and running the model that often.
+        calibration: What passes that look at activations run the model on.
         force: Whether an artifact that is there may be replaced.
         progress: Who listens.
 
@@ -159,8 +162,13 @@ def optimize_model(
     require_space(destination.resolve().parent, size, purpose=f"optimisation of {model}")
     verify = StepVerifier() if verify_each else None
     with progress.step("optimize", len(passes)) as step:
+        context = context_for(None, before, calibration)
         after = run_passes(
-            before, passes, on_step=lambda record: step.advance(note=record.name), verify=verify
+            before,
+            passes,
+            on_step=lambda record: step.advance(note=record.name),
+            context=context,
+            verify=verify,
         )
     if not after.source:
         after.source = {"kind": "onnx", "text": str(model)}

@@ -19,6 +19,7 @@ from onnxsmith.pipeline._recipe_text import RecipeText
 __all__ = [
     "BenchmarkSpec",
     "Budgets",
+    "CalibrationSpec",
     "ComparisonSpec",
     "Evaluation",
     "ExportSpec",
@@ -156,6 +157,17 @@ class Evaluation(_Model):
     benchmark: BenchmarkSpec | None = BenchmarkSpec()
 
 
+class CalibrationSpec(_Model):
+    """What passes that look at activations run the model on."""
+
+    data: str
+    """A text, as for perplexity, or an .npz file with one array for each input. Never the evaluation's."""
+    samples: int = pydantic.Field(default=128, ge=1)
+    """Samples used, from the beginning."""
+    tokens: int = pydantic.Field(default=512, ge=2)
+    """Longest sample of a text: decoders take pieces of this length, other models lines."""
+
+
 class Budgets(_Model):
     """What a variant must keep to be chosen."""
 
@@ -182,6 +194,7 @@ class Recipe(_Model):
     """The task; found from the model where absent."""
     export: ExportSpec = ExportSpec()
     variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
+    calibration: CalibrationSpec | None = None
     provider: str = "cpu"
     """The execution provider that the variants run on."""
     evaluation: Evaluation = Evaluation()
@@ -200,6 +213,13 @@ class Recipe(_Model):
                 raise _broken_rule(
                     ("variants", number, "name"), f"a second variant named {name!r}", "unique names"
                 )
+        scored = self.evaluation.perplexity
+        if self.calibration and scored and self.calibration.data == scored.data:
+            raise _broken_rule(
+                ("calibration", "data"),
+                "the text of evaluation.perplexity",
+                "another one, or nothing is measured",
+            )
         budgets = self.budgets.model_dump(exclude_none=True)
         needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
         needs.append((self.choose, ("choose",)))

@@ -24,7 +24,7 @@ from onnxsmith.errors import LackingError, OnnxsmithError, SourceError
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import file_entries, write_manifest
-from onnxsmith.pipeline.calibration import context_for
+from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
 from onnxsmith.pipeline.references import open_programs
@@ -123,6 +123,11 @@ class _Job:
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
         self.context = context_for(source)
+        self.calibration = None
+        if recipe.calibration is not None:
+            self.calibration = CalibrationData(**recipe.calibration.model_dump(), base=base)
+            if not recipe.calibration.data.endswith(".npz"):
+                load_text(recipe.calibration.data, base=base)
         self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
@@ -181,6 +186,7 @@ class _Job:
             programs = torch_programs(loaded)
             exported = export(loaded, programs, attention=recipe.export.attention, opset=recipe.export.opset)
             step.note = exported.steps[-1].details.get("attention", "")
+        self.context = context_for(self.source, exported, self.calibration)
         for variant in recipe.variants:
             self.report.variants.append(VariantReport(variant.name, provider=self.backend.name))
         with self.step("variants", sum(len(p) for p in self.passes.values())) as step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -318,7 +319,29 @@ def _spread(spread: Any) -> str:
 def _plain(details: Mapping[str, Any]) -> str:
     parts = []
     for key, value in details.items():
-        if isinstance(value, dict):
+        if key in ("ranges", "factors"):
+            continue
+        if key == "layers":
+            value = _layers(value)
+        elif isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         parts.append(f"{key} {value}")
     return "; ".join(parts)
+
+
+def _layers(layers: Mapping[str, Any]) -> str:
+    """How many layers got what, and the one that lost most; each of them is in the manifest."""
+    kinds = Counter(
+        " ".join(str(part) for part in (entry.get("method"), entry.get("bits"), "bit") if part is not None)
+        for entry in layers.values()
+    )
+    text = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    errors = {
+        name: error
+        for name, entry in layers.items()
+        if (error := entry.get("output_error", entry.get("weight_error"))) is not None
+    }
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        text += f" (largest error {errors[worst]:.2g}, relative squared, of {worst})"
+    return text

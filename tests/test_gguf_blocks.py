@@ -199,3 +199,19 @@ def test_a_real_model_keeps_all_its_blocks() -> None:
     wanted = np.asarray(gguf.quants.dequantize(rows._raw(tensor), gguf.GGMLQuantizationType.Q4_1))
     blocks = codes.reshape(*scales.shape, 32) * scales[..., None] + minimums[..., None]
     np.testing.assert_array_equal(blocks.reshape(wanted.shape), wanted)
+
+
+def test_weights_that_were_loaded_in_float16(tmp_path: Path) -> None:
+    raw = raw_rows("Q4_1", 6)
+    weight = values("Q4_1", raw).astype(np.float16)
+    model = graph(
+        '<ir_version: 9, opset_import: ["": 18]> g (float16[b, s, 256] x) => (float16[b, s, 6] y) '
+        "{ y = MatMul(x, w) }",
+        w=np.ascontiguousarray(weight.T),
+    )
+    x = np.random.default_rng(3).standard_normal((1, 2, 256)).astype(np.float16)
+    path = write(tmp_path / "m.gguf", q=("Q4_1", raw))
+    assert KeepGgufBlocks(gguf=str(path), accuracy_level=0)(model).changes.details["copied"] == 1
+    got = run(model, {"x": x})["y"]
+    expected = x.astype(np.float32) @ values("Q4_1", raw).T
+    np.testing.assert_allclose(got, expected, rtol=0, atol=0.01 * np.abs(expected).max())

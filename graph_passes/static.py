@@ -1,0 +1,469 @@
+"""8 bit weights and activations whose ranges were measured before: static quantization."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.graph_passes.awq import divide_activation
+from onnxsmith.graph_passes.context import Activations, context_of
+from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.dynamic import quantize_embeddings, refuse_nothing, store_weight, weight_error
+from onnxsmith.graph_passes.integer_operators import (
+    GraphWriter,
+    IntegerWeight,
+    LinearNode,
+    find_linear_nodes,
+    integer_weight,
+)
+from onnxsmith.graph_passes.observers import Channels, Observer, Range
+from onnxsmith.graph_passes.weights import constant_of
+
+__all__ = ["QuantizeStatic"]
+
+Floats = npt.NDArray[np.float32]
+
+_TYPES: Mapping[str, tuple[ir.DataType, int, int]] = {
+    "uint8": (ir.DataType.UINT8, 0, 255),
+    "int8": (ir.DataType.INT8, -128, 127),
+    "uint16": (ir.DataType.UINT16, 0, 65535),
+    "int16": (ir.DataType.INT16, -32768, 32767),
+}
+_STRENGTHS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75)
+
+
+class QuantizeStatic(GraphPass):
+    """Computes MatMul and Gemm on integers, with ranges of activations from calibration data.
+
+    Only what is multiplied with a weight is rounded: the scores of attention, with their mask of -3.4e38,
+    stay in float, and a mask that reaches an activation is left out of its range.
+    """
+
+    name: ClassVar[str] = "quantize_static"
+    summary: ClassVar[str] = "MatMul and Gemm on 8 bit integers; ranges of activations from calibration data"
+
+    def __init__(
+        self,
+        *,
+        form: Literal["qdq", "qoperator", "integer"] = "integer",
+        activations: Literal["uint8", "int8", "uint16", "int16"] = "uint8",
+        calibration: Literal["minmax", "moving_average", "percentile", "entropy", "mse"] = "mse",
+        percentile: float = 99.99,
+        smoothing: Literal["auto", "none"] = "auto",
+        strengths: dict[str, float] | None = None,
+        bias_correction: bool = True,
+        per_channel: bool = True,
+        symmetric: bool = True,
+        reduce_range: bool = False,
+        embeddings: bool = True,
+        ranges: dict[str, tuple[float, float]] | None = None,
+        table: str = "",
+        skip_nodes: tuple[str, ...] = (),
+    ) -> None:
+        """Sets formats and methods.
+
+        Args:
+            form: integer writes what ONNX Runtime's CPU is fastest with, MatMulIntegerToFloat with the bias
+                inside; qdq writes QuantizeLinear and DequantizeLinear around float operators, which every
+                provider knows; qoperator writes QLinearMatMul, which rounds results too.
+            activations: Type of the activations. With 16 bits ONNX Runtime's CPU computes in float.
+            calibration: How a range follows from what was seen.
+            percentile: Of the values that are inside, for that method.
+            smoothing: auto moves range from activations to weights (SmoothQuant), as strongly as is best for
+                each activation; none leaves them.
+            strengths: Pattern of names of nodes or activations to the strength of smoothing, 0 to 1, in place
+                of the one that would be found.
+            bias_correction: Add what rounding a weight shifts the mean of its output by.
+            per_channel: A scale for each output channel; else one for the weight.
+            symmetric: int8 weights around zero; else uint8 with a zero point.
+            reduce_range: 7 bits for weights, for x86 processors without VNNI.
+            embeddings: Also store embeddings (Gather) in 8 bits.
+            ranges: Pattern of tensor names to (low, high), in place of what was seen.
+            table: A calibration table, or the manifest of an artifact that this pass made: its ranges and
+                smoothing are used, and no data is needed. Means are not kept, so bias is not corrected.
+            skip_nodes: Patterns of node or weight names that keep their precision.
+
+        Raises:
+            BadInputError: A percentile not between 50 and 100, a range without zero inside, or integer
+                operators with 16 bits.
+        """
+        if not 50 < percentile <= 100:
+            raise BadInputError(
+                "pass quantize_static: percentile", got=str(percentile), expected="above 50, up to 100"
+            )
+        for pattern, (low, high) in (ranges or {}).items():
+            if not low <= 0 <= high or low == high:
+                raise BadInputError(
+                    f"pass quantize_static: ranges of {pattern!r}", got=f"{low} to {high}",
+                    expected="a range with 0 inside, because 0 has to be exact",
+                )  # fmt: skip
+        if form != "qdq" and activations not in ("uint8", "int8"):
+            raise BadInputError(
+                "pass quantize_static", got=f"{form} with {activations}", expected="uint8 or int8, or qdq"
+            )
+        self.form = form
+        self.activations = activations
+        self.calibration = calibration
+        self.percentile = percentile
+        for pattern, strength in (strengths or {}).items():
+            if not 0 <= strength <= 1:
+                raise BadInputError(
+                    f"pass quantize_static: strengths of {pattern!r}", got=str(strength), expected="0 to 1"
+                )
+        self.smoothing = smoothing
+        self.strengths = dict(strengths or {})
+        self.bias_correction = bias_correction
+        self.per_channel = per_channel
+        self.symmetric = symmetric
+        self.reduce_range = reduce_range
+        self.embeddings = embeddings
+        self.ranges = {pattern: (float(low), float(high)) for pattern, (low, high) in (ranges or {}).items()}
+        self.table = table
+        self.skip_nodes = tuple(skip_nodes)
+
+    def apply(self, model: ir.Model) -> Changes:
+        """Measures, then replaces.
+
+        Raises:
+            PreconditionError: There is nothing to quantize, or neither data nor a table.
+            BadInputError: The table cannot be read, or has no range for an activation.
+        """
+        linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        refuse_nothing(self.name, linear, skipped)
+        layers: dict[str, dict[str, Any]] = {
+            one.label: {"shape": list(one.shape), "method": "static"} for one in linear
+        }
+        details: dict[str, Any] = {"integer": len(linear)}
+        means: dict[str, npt.NDArray[np.float64]] = {}
+        groups: dict[ir.Value, list[LinearNode]] = {}
+        for one in linear:
+            groups.setdefault(one.activation, []).append(one)
+        if self.table:
+            found, factors = _read_table(self.table)
+            for value, users in groups.items():
+                if value.name in factors:
+                    self._scale(model, value, users, factors[value.name])
+        else:
+            activations = context_of(model).activations
+            if activations is None:
+                raise PreconditionError(
+                    f"pass {self.name}",
+                    got="no calibration data and no table",
+                    expected="data to run the model on",
+                    remedy="Give --calibration-data, or the key calibration of the recipe, or table=FILE",
+                )
+            factors, means = self._smooth(model, groups, activations, layers)
+            found = self._measure(model, linear, activations)
+            details["calibration"] = dict(context_of(model).calibration)
+        writer = _Writer(model, self)
+        for one in linear:
+            x = one.activation
+            wide = self._range(x.name or "", found)
+            weight = integer_weight(
+                one.columns(), per_channel=self.per_channel, symmetric=self.symmetric,
+                reduce_range=self.reduce_range,
+            )  # fmt: skip
+            layers[one.label] |= {
+                "bits": 7 if self.reduce_range else 8,
+                "weight_error": weight_error(one, weight),
+                "range": [wide.low, wide.high],
+            }
+            if wide.masked:
+                layers[one.label]["masked_values_left_out"] = wide.masked
+            shift = None
+            if x.name in means and self.bias_correction:
+                shift = means[x.name] @ (one.columns() - weight.dequantized())
+            out = None
+            if self.form == "qoperator":
+                out = self._range(one.node.outputs[0].name or "", found)
+            writer.write(one, weight, wide, out, shift)
+        details |= {"layers": layers, "ranges": {name: r.to_json() for name, r in found.items()}}
+        details["factors"] = {name: [float(f"{x:.7g}") for x in value] for name, value in factors.items()}
+        layers |= quantize_embeddings(model, self.skip_nodes, skipped) if self.embeddings else {}
+        common.RemoveUnusedNodesPass()(model)
+        return Changes(len(layers), details, skipped)
+
+    def _smooth(
+        self,
+        model: ir.Model,
+        groups: Mapping[ir.Value, list[LinearNode]],
+        activations: Activations,
+        layers: dict[str, dict[str, Any]],
+    ) -> tuple[dict[str, Floats], dict[str, npt.NDArray[np.float64]]]:
+        """Scales activations where that helps.
+
+        Returns:
+            Factors by the name of the activation that was scaled, and the means of the channels by the name
+            of what is then multiplied.
+        """
+        if self.smoothing == "none" and not self.strengths and not self.bias_correction:
+            return {}, {}
+        channels = {value.name or "": Channels(users[0].shape[1]) for value, users in groups.items()}
+        for batch in activations(model, list(channels)):
+            for name, watcher in channels.items():
+                watcher.update(batch[name])
+        factors, means = {}, {}
+        for value, users in groups.items():
+            seen, name = channels[value.name or ""], value.name or ""
+            sources = {one.source for one in users}
+            alone = all(len(source.uses()) == sum(o.source is source for o in users) for source in sources)
+            strength, scale, how = 0.0, np.ones(len(seen.largest), np.float32), "none needed"
+            wanted = self._wanted(name, users)
+            if alone and (wanted is not None or self.smoothing == "auto"):
+                strength, scale = self._strength(seen, [one.columns() for one in users], wanted)
+            if strength:
+                factors[name] = scale
+                how = self._scale(model, value, users, scale)
+            for one in users:
+                layers[one.label] |= {"smoothing": strength, "scaling": how}
+            means[users[0].activation.name or ""] = seen.mean / scale
+        return factors, means
+
+    @staticmethod
+    def _scale(model: ir.Model, value: ir.Value, users: Sequence[LinearNode], factors: Floats) -> str:
+        how = divide_activation(model, value, [one.node for one in users], factors)
+        for source in {one.source for one in users}:
+            _scale_rows(source, factors, next(o for o in users if o.source is source).is_transposed)
+        return how
+
+    def _wanted(self, activation: str, users: Sequence[LinearNode]) -> float | None:
+        names = (activation, *(one.node.name or "" for one in users))
+        for pattern, strength in self.strengths.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                return strength
+        return None
+
+    def _strength(
+        self, seen: Channels, weights: Sequence[Floats], wanted: float | None
+    ) -> tuple[float, Floats]:
+        """The exponent of SmoothQuant with the least expected error of the outputs.
+
+        Rounding an activation with step d adds an error of d * d / 12 to each channel, and rounding a weight
+        adds its own, weighted by the channel's mean square.
+        """
+        levels = _TYPES[self.activations][2] - _TYPES[self.activations][1]
+        largest = np.maximum(seen.largest, np.float32(1e-6))
+        ceiling = np.maximum(np.max([np.abs(w).max(1) for w in weights], axis=0), np.float32(1e-6))
+        best = (0.0, np.ones_like(largest))
+        smallest = np.inf
+        for strength in _STRENGTHS if wanted is None else (wanted,):
+            scale = np.power(largest, np.float32(strength)) / np.power(ceiling, np.float32(1 - strength))
+            scale = np.clip(scale / np.exp(np.log(scale).mean()), 1e-2, 1e2).astype(np.float32)
+            if not strength:
+                scale = np.ones_like(largest)
+            step = 2 * float((largest / scale).max()) / levels
+            error = 0.0
+            for weight in weights:
+                scaled = weight * scale[:, None]
+                made = integer_weight(
+                    scaled, per_channel=self.per_channel, symmetric=self.symmetric,
+                    reduce_range=self.reduce_range, search_steps=0,
+                )  # fmt: skip
+                lost = np.square(made.dequantized() - scaled).sum(1) / np.square(scale)
+                error += step * step / 12 * float(np.square(scaled).sum())
+                error += float((lost * seen.mean_square).sum())
+            # A Mul costs time, so it has to be worth it.
+            if error < smallest * (0.4 if not best[0] else 1.0):
+                smallest, best = error, (strength, scale)
+        return best
+
+    def _measure(
+        self, model: ir.Model, linear: Sequence[LinearNode], activations: Activations
+    ) -> dict[str, Range]:
+        observers = {one.activation.name or "": Observer() for one in linear}
+        if self.form == "qoperator":
+            observers |= {one.node.outputs[0].name or "": Observer() for one in linear}
+        for batch in activations(model, list(observers)):
+            for name, observer in observers.items():
+                observer.update(batch[name])
+        levels = _TYPES[self.activations][2] - _TYPES[self.activations][1] + 1
+        return {
+            name: observer.range(self.calibration, percentile=self.percentile, levels=levels)
+            for name, observer in observers.items()
+        }
+
+    def _range(self, name: str, found: Mapping[str, Range]) -> Range:
+        for pattern, (low, high) in self.ranges.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return Range(low, high)
+        if name not in found:
+            raise BadInputError(
+                f"pass {self.name}: table {self.table}",
+                got=f"no range for {name!r}",
+                expected="a table of this model, made with the same passes before",
+            )
+        return found[name]
+
+
+class _Writer:
+    def __init__(self, model: ir.Model, settings: QuantizeStatic) -> None:
+        self._writer = GraphWriter(model)
+        self._settings = settings
+        self._weights: dict[tuple[str, bool], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._codes: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._domain = ""
+        if settings.activations.endswith("16") and model.opset_imports.get("", 0) < 21:
+            # ONNX has 16 bits from opset 21 on, ONNX Runtime's own operators always.
+            self._domain = "com.microsoft"
+            model.opset_imports.setdefault(self._domain, 1)
+
+    def write(
+        self,
+        one: LinearNode,
+        weight: IntegerWeight,
+        wide: Range,
+        out: Range | None,
+        shift: npt.NDArray[np.float64] | None,
+    ) -> None:
+        writer, node = self._writer, one.node
+        base = f"{node.name or node.outputs[0].name}_int8"
+        key = (one.source.name or "", one.is_transposed)
+        if key not in self._weights:
+            self._weights[key] = store_weight(writer, one, weight)
+        codes, scale, zero = self._weights[key]
+        bias = one.bias
+        left = self._quantized(one.activation, wide)
+        if self._settings.form == "integer":
+            follower = None if bias is not None else bias_after(node)
+            bias = bias if follower is None else follower[1]
+            inputs = [left[0], codes, left[1], scale, left[2], zero]
+            if bias is not None:
+                inputs.append(bias)
+            if shift is not None and bias is None:
+                inputs.append(writer.constant(shift.astype(np.float32), f"{base}_correction"))
+            elif shift is not None:
+                inputs[-1] = self._shifted(bias, shift, base)
+            (result,) = writer.add(node, "MatMulIntegerToFloat", inputs, base, domain="com.microsoft")
+            writer.graph.opset_imports.setdefault("com.microsoft", 1)
+            writer.replace(node, result)
+            if follower is not None:
+                writer.replace(follower[0], result)
+            return
+        if out is None:
+            kept = self._dequantize(node, left, f"{left[0].name}_float")
+            attributes = {"axis": 1} if weight.scales.ndim else {}
+            (right,) = writer.add(
+                node, "DequantizeLinear", [codes, scale, zero], f"{base}_weight", attributes=attributes
+            )
+            (result,) = writer.add(node, "MatMul", [kept, right], base)
+        else:
+            scale_out, zero_out = self._parameters(out, base)
+            (product,) = writer.add(
+                node, "QLinearMatMul", [*left, codes, scale, zero, scale_out, zero_out], base,
+                (_TYPES[self._settings.activations][0],),
+            )  # fmt: skip
+            result = self._dequantize(node, (product, scale_out, zero_out), f"{base}_result")
+        if bias is not None:
+            (result,) = writer.add(node, "Add", [result, bias], f"{base}_sum")
+        if shift is not None and not _into_bias(node, shift):
+            correction = writer.constant(shift.astype(np.float32), f"{base}_correction")
+            (result,) = writer.add(node, "Add", [result, correction], f"{base}_corrected")
+        writer.replace(node, result)
+
+    def _shifted(self, bias: ir.Value | None, shift: npt.NDArray[np.float64], base: str) -> ir.Value:
+        tensor = constant_of(bias)
+        assert tensor is not None
+        return self._writer.constant((tensor.numpy() + shift).astype(np.float32), f"{base}_bias")
+
+    def _parameters(self, wide: Range, name: str) -> tuple[ir.Value, ir.Value]:
+        dtype, bottom, top = _TYPES[self._settings.activations]
+        low, high = wide.low, wide.high
+        if self._settings.activations.startswith("int"):
+            # Around zero: the code 0 is the number 0, and no zero point has to be subtracted.
+            largest = max(-low, high)
+            step, zero = largest / top, 0
+        else:
+            step = (high - low) / (top - bottom)
+            zero = round(bottom - low / step) if step else bottom
+        step = max(step, 1e-30)
+        zero_point = np.array(min(max(zero, bottom), top), dtype.numpy())
+        return (
+            self._writer.constant(np.array(step, np.float32), f"{name}_scale"),
+            self._writer.constant(zero_point, f"{name}_zero_point"),
+        )
+
+    def _quantized(self, x: ir.Value, wide: Range) -> tuple[ir.Value, ir.Value, ir.Value]:
+        if x not in self._codes:
+            scale, zero = self._parameters(wide, f"{x.name}_activation")
+            beside, after = self._writer.beside(x)
+            (codes,) = self._writer.add(
+                beside, "QuantizeLinear", [x, scale, zero], f"{x.name}_codes",
+                (_TYPES[self._settings.activations][0],), domain=self._domain, after=after,
+            )  # fmt: skip
+            self._codes[x] = (codes, scale, zero)
+        return self._codes[x]
+
+    def _dequantize(self, beside: ir.Node, codes: tuple[ir.Value, ir.Value, ir.Value], name: str) -> ir.Value:
+        (value,) = self._writer.add(beside, "DequantizeLinear", codes, name, domain=self._domain)
+        return value
+
+
+def _into_bias(node: ir.Node, shift: npt.NDArray[np.float64]) -> bool:
+    """Adds a correction to the bias that follows a node, where there is one of its own."""
+    found = bias_after(node)
+    if found is None:
+        return False
+    bias = found[1]
+    tensor = bias.const_value
+    if tensor is None or len(bias.uses()) != 1 or bias.is_graph_output():
+        return False
+    bias.const_value = ir.tensor((tensor.numpy() + shift).astype(tensor.dtype.numpy()), name=bias.name)
+    return True
+
+
+def bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The Add of a constant vector that is all that reads a node's output, and the vector."""
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
+        return None
+    add, index = uses[0]
+    bias = add.inputs[1 - index]
+    tensor = constant_of(bias)
+    if bias is None or tensor is None or not bias.is_initializer() or len(tensor.shape) != 1:
+        return None
+    return (add, bias) if tensor.size > 1 and tensor.dtype == ir.DataType.FLOAT else None
+
+
+def _scale_rows(source: ir.Value, factors: Floats, is_transposed: bool) -> None:
+    """Multiplies what each channel is multiplied with; read when it is needed."""
+    tensor = source.const_value
+    assert tensor is not None
+    shape = (1, -1) if is_transposed else (-1, 1)
+
+    def compute() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy() * factors.reshape(shape), dtype=tensor.dtype, name=source.name)
+
+    source.const_value = ir.LazyTensor(
+        compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=source.name
+    )
+
+
+def _read_table(path: str) -> tuple[dict[str, Range], dict[str, Floats]]:
+    """Ranges and factors: ``{"ranges": {name: {"low": ..., "high": ...}}}``, or of a manifest's step."""
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        if "ranges" not in content:
+            steps = [s for s in content["steps"] if s["name"] == QuantizeStatic.name]
+            content = steps[-1]["details"]
+        ranges = {
+            name: Range(float(entry["low"]), float(entry["high"]), int(entry.get("masked", 0)))
+            for name, entry in content["ranges"].items()
+        }
+        factors = {n: np.array(v, np.float32) for n, v in content.get("factors", {}).items()}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BadInputError(
+            f"pass quantize_static: table {path}",
+            got=f"cannot be read: {type(error).__name__}: {error}",
+            expected="a calibration table, or the manifest.json of a model that this pass made",
+        ) from error
+    return ranges, factors
