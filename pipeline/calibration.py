@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxsmith.graph_passes.context import PassContext
+    from onnxsmith.pipeline.recipe import CalibrationSpec
 
 __all__ = ["CalibrationData", "context_for"]
 
@@ -44,6 +45,22 @@ class CalibrationData:
     samples: int = 128
     tokens: int = 512
     base: Path | None = None
+
+    @classmethod
+    def of(cls, spec: CalibrationSpec | None, *, base: Path | None) -> CalibrationData | None:
+        """What a recipe asks for.
+
+        Raises:
+            BadInputError: There is no such data.
+        """
+        if spec is None:
+            return None
+        made = cls(spec.data, spec.samples, spec.tokens, base)
+        if spec.data.endswith(".npz"):
+            _arrays(resolve_path(spec.data, base=base))
+        else:
+            load_text(spec.data, base=base)
+        return made
 
     def feeds(self, package: ModelPackage) -> Callable[[Sequence[TensorSpec]], Iterator[Feeds]]:
         """What makes the inputs of the package's model, one sample at a time.

@@ -123,11 +123,7 @@ class _Job:
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
         self.context = context_for(source)
-        self.calibration = None
-        if recipe.calibration is not None:
-            self.calibration = CalibrationData(**recipe.calibration.model_dump(), base=base)
-            if not recipe.calibration.data.endswith(".npz"):
-                load_text(recipe.calibration.data, base=base)
+        self.calibration = CalibrationData.of(recipe.calibration, base=base)
         self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
