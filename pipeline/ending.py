@@ -14,13 +14,13 @@ from typing import Any, NoReturn, ParamSpec
 
 from onnxsmith.errors import OnnxsmithError
 
-__all__ = ["FAILED", "end_on_signals", "guarded"]
+__all__ = ["FAILED", "INTERRUPTED", "end_on_signals", "guarded"]
 
 P = ParamSpec("P")
 
 FAILED = 1
 _LACKING = 3
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 # What the system refuses for want of something, wherever it happens.
 _LACKS = frozenset(
@@ -74,7 +74,7 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
         except OnnxsmithError as error:
             _fail(str(error), error.exit_status)
         except KeyboardInterrupt:
-            _fail("interrupted; nothing was changed", _INTERRUPTED)
+            _fail("interrupted; nothing was changed", INTERRUPTED)
         except MemoryError:
             _fail("not enough memory for this model; use a machine with more", _LACKING)
         except BrokenPipeError:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from onnxsmith.errors import BadInputError
-from onnxsmith.pipeline.arguments import Json, Model, Providers, tolerance_of
+from onnxsmith.pipeline.arguments import Json, Model, Providers, RequireProvider, tolerance_of
 from onnxsmith.pipeline.ending import FAILED, guarded
 
 __all__ = ["JUDGING_COMMANDS"]
@@ -24,6 +24,7 @@ def compare(
         list[Path], typer.Argument(metavar="CANDIDATE...", help="Artifacts or .onnx files.")
     ],
     provider: Providers = None,
+    require_provider: RequireProvider = None,
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Inputs to use, one array for each.")
     ] = None,
@@ -57,6 +58,7 @@ def compare(
         reference,
         candidates,
         providers=provider or ["cpu"],
+        requirements=require_provider or (),
         inputs=inputs,
         samples=samples,
         tolerance=tolerance_of(atol, rtol),

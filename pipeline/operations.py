@@ -23,10 +23,8 @@ from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes import PassSpec
-    from onnxsmith.runtime import BenchResult, BenchSettings
 
 __all__ = [
-    "bench_models",
     "compare_models",
     "export_model",
     "inspect_model",
@@ -189,6 +187,7 @@ def compare_models(
     precision: str | None = None,
     task: str | None = None,
     seed: int = 0,
+    requirements: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Comparison]:
     """Compares ONNX models with a reference, on the same inputs.
@@ -203,12 +202,13 @@ def compare_models(
         precision: Take the bounds of this precision instead of the candidate's own.
         task: For a PyTorch reference.
         seed: Of the made-up inputs.
+        requirements: See ``requirements_of``. A candidate that breaks one does not pass.
         progress: Who listens.
 
     Raises:
         OnnxsmithError: The reference cannot be run, or a candidate cannot be read.
     """
-    from onnxsmith.runtime import OrtBackend
+    from onnxsmith.runtime import OrtBackend, requirements_of
 
     progress = progress or Progress()
     if not candidates:
@@ -216,6 +216,7 @@ def compare_models(
     if samples is not None and samples < 1:
         raise BadInputError("compare: --samples", got=str(samples), expected="at least 1")
     backends = [OrtBackend(provider) for provider in providers]
+    wanted = requirements_of(requirements, providers)
     packages = [(path, load_package(path)) for path in candidates]
     for _, package in packages:
         tolerance_for(precision or package.precision)
@@ -231,42 +232,13 @@ def compare_models(
                 bounds = tolerance or tolerance_for(precision or package.precision)
                 for backend in backends:
                     results.append(
-                        compare_package(opened, expected, package, backend, tolerance=bounds, name=str(path))
-                    )
+                        compare_package(
+                            opened, expected, package, backend, tolerance=bounds, name=str(path),
+                            requirements=wanted,
+                        )
+                    )  # fmt: skip
                     step.advance(note=str(path))
     return results
-
-
-def bench_models(
-    models: Sequence[Path],
-    settings: BenchSettings,
-    *,
-    providers: Sequence[str] = ("cpu",),
-    progress: Progress | None = None,
-) -> list[BenchResult]:
-    """Measures models in turn, each on each provider, each in a process of its own.
-
-    Raises:
-        OnnxsmithError: A provider is not there, or a model cannot be read.
-    """
-    from onnxsmith.runtime import Candidate, benchmark, resolve_provider
-
-    progress = progress or Progress()
-    for provider in providers:
-        resolve_provider(provider)
-    candidates = []
-    for model in models:
-        components = list(load_package(model).components)
-        for component in components:
-            # Each graph of a model of several is measured alone.
-            name, part = (f"{model}: {component}", component) if len(components) > 1 else (str(model), None)
-            for provider in providers:
-                label = name if len(providers) == 1 else f"{name} [{provider}]"
-                candidates.append(Candidate(label, model, provider, component=part))
-    with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
-        return benchmark(
-            candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
-        )
 
 
 def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:

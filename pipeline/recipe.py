@@ -196,7 +196,9 @@ class Recipe(_Model):
     variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
     calibration: CalibrationSpec | None = None
     provider: str = "cpu"
-    """The execution provider that the variants run on."""
+    """The execution provider that the variants run on: a name, with options ``name:key=value,...`` too."""
+    require_provider: tuple[str, ...] = ()
+    """Shares that the provider must have, such as ``cuda>=95%``, or a variant fails."""
     evaluation: Evaluation = Evaluation()
     budgets: Budgets = Budgets()
     choose: Literal["size_mb", "latency_ms", "perplexity"] = "size_mb"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.comparison import Comparison, Tolerance
-from onnxsmith.errors import BadInputError
+from onnxsmith.errors import BadInputError, CheckFailedError
 from onnxsmith.package import ModelPackage
 from onnxsmith.package_io import load_package
 from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.program import TorchProgram
-    from onnxsmith.runtime import OrtBackend, Session
+    from onnxsmith.runtime import OrtBackend, Placement, Requirement, Session
     from onnxsmith.runtime.components import Expected
 
 __all__ = ["Reference", "compare_package", "fixed_sizes", "open_programs", "open_reference"]
@@ -117,20 +117,47 @@ def compare_package(
     *,
     tolerance: Tolerance,
     name: str,
+    requirements: Sequence[Requirement] = (),
 ) -> Comparison:
     """Compares a package on one execution provider.
 
-    Raises:
-        CheckFailedError: The provider got no node of one of its graphs.
+    A provider that got no node of one of its graphs, or breaks a requirement, and a process that dies are a
+    comparison that failed, and nobody else's.
     """
-    from onnxsmith.runtime import OrtSession, WorkerSession, compare_components, open_components
+    from onnxsmith.runtime import (
+        OrtSession,
+        WorkerSession,
+        check_requirements,
+        compare_components,
+        merged_placement,
+        open_components,
+    )
 
     parts = {part: package.only(part) for part in package.components}
-    with open_components(backend, parts, name=name) as sessions:
-        for session in sessions.values():
-            if isinstance(session, OrtSession | WorkerSession):
-                session.check_placement()
-        return compare_components(reference.sessions, sessions, expected, tolerance=tolerance, name=name)
+    measured = any(requirement.measure != "nodes" for requirement in requirements)
+    placements: list[Placement] = []
+    result: Comparison | None = None
+    error = ""
+    try:
+        with open_components(backend, parts, name=name) as sessions:
+            for session in sessions.values():
+                if isinstance(session, OrtSession | WorkerSession):
+                    placements.append(session.placement(measured=measured))
+                    placements[-1].require_use(session.provider, name=session.name)
+                    check_requirements(
+                        placements[-1], requirements, name=session.name, provider=session.provider,
+                        asked=backend.name,
+                    )  # fmt: skip
+            result = compare_components(
+                reference.sessions, sessions, expected, tolerance=tolerance, name=name
+            )
+    except CheckFailedError as problem:
+        error = str(problem)
+    if result is None:
+        first = next(iter(reference.sessions.values())).name.partition(": ")[0]
+        result = Comparison(first, name, backend.name, tolerance, (), error)
+    placement = merged_placement(placements).to_json() if placements else None
+    return dataclasses.replace(result, placement=placement)
 
 
 def fixed_sizes(packages: Sequence[ModelPackage]) -> dict[str, dict[str, tuple[int | None, ...]]]:

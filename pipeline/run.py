@@ -114,7 +114,7 @@ class _Job:
         self, recipe: Recipe, source: ModelSource, base: Path | None, command: str, progress: Progress
     ) -> None:
         from onnxsmith.graph_passes import make_passes
-        from onnxsmith.runtime import OrtBackend
+        from onnxsmith.runtime import OrtBackend, requirements_of
 
         self.recipe = recipe
         self.source = source
@@ -122,6 +122,7 @@ class _Job:
         self.verify: StepVerifier | None = None
         # Everything that can be wrong with the recipe is found before the first minute of work.
         self.backend = OrtBackend(recipe.provider)
+        self.requirements = requirements_of(recipe.require_provider, [recipe.provider])
         self.context = context_for(source)
         self.calibration = CalibrationData.of(recipe.calibration, base=base)
         self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
@@ -280,6 +281,7 @@ class _Job:
         from onnxsmith.runtime import (
             OrtSession,
             WorkerSession,
+            check_requirements,
             compare_components,
             merged_placement,
             open_components,
@@ -315,13 +317,18 @@ class _Job:
                     try:
                         parts = {part: package.only(part) for part in package.components}
                         with open_components(self.backend, parts, name=entry.name) as sessions:
-                            entry.placement = merged_placement(
-                                [
-                                    session.check_placement()
-                                    for session in sessions.values()
-                                    if isinstance(session, OrtSession | WorkerSession)
-                                ]
-                            ).to_json()
+                            measured = any(r.measure != "nodes" for r in self.requirements)
+                            placements = {
+                                session: session.check_placement(measured=measured)
+                                for session in sessions.values()
+                                if isinstance(session, OrtSession | WorkerSession)
+                            }
+                            entry.placement = merged_placement(list(placements.values())).to_json()
+                            for session, placement in placements.items():
+                                check_requirements(
+                                    placement, self.requirements, name=session.name,
+                                    provider=session.provider, asked=self.backend.name,
+                                )  # fmt: skip
                             entry.comparison = compare_components(
                                 reference.sessions,
                                 sessions,

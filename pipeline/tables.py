@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.pipeline.bench_tables import fallback_of
 from onnxsmith.pipeline.console import print_table
 
 if TYPE_CHECKING:
@@ -16,18 +17,15 @@ if TYPE_CHECKING:
     from onnxsmith.graph_passes.contract import GraphPass
     from onnxsmith.package import ModelPackage
     from onnxsmith.pipeline.report import Report
-    from onnxsmith.runtime import BenchResult
 
 __all__ = [
     "describe_pass",
-    "show_bench",
     "show_comparisons",
     "show_export",
     "show_inspect",
     "show_optimize",
     "show_passes",
     "show_presets",
-    "show_providers",
     "show_report",
 ]
 
@@ -146,37 +144,10 @@ def show_comparisons(results: Sequence[Comparison]) -> None:
         headers = ("case", "tensors", "worst", "max abs", "of", "cosine", "KL", "top-1", "verdict")
         title = f"{result.candidate} on {result.provider}, against {result.reference}"
         print_table(title, headers, rows, spare=("tensors", "cosine", "top-1"), text=("worst", "verdict"))
+        if fallback := fallback_of(result.placement, result.provider):
+            sys.stdout.write(f"FALL-BACK  {result.candidate}: {fallback}\n")
         verdict = "agrees" if result.passed else f"DIFFERS: {result.reason}"
         sys.stdout.write(f"{result.candidate}: {verdict}\n")
-
-
-def show_bench(results: Sequence[BenchResult]) -> None:
-    """Medians with their range."""
-    decoder = any(r.decode_tokens_per_s for r in results)
-    rows = []
-    for r in results:
-        speed = (
-            (_spread(r.prefill_tokens_per_s), _spread(r.decode_tokens_per_s), _spread(r.first_token_ms))
-            if decoder
-            else (_spread(r.latency_ms), _spread(r.throughput))
-        )
-        rows.append(
-            (
-                r.name,
-                r.provider.removesuffix("ExecutionProvider"),
-                *(("failed",) + ("",) * (len(speed) - 1) if r.error else speed),
-                _number(r.load_s, ".2f"),
-                _number(r.peak_rss_mb, ".0f"),
-                _megabytes(r.size_mb),
-            )
-        )
-    speeds = ("prefill tok/s", "decode tok/s", "first token ms") if decoder else ("latency ms", "rows/s")
-    headers = ("model", "provider", *speeds, "load s", "peak MB", "MB")
-    print_table("", headers, rows, spare=("load s", "first token ms", "rows/s", "MB"), text=("provider",))
-    sys.stdout.write("median (lowest to highest); rounds in turn\n")
-    for r in results:
-        if r.noisy:
-            sys.stdout.write(f"{r.name}: spread {r.spread_pct:.0f} %: rerun on a quiet machine\n")
 
 
 def show_inspect(result: Mapping[str, Any]) -> None:
@@ -249,31 +220,6 @@ def show_presets() -> None:
             sys.stdout.write(f"    {one + (':' + shown if shown else ''):<40} {REASONS[one]}\n")
 
 
-def show_providers(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Each provider: where it is, what it sees, and what would bring it."""
-    print_table(
-        "",
-        ("provider", "installed", "version", "devices", "runs", "it needs", "brought by"),
-        [
-            (
-                row["name"],
-                row["where"] or "no",
-                row["version"],
-                ", ".join(row["devices"]),
-                {None: "", "": "yes"}.get(row["problem"], "NO"),
-                row["needs"],
-                "" if row["installed"] else row["command"],
-            )
-            for row in rows
-        ],
-        spare=("it needs", "devices"),
-        text=("installed", "version", "devices", "runs", "it needs", "brought by"),
-    )
-    for row in rows:
-        if row["problem"]:
-            sys.stdout.write(f"{row['name']} does not run: {row['problem']}\n")
-
-
 def _median(spread: Any) -> float | None:
     return spread["p50"] if spread else None
 
@@ -308,12 +254,6 @@ def _short_case(name: str) -> str:
     ):
         name = re.sub(pattern, form, name)
     return name
-
-
-def _spread(spread: Any) -> str:
-    if spread is None:
-        return ""
-    return f"{_speed(spread.p50)} ({_speed(spread.low)} to {_speed(spread.high)})"
 
 
 def _plain(details: Mapping[str, Any]) -> str:

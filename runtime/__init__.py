@@ -15,7 +15,7 @@ from onnxsmith.runtime.components import (
 from onnxsmith.runtime.divergence import Blame, Divergence
 from onnxsmith.runtime.generation import generate, generate_batch
 from onnxsmith.runtime.ort_session import OrtSession
-from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirement_of
+from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirements_of
 from onnxsmith.runtime.providers import (
     PROVIDERS,
     ProviderChoice,
@@ -73,7 +73,7 @@ __all__ = [
     "open_components",
     "perplexity",
     "reference_outputs",
-    "requirement_of",
+    "requirements_of",
     "resolve_provider",
     "value_limits",
 ]

@@ -29,6 +29,7 @@ __all__ = ["BenchResult", "BenchSettings", "Candidate", "Spread", "benchmark"]
 
 _CPU = "CPUExecutionProvider"
 _PROFILED_RUNS = 5
+_PROFILED_S = 2.0
 _CUDA_GRAPH_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cuda": {"enable_cuda_graph": "1"},
     "tensorrt": {"trt_cuda_graph_enable": "1"},
@@ -389,25 +390,46 @@ class _ProcessRunner(_Runner):
             found.require_use(self.facts["provider"], name=self.candidate.name)
             # From here on the numbers stand beside the error.
             self.facts["latency_ms"] = True
-            check_requirements(found, requirements, name=self.candidate.name, provider=self.facts["provider"])
+            check_requirements(
+                found,
+                requirements,
+                name=self.candidate.name,
+                provider=self.facts["provider"],
+                asked=self._choice.ort_name if self._choice else "",
+            )
 
         self._guarded(look)
 
     def _placement(self, *, profile: bool, roofs: _RoofBook | None) -> Placement:
         choice = self._choice
         assert choice is not None
-        assigned = Placement.from_json(self._ask({"do": "placement"}))
+        assigned = Placement.from_json(self._ask({"do": "placement"})["placement"])
         if assigned.only_provider == _CPU and not profile:
             return dataclasses.replace(assigned, time_shares={_CPU: 1.0}, bytes_shares={_CPU: 1.0}, copies=0)
-        taken = RunProfile.from_json(self._ask({"do": "profile", "runs": _PROFILED_RUNS}))
+        once = max(sum(sum(part) for part in self.times[-1].values()), 1e-6) if self.times else 1e-6
+        runs = max(1, min(_PROFILED_RUNS, int(_PROFILED_S / once)))
+        taken = RunProfile.from_json(self._ask({"do": "profile", "runs": runs}))
+        names: Mapping[str, list[str]] = self._ask({"do": "names"})["names"]
+        compiled = {
+            node.op_type
+            for node in taken.nodes
+            if node.provider in names and node.op_type not in assigned.operators[node.provider]
+        }
         if profile:
             self.facts["profile"] = describe_profile(
                 taken,
                 roofs.of(choice, self.settings.thread_count) if roofs else None,
                 self._weights,
                 asynchronous=choice.asynchronous,
+                compiled=compiled,
             )
         moved = {node.name: int(node_cost(node, self._weights).bytes_moved) for node in taken.nodes}
+        for node in taken.nodes:
+            if node.op_type in compiled:
+                # It reads at least the weights of what it was compiled from.
+                parts = sum(n.provider == node.provider and n.op_type in compiled for n in taken.nodes)
+                inside = sum(self._weights.get(name, 0) for name in names[node.provider])
+                moved[node.name] = node.bytes_touched + inside // parts
         return placement_of(
             assigned.operators,
             taken,

@@ -121,7 +121,9 @@ def expected_outputs(
 
 
 def merged_placement(placements: Sequence[Placement]) -> Placement:
-    """Where the nodes of several graphs run, taken together."""
+    """Where the nodes of several graphs run, taken together; shares of time and bytes only for one graph."""
+    if len(placements) == 1:
+        return placements[0]
     nodes: Counter[str] = Counter()
     operators: dict[str, Counter[str]] = {}
     for placement in placements:

@@ -163,31 +163,30 @@ class OrtSession(Session):
         """Puts inputs and outputs into the memory of the device, once for many runs of these shapes."""
         return BoundRun(self, self._check(feeds))
 
-    def placement(self, feeds: Feeds | None = None) -> Placement:
+    def placement(self, *, measured: bool = False, feeds: Feeds | None = None) -> Placement:
         """Which provider got which nodes.
 
         Where the assignment does not name the wanted provider, as with WebGPU in ONNX Runtime 1.27, a
         profiled run says it.
 
         Args:
-            feeds: For that run; made-up inputs where None.
+            measured: Whether to profile some runs in any case, for shares of time and bytes.
+            feeds: For such a run; made-up inputs where None.
         """
         assigned = self._assigned()
+        if measured:
+            return placement_of(assigned, self.profile(feeds, runs=3), asynchronous=self._asynchronous)
         if self.provider in assigned or (self.provider == _CPU and assigned):
             return placement_of(assigned, None, asynchronous=None)
         return placement_of(assigned, self.profile(feeds, runs=1), asynchronous=self._asynchronous)
 
-    def measured_placement(self, profile: RunProfile, bytes_of: Mapping[str, int] | None = None) -> Placement:
-        """The placement with shares of time and bytes from a profile of this session."""
-        return placement_of(self._assigned(), profile, asynchronous=self._asynchronous, bytes_of=bytes_of)
-
-    def check_placement(self) -> Placement:
-        """The placement, if the wanted provider really got nodes.
+    def check_placement(self, *, measured: bool = False) -> Placement:
+        """The placement, if the wanted provider really got nodes; see ``placement``.
 
         Raises:
             CheckFailedError: Every node fell back to another provider.
         """
-        placement = self.placement()
+        placement = self.placement(measured=measured)
         placement.require_use(self.provider, name=self.name)
         return placement
 
@@ -233,6 +232,13 @@ class OrtSession(Session):
             for node in assignment.get_nodes():
                 operators.setdefault(assignment.ep_name, Counter())[node.op_type] += 1
         return operators
+
+    def assigned_names(self) -> dict[str, list[str]]:
+        """Provider name to the names of its nodes, inside of what it compiled too, from the assignment."""
+        names: dict[str, list[str]] = {}
+        for assignment in self.ort_session.get_provider_graph_assignment_info():
+            names.setdefault(assignment.ep_name, []).extend(node.name for node in assignment.get_nodes())
+        return names
 
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
         with self._running():

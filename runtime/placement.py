@@ -10,7 +10,7 @@ from typing import Any
 from onnxsmith.errors import BadInputError, CheckFailedError
 from onnxsmith.runtime.providers import choose_provider, provider_named
 
-__all__ = ["Placement", "Requirement", "check_requirements", "requirement_of"]
+__all__ = ["Placement", "Requirement", "check_requirements", "requirements_of"]
 
 _REQUIREMENT = re.compile(
     r"(?P<provider>[\w.-]+)\s*(?:>=\s*(?P<share>\d+(?:\.\d+)?)\s*%(?:\s*of\s*(?P<measure>\w+))?)?"
@@ -68,15 +68,18 @@ class Placement:
         return plain
 
     @staticmethod
-    def from_json(plain: Mapping[str, Any], copies: int | None = None) -> Placement:
+    def from_json(
+        plain: Mapping[str, Any], copies: int | None = None, copied_bytes: int | None = None
+    ) -> Placement:
         """What ``to_json`` gave."""
 
         def column(key: str) -> dict[str, Any]:
             return {name: entry[key] for name, entry in plain.items() if key in entry}
 
         return Placement(
-            column("nodes"), column("operators"), column("time_share"), column("bytes_share"), copies
-        )
+            column("nodes"), column("operators"), column("time_share"), column("bytes_share"), copies,
+            copied_bytes,
+        )  # fmt: skip
 
     def require_use(self, provider: str, *, name: str) -> None:
         """Refuses a placement in which the wanted provider got nothing.
@@ -142,13 +145,32 @@ class Requirement:
         return f"{got:.1%} of {self.measure} on {self.provider}" + (f": {rest}" if rest else "")
 
 
-def requirement_of(text: str) -> Requirement:
-    """Reads ``cuda``, ``cuda>=95%`` or ``cuda>=95%of time``.
+def requirements_of(texts: Sequence[str], providers: Sequence[str]) -> list[Requirement]:
+    """Reads requirements on the providers of a job.
+
+    Args:
+        texts: Each ``cuda``, ``cuda>=95%``, ``cuda>=95%of time`` or ``cuda>=95%of bytes``.
+        providers: What the job runs on; see ``choose_provider``.
 
     Raises:
-        BadInputError: It is no such thing.
-        UnknownNameError: No such provider.
+        BadInputError: It is no such thing, or on a provider that the job does not run on: a gate that
+            nothing goes through would always be open.
+        OnnxsmithError: See ``choose_provider``.
     """
+    chosen = [choose_provider(provider).ort_name for provider in providers]
+    found = [_requirement(text) for text in texts]
+    for requirement in found:
+        if requirement.provider not in chosen:
+            raise BadInputError(
+                f"--require-provider {requirement.text}",
+                got=f"nothing runs on {requirement.provider}",
+                expected=f"one of {', '.join(chosen)}",
+                remedy="Name it with --provider too",
+            )
+    return found
+
+
+def _requirement(text: str) -> Requirement:
     matched = _REQUIREMENT.fullmatch(text.strip())
     measure = (matched["measure"] if matched else None) or "nodes"
     if matched is None or measure not in _MEASURES or float(matched["share"] or 0) > 100:
@@ -158,13 +180,18 @@ def requirement_of(text: str) -> Requirement:
             expected=f"PROVIDER, PROVIDER>=N%, or PROVIDER>=N%of {' or '.join(_MEASURES)}",
         )
     known = provider_named(matched["provider"])
-    name = known.ort_name if known else choose_provider(matched["provider"]).ort_name
+    name = known.ort_name if known else matched["provider"]
     share = float(matched["share"]) / 100 if matched["share"] else None
     return Requirement(text, name, share, measure)
 
 
 def check_requirements(
-    placement: Placement | None, requirements: Sequence[Requirement], *, name: str, provider: str
+    placement: Placement | None,
+    requirements: Sequence[Requirement],
+    *,
+    name: str,
+    provider: str,
+    asked: str = "",
 ) -> None:
     """Holds a candidate against the requirements on the provider that it was opened on.
 
@@ -175,14 +202,16 @@ def check_requirements(
         requirements: What must hold.
         name: The candidate, for the message.
         provider: ONNX Runtime's name of the provider that it was opened on.
+        asked: What the user called it, where that is another name, as with a library of a plugin.
 
     Raises:
         CheckFailedError: A requirement does not hold.
     """
     for requirement in requirements:
-        if requirement.provider != provider:
+        if requirement.provider not in (provider, asked):
             continue
-        problem = requirement.violation(placement) if placement else "its placement is not known"
+        own = dataclasses.replace(requirement, provider=provider)
+        problem = own.violation(placement) if placement else "its placement is not known"
         if problem:
             raise CheckFailedError(
                 f"{name} on {provider}",

@@ -55,12 +55,14 @@ class RunProfile:
     Attributes:
         nodes: Each node, in the order in which they first ran.
         kernels: Operator to microseconds on the device, for a device that reports them.
+        kernels_of_nodes: The same by node name, as far as the device says it.
         run_us: All runs together, in microseconds.
         runs: How many.
     """
 
     nodes: list[NodeProfile]
     kernels: dict[str, float]
+    kernels_of_nodes: dict[str, float]
     run_us: float
     runs: int
 
@@ -79,7 +81,8 @@ class RunProfile:
             NodeProfile(**{**n, "inputs": typed(n["inputs"]), "outputs": typed(n["outputs"])})
             for n in plain["nodes"]
         ]
-        return RunProfile(nodes, dict(plain["kernels"]), plain["run_us"], plain["runs"])
+        kernels, of_nodes = dict(plain["kernels"]), dict(plain["kernels_of_nodes"])
+        return RunProfile(nodes, kernels, of_nodes, plain["run_us"], plain["runs"])
 
     def provider_times(self, asynchronous: str | None = None) -> dict[str, float]:
         """Provider name to microseconds of all runs.
@@ -118,11 +121,16 @@ def read_profile(path: Path, *, skip_runs: int) -> RunProfile:
     begin = ends[skip_runs - 1] if skip_runs else 0
     nodes: dict[tuple[str, str], NodeProfile] = {}
     kernels: Counter[str] = Counter()
+    of_nodes: Counter[str] = Counter()
     device_events = [e for e in events if e.get("cat") in ("Api", "Kernel") and "dur" in e]
     # A device's clock is its own, so its events are cut by their number, which is the same in each run.
     counted = device_events[len(device_events) * skip_runs // max(len(ends), 1) :]
     for event in counted:
-        kernels[event["args"].get("op_name") or event["name"].strip("&").partition("&")[0]] += event["dur"]
+        # WebGPU: node&operator&program. CUDA: the operator is among the arguments.
+        node_name, _, rest = event["name"].partition("&")
+        kernels[event["args"].get("op_name") or rest.partition("&")[0] or node_name] += event["dur"]
+        if node_name and rest:
+            of_nodes[node_name] += event["dur"]
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL) or event["ts"] < begin:
             continue
@@ -142,7 +150,7 @@ def read_profile(path: Path, *, skip_runs: int) -> RunProfile:
         for event in events
         if event.get("cat") == "Session" and event["name"] == "model_run" and event["ts"] >= begin
     ]
-    return RunProfile(list(nodes.values()), dict(kernels), float(sum(runs)), len(runs))
+    return RunProfile(list(nodes.values()), dict(kernels), dict(of_nodes), float(sum(runs)), len(runs))
 
 
 _PARTS = ("activation", "parameter", "output")
@@ -167,18 +175,23 @@ def placement_of(
         asynchronous: See ``RunProfile.provider_times``.
         bytes_of: Node name to the bytes that it touches, where more is known than the profile says.
     """
-    operators = {name: dict(Counter(counts).most_common()) for name, counts in assigned.items()}
+    operators = {
+        name: dict(Counter({o: c for o, c in counts.items() if not o.startswith("Memcpy")}).most_common())
+        for name, counts in assigned.items()
+    }
     if profile is None:
         return Placement({name: sum(counts.values()) for name, counts in operators.items()}, operators)
     seen: dict[str, Counter[str]] = {}
     touched: Counter[str] = Counter()
     copies = copied = 0
     for node in profile.nodes:
-        seen.setdefault(node.provider, Counter())[node.op_type] += 1
         touched[node.provider] += max((bytes_of or {}).get(node.name, 0), node.bytes_touched)
+        # Copies belong to no provider: they are the price of using two.
         if node.op_type.startswith("Memcpy"):
             copies += 1
             copied += node.bytes_touched
+        else:
+            seen.setdefault(node.provider, Counter())[node.op_type] += 1
     for name, counts in seen.items():
         # The assignment knows the operators inside of what a provider compiled; the profile does not.
         if name not in operators:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.runtime.profiling import NodeProfile, RunProfile, item_bytes
@@ -140,7 +140,12 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
 
 
 def describe_profile(
-    profile: RunProfile, roofs: Roofs | None, weights: Mapping[str, int], *, asynchronous: bool
+    profile: RunProfile,
+    roofs: Roofs | None,
+    weights: Mapping[str, int],
+    *,
+    asynchronous: bool,
+    compiled: Collection[str] = (),
 ) -> dict[str, Any]:
     """Operators and nodes by time, each against its roof.
 
@@ -150,16 +155,22 @@ def describe_profile(
         weights: From ``weight_bytes_of_nodes``.
         asynchronous: Whether kernels return before they are done: then their times are only those of
             handing the work over, and the operators' times are the device's own where it reports them.
+        compiled: Operators that are a provider's own names for parts of the graph. What they cost at best
+            is not known.
 
     Returns:
         ``run_ms``; ``operators``, each with ``time_ms`` and ``calls`` of one run, ``share``, ``bytes``,
         ``operations``, and with roofs ``best_ms`` and ``limit``; ``nodes``, the slowest likewise; ``note``.
     """
     runs = max(profile.runs, 1)
+    device = bool(profile.kernels) and asynchronous
     operators: dict[str, dict[str, float]] = {}
     nodes = []
     for node in profile.nodes:
-        cost = node_cost(node, weights)
+        if device:
+            own = profile.kernels_of_nodes.get(node.name, 0.0)
+            node = dataclasses.replace(node, time_us=own)
+        cost = NodeCost(0.0, 0.0) if node.op_type in compiled else node_cost(node, weights)
         calls = node.calls / runs
         entry = operators.setdefault(
             node.op_type, {"time_us": 0.0, "calls": 0.0, "bytes": 0.0, "operations": 0.0, "best_us": 0.0}
@@ -170,7 +181,6 @@ def describe_profile(
         entry["operations"] += calls * cost.operations
         entry["best_us"] += calls * roofs.best_us(cost) if roofs else 0.0
         nodes.append((node, cost))
-    device = bool(profile.kernels) and asynchronous
     if device:
         for op_type in profile.kernels:
             blank = {"time_us": 0.0, "calls": 0.0, "bytes": 0.0, "operations": 0.0, "best_us": 0.0}
@@ -184,22 +194,26 @@ def describe_profile(
             "time_ms": entry["time_us"] / 1e3,
             "share": entry["time_us"] / total,
             "calls": entry["calls"],
-            **_against_roofs(entry, roofs),
+            **_against_roofs(entry, None if op_type in compiled else roofs),
         }
         for op_type, entry in sorted(operators.items(), key=lambda item: -item[1]["time_us"])
     ]
-    slowest = sorted(nodes, key=lambda pair: -pair[0].time_us)[:_TOP_NODES]
+    timed = [pair for pair in nodes if pair[0].time_us]
+    slowest = sorted(timed, key=lambda pair: -pair[0].time_us)[:_TOP_NODES]
     note = ""
     if asynchronous:
         note = (
-            "times of operators are the device's own" if device
+            "times are the device's own" if device
             else "this device computes later: times are those of handing the work over"
         )  # fmt: skip
     return {
         "run_ms": profile.run_us / runs / 1e3,
         "roofs": dataclasses.asdict(roofs) if roofs else None,
         "operators": listed,
-        "nodes": [] if asynchronous else [_described(node, cost, roofs) for node, cost in slowest],
+        "nodes": [
+            _described(node, cost, None if node.op_type in compiled else roofs)
+            for node, cost in (slowest if device or not asynchronous else ())
+        ],
         "note": note,
     }
 

@@ -114,7 +114,11 @@ class _Worker:
             given = self._reader.read(request["feeds"])
             return self._tensors(self._session.run(given, request["outputs"]))
         if what == "placement":
-            return self._session.placement().to_json()
+            placement = self._session.placement(measured=request.get("measured", False))
+            plain = {"copies": placement.copies, "copied_bytes": placement.copied_bytes}
+            return {"placement": placement.to_json(), **plain}
+        if what == "names":
+            return {"names": self._session.assigned_names()}
         if what == "profile":
             feeds = self._round.feeds() if self._round is not None else None
             return self._session.profile(feeds, runs=request["runs"]).to_json()

@@ -65,17 +65,18 @@ class WorkerSession(Session):
         assert self._worker is not None, "the session is closed"
         return self._worker
 
-    def placement(self) -> Placement:
+    def placement(self, *, measured: bool = False) -> Placement:
         """Which provider got which nodes; see ``OrtSession.placement``."""
-        return Placement.from_json(self.worker.ask({"do": "placement"}))
+        answer = self.worker.ask({"do": "placement", "measured": measured})
+        return Placement.from_json(answer["placement"], answer["copies"], answer["copied_bytes"])
 
-    def check_placement(self) -> Placement:
-        """The placement, if the wanted provider really got nodes.
+    def check_placement(self, *, measured: bool = False) -> Placement:
+        """The placement, if the wanted provider really got nodes; see ``placement``.
 
         Raises:
             CheckFailedError: Every node fell back to another provider.
         """
-        placement = self.placement()
+        placement = self.placement(measured=measured)
         placement.require_use(self.provider, name=self.name)
         return placement
 

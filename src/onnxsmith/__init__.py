@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from onnxsmith.package_io import load_package, save_package
     from onnxsmith.pipeline.artifact import verify_artifact
     from onnxsmith.pipeline.generation import generate_text, generate_texts
+    from onnxsmith.pipeline.measuring import bench_models, sweep
     from onnxsmith.pipeline.operations import (
-        bench_models,
         compare_models,
         export_model,
         inspect_model,
@@ -63,6 +63,7 @@ __all__ = [
     "run_passes",
     "run_recipe",
     "save_package",
+    "sweep",
     "torch_program",
     "verify_artifact",
 ]
@@ -79,7 +80,7 @@ _HOMES: Mapping[str, str] = {
     "SamplingSettings": "onnxsmith.runtime",
     "Tolerance": "onnxsmith.comparison",
     "TorchSession": "onnxsmith.runtime",
-    "bench_models": "onnxsmith.pipeline.operations",
+    "bench_models": "onnxsmith.pipeline.measuring",
     "compare_models": "onnxsmith.pipeline.operations",
     "export": "onnxsmith.exporters",
     "export_model": "onnxsmith.pipeline.operations",
@@ -95,6 +96,7 @@ _HOMES: Mapping[str, str] = {
     "run_passes": "onnxsmith.graph_passes",
     "run_recipe": "onnxsmith.pipeline.run",
     "save_package": "onnxsmith.package_io",
+    "sweep": "onnxsmith.pipeline.measuring",
     "torch_program": "onnxsmith.exporters",
     "verify_artifact": "onnxsmith.pipeline.artifact",
 }

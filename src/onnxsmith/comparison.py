@@ -123,6 +123,7 @@ class Comparison:
         tolerance: The bounds used.
         tensors: Every output of every case.
         error: Why nothing could be compared, or an empty string.
+        placement: Provider to nodes and share, of the candidate; None where nothing is known.
     """
 
     reference: str
@@ -131,6 +132,7 @@ class Comparison:
     tolerance: Tolerance
     tensors: tuple[TensorComparison, ...]
     error: str = ""
+    placement: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

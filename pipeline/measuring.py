@@ -1,0 +1,161 @@
+"""Measuring models of all kinds side by side: PyTorch and ONNX, on every provider, over a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxsmith.errors import BadInputError, UnknownNameError
+from onnxsmith.package_io import load_package
+from onnxsmith.progress import Progress
+from onnxsmith.source import ModelSource
+
+if TYPE_CHECKING:
+    from onnxsmith.program import TorchProgram
+    from onnxsmith.runtime import BenchResult, BenchSettings, Candidate
+
+__all__ = ["bench_models", "sweep", "torch_program_of"]
+
+
+def bench_models(
+    models: Sequence[Path | str],
+    settings: BenchSettings | Sequence[BenchSettings],
+    *,
+    providers: Sequence[str] = ("cpu",),
+    requirements: Sequence[str] = (),
+    torch_compile: bool = False,
+    task: str | None = None,
+    profile: bool = False,
+    on_results: Callable[[list[BenchResult]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[BenchResult]:
+    """Measures models in turn, each in a process of its own: ONNX models on each provider, others in PyTorch.
+
+    Args:
+        models: ONNX models, and sources of PyTorch models; see ``ModelSource.parse``.
+        settings: How; several, such as ``sweep`` makes, are measured one after the other.
+        providers: See ``choose_provider``.
+        requirements: See ``requirements_of``. A candidate that breaks one gets an error.
+        torch_compile: Whether PyTorch models run through ``torch.compile`` too.
+        task: Of PyTorch models; found from the model where None.
+        profile: Whether to profile ONNX candidates by operators and nodes.
+        on_results: See ``benchmark``.
+        progress: Who listens.
+
+    Raises:
+        OnnxsmithError: A provider is not there, or a model cannot be read.
+    """
+    from onnxsmith.runtime import BenchSettings, benchmark, choose_provider, requirements_of
+
+    progress = progress or Progress()
+    wanted = requirements_of(requirements, providers)
+    for provider in providers:
+        choose_provider(provider)
+    sources = [ModelSource.parse(str(model)) for model in models]
+    found: dict[str | Path, list[str]] = {
+        model: list(load_package(Path(model)).components)
+        for model, source in zip(models, sources, strict=True)
+        if not source.is_torch
+    }
+    # What a PyTorch model of several graphs consists of is asked of the ONNX models beside it.
+    known = list(dict.fromkeys(name for names in found.values() for name in names))
+    candidates: list[Candidate] = []
+    for model, source in zip(models, sources, strict=True):
+        if source.is_torch:
+            candidates += _torch_candidates(str(model), known, torch_compile=torch_compile, task=task)
+        else:
+            candidates += _onnx_candidates(Path(model), found[model], providers)
+    points = [settings] if isinstance(settings, BenchSettings) else list(settings)
+    rounds = sum(point.runs + 1 for point in points) * len(candidates)
+    with progress.step("benchmark", rounds) as step:
+        return benchmark(
+            candidates,
+            points,
+            profile=profile,
+            requirements=wanted,
+            on_round=lambda name, number: step.advance(note=f"{name}: round {number}"),
+            on_results=on_results,
+        )
+
+
+def _onnx_candidates(path: Path, components: Sequence[str], providers: Sequence[str]) -> list[Candidate]:
+    from onnxsmith.runtime import Candidate
+
+    # Each graph of a model of several is measured alone.
+    parts = {f"{path}: {name}": name for name in components} if len(components) > 1 else {str(path): None}
+    return [
+        Candidate(name if len(providers) == 1 else f"{name} [{provider}]", path, provider, component=part)
+        for name, part in parts.items()
+        for provider in providers
+    ]
+
+
+def _torch_candidates(
+    source: str, components: Sequence[str], *, torch_compile: bool, task: str | None
+) -> list[Candidate]:
+    from onnxsmith.runtime import Candidate
+
+    parts = {f"{source}: {name}": name for name in components} if len(components) > 1 else {source: None}
+    return [
+        Candidate(
+            f"{name} [{'torch.compile' if compiled else 'torch'}]",
+            loader=f"{__name__}:{torch_program_of.__name__}",
+            arguments={"source": source, "task": task, "component": part},
+            compiled=compiled,
+        )
+        for name, part in parts.items()
+        for compiled in ((False, True) if torch_compile else (False,))
+    ]
+
+
+def torch_program_of(source: str, task: str | None = None, component: str | None = None) -> TorchProgram:
+    """The program of a PyTorch source; called by name in the process that measures it.
+
+    Raises:
+        UnknownNameError: It has no such component.
+        BadInputError: It has several, and none was named.
+        OnnxsmithError: It cannot be loaded.
+    """
+    from onnxsmith.exporters import load_torch, torch_programs
+
+    programs = torch_programs(load_torch(ModelSource.parse(source), task=task))
+    if component is None and len(programs) > 1:
+        raise BadInputError(
+            source, got=f"a model of {', '.join(programs)}", expected="an ONNX model of these beside it"
+        )
+    if component is not None and component not in programs:
+        raise UnknownNameError(source, name=component, known=programs, kind="component")
+    return programs[component] if component else next(iter(programs.values()))
+
+
+def sweep(
+    settings: BenchSettings,
+    *,
+    batch: Sequence[int] = (),
+    prompt_tokens: Sequence[int] = (),
+    threads: Sequence[int] = (),
+) -> list[BenchSettings]:
+    """Every combination of the given values.
+
+    Those of one number of threads come together, because another number means that all models are opened
+    again.
+
+    Args:
+        settings: All that stays the same.
+        batch: Numbers of rows.
+        prompt_tokens: Lengths.
+        threads: Numbers of threads.
+
+    Raises:
+        BadInputError: A value that measures nothing.
+    """
+    counts: Sequence[int | None] = threads or (settings.threads,)
+    return [
+        dataclasses.replace(settings, threads=count, batch=rows, prompt_tokens=length)
+        for count, rows, length in itertools.product(
+            counts, batch or (settings.batch,), prompt_tokens or (settings.prompt_tokens,)
+        )
+    ]

@@ -1,0 +1,196 @@
+"""Providers of other packages, for real: each in its environment, beside the CPU.
+
+`make test` makes the environments with our own command. Where one is missing the test says so and is skipped,
+unless ONNXSMITH_TEST_PROVIDERS names it, as CI does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxsmith.errors import CheckFailedError, ProviderUnavailableError
+from onnxsmith.package import ModelPackage
+from onnxsmith.package_io import load_package
+from onnxsmith.runtime import (
+    PROVIDERS,
+    BenchSettings,
+    Candidate,
+    OrtBackend,
+    OrtSession,
+    WorkerSession,
+    benchmark,
+    check_requirements,
+    choose_provider,
+    generate,
+    requirements_of,
+)
+from onnxsmith.runtime.environments import find_environment
+from onnxsmith.runtime.provider_install import problem_of
+
+pytest.importorskip("onnxruntime")
+
+NAMES = ("openvino", "webgpu", "nxrt")
+_REQUIRED = os.environ.get("ONNXSMITH_TEST_PROVIDERS", "").split(",")
+
+
+@pytest.fixture(autouse=True)
+def software_vulkan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwiftShader for WebGPU, where `make test` found it; else whatever GPU the machine has."""
+    folder = os.environ.get("ONNXSMITH_TEST_VULKAN", "")
+    if folder and Path(folder, "vk_swiftshader_icd.json").is_file():
+        monkeypatch.setenv("VK_ICD_FILENAMES", str(Path(folder, "vk_swiftshader_icd.json")))
+        monkeypatch.setenv("LD_LIBRARY_PATH", folder)
+
+
+@pytest.fixture(params=NAMES)
+def provider(request: pytest.FixtureRequest) -> str:
+    """The name of a provider that runs here."""
+    name: str = request.param
+    if find_environment(PROVIDERS[name].package) is None:
+        assert name not in _REQUIRED, f"{name} was asked for and has no environment"
+        pytest.skip(
+            f"{name} has no environment: `make test` or `onnxsmith providers --install {name}` makes it"
+        )
+    return name
+
+
+@pytest.fixture
+def running(provider: str) -> str:
+    """The same, if its device is there too."""
+    problem = problem_of(choose_provider(provider))
+    if problem:
+        # Software Vulkan comes from a package of Debian, which not every machine can fetch.
+        assert provider == "webgpu", problem
+        pytest.skip(f"{provider} does not run on this machine: {problem}")
+    return provider
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Part of a transformer, with named nodes."""
+    import onnx
+
+    random = np.random.default_rng(0)
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 20]>
+        block (float[batch, length, 64] x) => (float[batch, length, 32] y) {
+            [first] h = MatMul(x, w1)
+            [gelu] a = Gelu(h)
+            [norm] n = LayerNormalization<axis=-1>(a, scale)
+            [second] z = MatMul(n, w2)
+            [soft] y = Softmax<axis=-1>(z) }""")
+    for name, shape in (("w1", (64, 128)), ("w2", (128, 32)), ("scale", (128,))):
+        array = random.standard_normal(shape).astype(np.float32) / 8
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    path = tmp_path_factory.mktemp("block") / "block.onnx"
+    onnx.save(model, path)
+    yield path
+
+
+def feeds(batch: int, length: int) -> dict[str, Any]:
+    random = np.random.default_rng(batch * length)
+    return {"x": random.standard_normal((batch, length, 64)).astype(np.float32)}
+
+
+def wrong(path: Path) -> ModelPackage:
+    """The block with one wrong weight."""
+    import onnx
+
+    model = onnx.load(path)
+    weight = next(i for i in model.graph.initializer if i.name == "w2")
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[5] *= 3
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, "w2"))
+    broken = path.with_name("wrong.onnx")
+    onnx.save(model, broken)
+    return load_package(broken)
+
+
+def test_it_computes_what_the_cpu_does(running: str, block: Path) -> None:
+    package = load_package(block)
+    with OrtSession(package) as reference, OrtBackend(running).open(package) as session:
+        assert isinstance(session, WorkerSession)
+        assert session.provider == choose_provider(running).ort_name
+        assert PROVIDERS[running].package in session.versions
+        for shape in ((1, 8), (2, 5)):
+            expected, got = reference.run(feeds(*shape))["y"], session.run(feeds(*shape))["y"]
+            assert got.shape == expected.shape
+            assert np.abs(got - expected).max() < 1e-5
+        placement = session.check_placement()
+        assert placement.only_provider == session.provider
+        assert sum(placement.nodes.values()) >= 5
+    with OrtBackend(running).open(wrong(block)) as control:
+        assert np.abs(control.run(feeds(2, 5))["y"] - expected).max() > 1e-3
+
+
+def test_it_is_measured_beside_the_cpu(running: str, block: Path) -> None:
+    requirements = requirements_of([f"{running}>=100%", f"{running}>=99%of time"], [running, "cpu"])
+    settings = BenchSettings(prompt_tokens=8, runs=2, threads=1)
+    candidates = [Candidate("here", block), Candidate("there", block, running)]
+    here, there = benchmark(candidates, settings, requirements=requirements, profile=running == "webgpu")
+    assert (here.error, there.error) == ("", "")
+    assert here.latency_ms and there.latency_ms and there.placement
+    assert there.placement[there.provider]["time_share"] == 1.0
+    assert there.placement[there.provider]["bytes_share"] == 1.0
+    assert there.versions and PROVIDERS[running].package in there.versions
+    if there.profile:
+        # The device's own times, by the names of the nodes.
+        assert {node["name"] for node in there.profile["nodes"]} >= {"first", "second"}
+        assert all(node["time_ms"] > 0 for node in there.profile["nodes"])
+
+
+@pytest.mark.parametrize("provider", ["webgpu"], indirect=True)
+def test_a_share_that_it_does_not_have_fails(running: str, block: Path) -> None:
+    # The one that leaves nodes to the CPU when it is told to.
+    requirements = requirements_of([f"{running}>=100%"], [running])
+    choice = f"{running}:forceCpuNodeNames=second"
+    with OrtBackend(choice).open(load_package(block), name="block") as session:
+        placement = session.check_placement(measured=True)
+        assert placement.operators["CPUExecutionProvider"] == {"MatMul": 1}
+        assert placement.copies == 2
+        assert placement.copied_bytes and placement.copied_bytes > 0
+        assert 0 < placement.time_shares["CPUExecutionProvider"] < 1
+        with pytest.raises(CheckFailedError, match=r"80\.0% of nodes on WebGpu.*1 of 5 nodes on CPU.*MatMul"):
+            check_requirements(placement, requirements, name="block", provider=session.provider)
+    (result,) = benchmark(
+        [Candidate("block", block, choice)], BenchSettings(prompt_tokens=8, runs=1), requirements=requirements
+    )
+    assert "80.0% of nodes" in result.error
+    assert result.exit_status == 1
+    # What was measured is kept, beside what is wrong with it.
+    assert result.latency_ms is not None
+    assert result.copies == 2
+
+
+@pytest.mark.parametrize("provider", ["openvino"], indirect=True)
+def test_a_device_that_is_not_there_is_said(provider: str, block: Path) -> None:
+    with pytest.raises(ProviderUnavailableError, match=r"fell back to CPU.*Device NPU is not"):
+        OrtBackend("openvino:device_type=NPU").open(load_package(block))
+
+
+@pytest.mark.parametrize("provider", ["openvino"], indirect=True)
+def test_it_generates_what_the_cpu_does(running: str, tiny_package: ModelPackage) -> None:
+    prompt = [5, 9, 33, 2, 17]
+    with OrtSession(tiny_package) as reference, OrtBackend(running).open(tiny_package) as session:
+        expected = list(generate(reference, prompt, max_new_tokens=12))
+        assert list(generate(session, prompt, max_new_tokens=12)) == expected
+
+
+def test_the_worker_has_the_packages_of_its_environment(provider: str) -> None:
+    from onnxsmith.runtime.provider_install import describe_environment_of
+
+    environment = find_environment(PROVIDERS[provider].package)
+    assert environment is not None
+    plugin = PROVIDERS[provider] if PROVIDERS[provider].plugin else None
+    found = describe_environment_of(environment, plugin)
+    assert found["versions"][environment.package] == environment.versions[environment.package]
+    assert PROVIDERS[provider].ort_name in found["providers"]
+    assert "torch" not in found["versions"]
+    assert dataclasses.asdict(choose_provider(provider))["environment"] is not None
