@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from onnxsmith.runtime import OrtBackend, Placement, Requirement, Session
     from onnxsmith.runtime.components import Expected
 
-__all__ = ["Reference", "compare_package", "fixed_sizes", "open_programs", "open_reference"]
+__all__ = [
+    "Reference",
+    "checked_placement",
+    "compare_package",
+    "fixed_sizes",
+    "open_programs",
+    "open_reference",
+]
 
 
 @dataclasses.dataclass
@@ -124,30 +131,15 @@ def compare_package(
     A provider that got no node of one of its graphs, or breaks a requirement, and a process that dies are a
     comparison that failed, and nobody else's.
     """
-    from onnxsmith.runtime import (
-        OrtSession,
-        WorkerSession,
-        check_requirements,
-        compare_components,
-        merged_placement,
-        open_components,
-    )
+    from onnxsmith.runtime import compare_components, open_components
 
     parts = {part: package.only(part) for part in package.components}
-    measured = any(requirement.measure != "nodes" for requirement in requirements)
-    placements: list[Placement] = []
     result: Comparison | None = None
+    placement: Placement | None = None
     error = ""
     try:
         with open_components(backend, parts, name=name) as sessions:
-            for session in sessions.values():
-                if isinstance(session, OrtSession | WorkerSession):
-                    placements.append(session.placement(measured=measured))
-                    placements[-1].require_use(session.provider, name=session.name)
-                    check_requirements(
-                        placements[-1], requirements, name=session.name, provider=session.provider,
-                        asked=backend.name,
-                    )  # fmt: skip
+            placement = checked_placement(sessions, requirements, asked=backend.name)
             result = compare_components(
                 reference.sessions, sessions, expected, tolerance=tolerance, name=name
             )
@@ -156,8 +148,33 @@ def compare_package(
     if result is None:
         first = next(iter(reference.sessions.values())).name.partition(": ")[0]
         result = Comparison(first, name, backend.name, tolerance, (), error)
-    placement = merged_placement(placements).to_json() if placements else None
-    return dataclasses.replace(result, placement=placement)
+    return dataclasses.replace(result, placement=placement.to_json() if placement else None)
+
+
+def checked_placement(
+    sessions: Mapping[str, Session], requirements: Sequence[Requirement] = (), *, asked: str = ""
+) -> Placement:
+    """Where the graphs of a model run, if their provider got nodes of each and keeps what is required of it.
+
+    Args:
+        sessions: By component.
+        requirements: What must hold of each.
+        asked: What the user called the provider; see ``check_requirements``.
+
+    Raises:
+        CheckFailedError: It does not.
+    """
+    from onnxsmith.runtime import OrtSession, WorkerSession, check_requirements, merged_placement
+
+    measured = any(requirement.measure != "nodes" for requirement in requirements)
+    placements = []
+    for session in sessions.values():
+        if isinstance(session, OrtSession | WorkerSession):
+            placements.append(session.check_placement(measured=measured))
+            check_requirements(
+                placements[-1], requirements, name=session.name, provider=session.provider, asked=asked
+            )
+    return merged_placement(placements)
 
 
 def fixed_sizes(packages: Sequence[ModelPackage]) -> dict[str, dict[str, tuple[int | None, ...]]]:

@@ -27,7 +27,7 @@ from onnxsmith.pipeline.artifact import file_entries, write_manifest
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
-from onnxsmith.pipeline.references import open_programs
+from onnxsmith.pipeline.references import checked_placement, open_programs
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
 from onnxsmith.pipeline.sbom import write_sbom
 from onnxsmith.pipeline.staging import (
@@ -279,11 +279,7 @@ class _Job:
     def _check(self, programs: Mapping[str, TorchProgram], work: Path) -> None:
         """Compares every variant with torch, and scores the text."""
         from onnxsmith.runtime import (
-            OrtSession,
-            WorkerSession,
-            check_requirements,
             compare_components,
-            merged_placement,
             open_components,
             perplexity,
         )
@@ -317,18 +313,9 @@ class _Job:
                     try:
                         parts = {part: package.only(part) for part in package.components}
                         with open_components(self.backend, parts, name=entry.name) as sessions:
-                            measured = any(r.measure != "nodes" for r in self.requirements)
-                            placements = {
-                                session: session.check_placement(measured=measured)
-                                for session in sessions.values()
-                                if isinstance(session, OrtSession | WorkerSession)
-                            }
-                            entry.placement = merged_placement(list(placements.values())).to_json()
-                            for session, placement in placements.items():
-                                check_requirements(
-                                    placement, self.requirements, name=session.name,
-                                    provider=session.provider, asked=self.backend.name,
-                                )  # fmt: skip
+                            entry.placement = checked_placement(
+                                sessions, self.requirements, asked=self.backend.name
+                            ).to_json()
                             entry.comparison = compare_components(
                                 reference.sessions,
                                 sessions,
