@@ -9,12 +9,13 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
 from onnxsmith.exporters.decomposition import decomposed_where_needed, without_autocast
+from onnxsmith.exporters.recurrent import recurrent_operators
 from onnxsmith.package import TensorSpec
 
 if TYPE_CHECKING:
@@ -70,8 +71,15 @@ def trace(
         ),
     )
     try:
-        with _silence(), torch.no_grad(), without_autocast(), decomposed_where_needed():
+        with (
+            _silence(),
+            torch.no_grad(),
+            without_autocast(),
+            decomposed_where_needed(),
+            recurrent_operators(module),
+        ):
             exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)
+            _refuse_state(program, exported)
             onnx_program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -93,6 +101,28 @@ def trace(
     _name_axes(model, {s.name: s for s in (*program.inputs, *program.outputs)}, program.name)
     _name_weights(model, adapter)
     return model
+
+
+def _refuse_state(program: TorchProgram, exported: torch.export.ExportedProgram) -> None:
+    """Refuses a module that remembers: a graph has no state, and would compute the first call for ever."""
+    buffers = exported.graph_signature.inputs_to_buffers
+    changed = set()
+    for node in exported.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        first = node.args[0] if node.args else None
+        name = buffers.get(getattr(first, "name", ""))
+        if schema is None or not schema.is_mutable or name is None:
+            continue
+        while name.startswith("inner."):
+            name = name.removeprefix("inner.")
+        changed.add(name)
+    if changed:
+        raise ExportError(
+            program.name,
+            got=f"forward() changes its buffer {', '.join(sorted(changed)[:3])}",
+            expected="a module without state",
+            remedy="Take what it remembers as an input and return it as an output",
+        )
 
 
 def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str]) -> torch.nn.Module:
@@ -221,12 +251,31 @@ def line_of(error: BaseException) -> str:
     return f" at {Path(last.filename).name}:{last.lineno}" + (f" `{last.line}`" if last.line else "")
 
 
+def _module_of(program: TorchProgram, errors: Sequence[BaseException]) -> str:
+    """The innermost module that was running: `` in encoder.layers.3 (Attention)``, or nothing."""
+    names = {id(module): name for name, module in program.module.named_modules()}
+    for error in errors:
+        found = ""
+        trace = error.__traceback__
+        while trace is not None:
+            module = trace.tb_frame.f_locals.get("self")
+            name = names.get(id(module), "")
+            while name == "inner" or name.startswith("inner."):
+                name = name.removeprefix("inner").removeprefix(".")
+            if name:
+                found = f" in {name} ({type(module).__name__})"
+            trace = trace.tb_next
+        if found:
+            return found
+    return ""
+
+
 def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:
     """One message with the model's own line, instead of torch's dump."""
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
-    place = line_of(root)
+    place = _module_of(program, (root, error)) + line_of(root)
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     text = lines[0][:300] if lines else ""
     return ExportError(

@@ -314,6 +314,270 @@ def test_what_was_done_is_recorded() -> None:
     assert (step.name, step.parameters["exporter"]) == ("export", "torch")
 
 
+# Structures, state and control flow
+
+
+class NgramModel(nn.Module):
+    """A feed-forward language model: the last words, each looked up, all at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.hidden = nn.Linear(3 * 8, 16)
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, words: Any) -> Any:
+        return self.head(torch.tanh(self.hidden(self.embed(words).flatten(1)))).log_softmax(-1)
+
+
+def test_an_ngram_language_model_keeps_its_order() -> None:
+    package, comparison = exported(NgramModel(), torch.randint(0, 50, (4, 3)))
+    assert comparison.passed, comparison.reason
+    assert signature(package) == (["words: int64[batch, 3]"], ["output: float32[batch, 50]"])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("batch_first", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_recurrent_layers(kind: type[Any], batch_first: bool) -> None:
+    module = kind(5, 6, 2, batch_first=batch_first)
+    package, comparison = exported(module, torch.rand(3, 4, 5))
+    assert comparison.passed, comparison.reason
+    order = ["batch", "sequence"] if batch_first else ["sequence", "batch"]
+    (given,), outputs = signature(package)
+    assert given == f"input: float32[{order[0]}, {order[1]}, 5]"
+    assert outputs[0] == f"output_0: float32[{order[0]}, {order[1]}, 6]"
+    # The state of each layer: the number of layers is no axis that may change.
+    assert all("[2, batch, 6]" in text for text in outputs[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
+        (nn.GRU, {"bidirectional": True, "bias": False}),
+        (nn.RNN, {"nonlinearity": "relu", "num_layers": 2}),
+        (nn.RNN, {}),
+    ],
+)
+def test_recurrent_layers_of_every_form(kind: type[Any], options: dict[str, Any]) -> None:
+    package, comparison = exported(kind(5, 6, batch_first=True, **options), torch.rand(3, 4, 5))
+    assert comparison.passed, comparison.reason
+    # The operators of ONNX, not a copy of the step for each time.
+    found = [node.op_type for node in package.main.model.graph]
+    assert found.count(kind.__name__) == options.get("num_layers", 1)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_recurrent_layers_that_have_no_operator_are_refused() -> None:
+    class Packs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(5, 6, batch_first=True)
+
+        def forward(self, x: Any) -> Any:
+            packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4], batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+    with pytest.raises(ExportError, match=r"rnn \(GRU\): a packed sequence; expected a padded tensor"):
+        export(loaded(Packs(), torch.rand(2, 4, 5)))
+    with pytest.raises(ExportError, match=r"model \(LSTM\): a projected state"):
+        export(loaded(nn.LSTM(5, 6, proj_size=3), torch.rand(4, 3, 5)))
+
+
+class Stepped(nn.Module):
+    """One step of an LSTM whose state is an input, in a nested structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(5, 6, batch_first=True)
+
+    def forward(self, x: Any, state: Any) -> Any:
+        out, (h, c) = self.cell(x * state["scale"], (state["hidden"][0], state["hidden"][1]))
+        return {"out": out, "state": {"hidden": [h, c], "scale": state["scale"]}}
+
+
+def test_nested_inputs_and_outputs_go_round() -> None:
+    state = {"hidden": (torch.rand(1, 3, 6), torch.rand(1, 3, 6)), "scale": torch.tensor(2.0), "unused": None}
+    package, comparison = exported(Stepped(), {"x": torch.rand(3, 4, 5), "state": state})
+    assert comparison.passed, comparison.reason
+    inputs, outputs = signature(package)
+    assert inputs == [
+        "x: float32[batch, sequence, 5]",
+        "state.hidden.0: float32[1, batch, 6]",
+        "state.hidden.1: float32[1, batch, 6]",
+        "state.scale: float32[]",
+    ]
+    assert [text.partition(":")[0] for text in outputs] == [
+        "out",
+        "state.hidden.0_output",
+        "state.hidden.1_output",
+        "state.scale_output",
+    ]
+
+
+@dataclasses.dataclass
+class Request:
+    ids: Any
+    weights: Any
+    scale: float = 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (lambda a, b: {"request": Request(a, b)}, ["request.ids", "request.weights"]),
+        (lambda a, b: {"request": Named(a, b)}, ["request.first", "request.second"]),
+        (lambda a, b: {"request": [a, b]}, ["request.0", "request.1"]),
+        (lambda a, b: {"request": {"a": a, "more": {"b": b, "n": 3}}}, ["request.a", "request.more.b"]),
+    ],
+)
+def test_inputs_of_every_form_are_flat_and_named(value: Any, names: list[str]) -> None:
+    class Takes(nn.Module):
+        def forward(self, request: Any) -> Any:
+            if isinstance(request, Request):
+                return request.ids * request.weights * request.scale
+            if isinstance(request, dict):
+                return request["a"] + request["more"]["b"] * request["more"]["n"]
+            return request[0] - request[1]
+
+    package, comparison = exported(Takes(), value(torch.rand(2, 3), torch.rand(2, 3)))
+    assert comparison.passed, comparison.reason
+    assert [spec.name for spec in package.main.inputs] == names
+
+
+def test_positional_and_variable_parameters() -> None:
+    class Sums(nn.Module):
+        def forward(self, first: Any, /, *rest: Any) -> Any:
+            return first + sum(rest)
+
+    package, comparison = exported(Sums(), (torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 3)))
+    assert comparison.passed, comparison.reason
+    assert [spec.name for spec in package.main.inputs] == ["first", "rest.0", "rest.1"]
+
+
+def test_two_towers_have_batches_of_their_own() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user, self.item = nn.Linear(8, 4), nn.Linear(6, 4)
+
+        def forward(self, user: Any, item: Any) -> Any:
+            return self.user(user) @ self.item(item).T
+
+    package, comparison = exported(Towers(), (torch.rand(2, 8), torch.rand(2, 6)))
+    assert comparison.passed, comparison.reason
+    assert signature(package) == (
+        ["user: float32[user_batch, 8]", "item: float32[item_batch, 6]"],
+        ["output: float32[user_batch, item_batch]"],
+    )
+    assert "user_batch=2 item_batch=3" in {tensor.case for tensor in comparison.tensors}
+
+
+def test_an_input_that_is_written_to_stays_as_it_is() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Any) -> Any:
+            x.mul_(2)
+            x[:, 0] = 0
+            return x + 1, x.clone().add_(3)
+
+    given = torch.rand(2, 3) + 1
+    _, comparison = exported(InPlace(), given)
+    assert comparison.passed, comparison.reason
+    assert (given >= 1).all()
+
+
+def test_a_module_that_remembers_is_refused() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            return x + self.calls
+
+    with pytest.raises(
+        ExportError, match=r"Counts: forward\(\) changes its buffer calls; .*without state\. Take what"
+    ):
+        export(loaded(Counts(), torch.rand(2, 3)))
+
+
+def test_cond_keeps_both_branches() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Any) -> Any:
+            return torch.cond(x.sum() > 0, lambda v: self.linear(v), lambda v: v - 1, (x,))
+
+    package, comparison = exported(Conditional(), torch.rand(2, 3))
+    assert comparison.passed, comparison.reason
+    node = next(node for node in package.main.model.graph if node.op_type == "If")
+    assert {"then_branch", "else_branch"} <= set(node.attributes)
+    # Random inputs have sums of both signs, so both branches ran.
+    program = torch_program(loaded(Conditional(), torch.rand(2, 3)))
+    reference = TorchSession(program)
+    signs = {bool(case.feeds["x"].sum() > 0) for case in cases_for(reference, limits=program.limits)}
+    assert signs == {True, False}
+
+
+def test_an_untraceable_line_is_named_with_its_module() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), Branches())])
+
+        def forward(self, x: Any) -> Any:
+            return self.blocks[0](x)
+
+    place = r"blocks\.0\.1 \(Branches\) at test_export_plain\.py:\d+ `if x\.sum"
+    with pytest.raises(ExportError, match=f"Deep: torch cannot trace it in {place}"):
+        export(loaded(Deep(), torch.ones(2, 3)))
+
+
+def test_a_module_that_keeps_what_it_sees_is_not_changed_by_trying() -> None:
+    class Narrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.window = 100
+
+        def forward(self, x: Any) -> Any:
+            self.window = min(self.window, x.shape[1])
+            return x[:, : self.window] * 2
+
+    module = Narrows()
+    torch_program(loaded(module, torch.rand(2, 9)))
+    assert module.window == 9
+
+
+def test_an_axis_that_torch_fixes_is_a_size_and_said() -> None:
+    """A size that the model branches on: found to be dynamic, traced as one size, and the report says so."""
+
+    class Wide(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * 2 if x.shape[1] > 5 else x * 3
+
+    model = loaded(Wide(), torch.rand(2, 8))
+    program = torch_program(model)
+    assert program.inputs[0].shape == ("batch", "length")
+    package = export(model, program)
+    shape = package.main.inputs[0].shape
+    if shape != ("batch", "length"):
+        assert shape == ("batch", 8) == program.inputs[0].shape
+        assert "length" in package.steps[0].details["model"]["fixed_axes"]
+
+
+@pytest.mark.slow
+def test_a_transformer_of_torch() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    package, comparison = exported(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.rand(2, 5, 16)
+    )
+    assert comparison.passed, comparison.reason
+    assert signature(package)[0] == ["src: float32[batch, sequence, 16]"]
+
+
 # Text encoders
 
 ENCODERS = {

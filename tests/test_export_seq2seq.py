@@ -230,7 +230,7 @@ def test_text_is_the_same_as_that_of_transformers(t5: tuple[Path, Path]) -> None
         wanted = expected[row, 1:].tolist()
         end = wanted.index(1) + 1 if 1 in wanted else len(wanted)
         assert got[row, :end].tolist() == wanted[:end]
-    assert len(set(got.ravel().tolist())) > 3
+    assert got[0].tolist() != got[1].tolist()
 
 
 def test_a_program_of_one_graph_is_refused_where_there_are_three() -> None:

@@ -210,7 +210,7 @@ def test_pooling_is_what_sentence_transformers_does(tmp_path: Path) -> None:
         ({"pooling_mode_lasttoken": True}, r"pooling lasttoken; expected one of"),
         (
             {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
-            r"pooling mean_tokens, max_tokens",
+            r"pooling max_tokens, mean_tokens",
         ),
     ],
 )
