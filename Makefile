@@ -66,8 +66,8 @@ demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a 
 bench: $(READY)  ## the main benchmark
 	$(OFFLINE) $(BIN)/python benchmarks/main_job.py
 
-docs: $(READY)  ## docs/recipe.schema.json, and the API reference in site/
-	$(BIN)/python -m onnxsmith.pipeline.schema docs/recipe.schema.json
+docs: $(READY)  ## the JSON Schemas in docs/, and the API reference in site/
+	$(BIN)/python -m onnxsmith.pipeline.schema docs
 	rm -rf site
 	$(BIN)/pdoc --docformat google --output-directory site $(API)
 

@@ -1,4 +1,4 @@
-"""The commands about finished artifacts: package and verify."""
+"""The commands about whole artifacts: batch, package and verify."""
 
 from __future__ import annotations
 
@@ -13,6 +13,46 @@ from onnxsmith.pipeline.arguments import Force, Json, Models, Output
 from onnxsmith.pipeline.ending import FAILED, guarded
 
 __all__ = ["ARTIFACT_COMMANDS"]
+
+
+@guarded
+def batch(
+    jobs: Annotated[Path, typer.Argument(metavar="JOBS", help="A YAML or JSON list of jobs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Where the artifacts are to be; the list says."),
+    ] = None,
+    executor: Annotated[str, typer.Option(metavar="local|ray", help="What runs the jobs.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Jobs at a time; one for two processors by default.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="A Ray cluster; this machine by default.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace artifacts that no earlier batch made, too.")
+    ] = False,
+    json_target: Json = None,
+) -> int:
+    """Run many recipes, each in a process of its own; what an earlier batch has made is kept."""
+    from onnxsmith.pipeline.batch import run_batch
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.tables import show_batch
+
+    result = run_batch(
+        jobs,
+        output=output,
+        executor=executor,
+        workers=workers,
+        address=address,
+        force=force,
+        progress=progress_for(),
+    )
+    if json_target:
+        emit_json(json_target, "batch", result.to_json())
+    if json_target != "-":
+        show_batch(result)
+    return 0 if result.passed else FAILED
 
 
 @guarded
@@ -94,4 +134,4 @@ def verify(
     return FAILED if findings else 0
 
 
-ARTIFACT_COMMANDS: Sequence[Callable[..., None]] = (package, verify)
+ARTIFACT_COMMANDS: Sequence[Callable[..., None]] = (batch, package, verify)

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from onnxsmith.comparison import Comparison
     from onnxsmith.graph_passes.contract import GraphPass
     from onnxsmith.package import ModelPackage
+    from onnxsmith.pipeline.batch import BatchResult
     from onnxsmith.pipeline.report import Report
 
 __all__ = [
     "describe_pass",
+    "show_batch",
     "show_comparisons",
     "show_export",
     "show_inspect",
@@ -79,6 +81,32 @@ def show_report(report: Report, destination: Path) -> None:
     if report.generation:
         text = f"{report.generation['prompt']}{report.generation['text']}"
         sys.stdout.write(f"it says   {' '.join(text.split())}\n")
+
+
+def show_batch(result: BatchResult) -> None:
+    """The jobs of a batch with what came of each."""
+    rows = [
+        (
+            job.name,
+            job.status if job.status != "failed" else "FAILED",
+            job.chosen or "",
+            _megabytes(job.size_mb),
+            f"{job.seconds:.1f}",
+            str(job.attempts),
+        )
+        for job in result.jobs
+    ]
+    print_table("", ("job", "", "chosen", "MB", "s", "attempts"), rows, text=("", "chosen"))
+    for job in result.jobs:
+        if job.status == "failed":
+            sys.stdout.write(f"{job.name} failed: {job.reason}\n")
+            if job.log:
+                sys.stdout.write(f"  log  {job.log}\n")
+    failed = sum(job.status == "failed" for job in result.jobs)
+    kept = sum(job.status == "kept" for job in result.jobs)
+    sys.stdout.write(
+        f"\n{len(result.jobs)} jobs: {len(result.jobs) - failed - kept} done, {kept} kept, {failed} failed\n"
+    )
 
 
 def show_export(package: ModelPackage, comparison: Comparison | None, output: Path) -> None:

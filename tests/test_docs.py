@@ -27,6 +27,7 @@ from onnxsmith.comparison import TOLERANCES
 from onnxsmith.exporters.loading import TASKS
 from onnxsmith.graph_passes import PASSES
 from onnxsmith.pipeline.artifact import FileEntry, Manifest, StepEntry
+from onnxsmith.pipeline.batch_jobs import BatchSpec, JobSpec, load_batch
 from onnxsmith.pipeline.cli import app
 from onnxsmith.pipeline.recipe import Recipe, load_recipe
 from onnxsmith.runtime.providers import PROVIDERS
@@ -241,6 +242,11 @@ def _parts(annotation: Any) -> list[Any]:
 RECIPE_MODELS = _models(Recipe, "The recipe")
 
 
+@pytest.mark.parametrize(("heading", "model"), [("The list", BatchSpec), ("A job", JobSpec)])
+def test_batch_keys_are_documented(heading: str, model: type[pydantic.BaseModel]) -> None:
+    assert list(_section("batch.md", heading)) == list(model.model_fields)
+
+
 @pytest.mark.parametrize("path", RECIPE_MODELS)
 def test_recipe_keys_are_documented(path: str) -> None:
     heading = path if path == "The recipe" else f"`{path}`"
@@ -270,6 +276,9 @@ def test_recipes_in_documents_are_valid(tmp_path: Path) -> None:
     for number, content in enumerate(blocks):
         path = tmp_path / f"{number}.yaml"
         path.write_text(content, encoding="utf-8")
+        if "\njobs:" in content:
+            assert load_batch(path).jobs
+            continue
         recipe = load_recipe(path)
         assert all(variant.specs() for variant in recipe.variants)
 

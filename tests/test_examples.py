@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from onnxsmith import load_package, load_recipe, run_recipe, verify_artifact
-from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.batch_jobs import expand_jobs, load_batch
 from onnxsmith.pipeline.report import Report
-from onnxsmith.pipeline.schema import recipe_schema
+from onnxsmith.pipeline.schema import SCHEMAS, json_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+RECIPES = sorted(path for path in EXAMPLES.glob("*.yaml") if path.stem != "batch")
 
 
 def run(name: str, destination: Path, *settings: str) -> Report:
@@ -48,10 +48,18 @@ def test_recipe_is_valid(path: Path) -> None:
     assert (path.parent / first.removeprefix(prefix)).is_file()
 
 
-def test_the_schema_is_up_to_date() -> None:
-    shown = (ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8")
-    assert json.loads(shown) == json.loads(recipe_schema()), "run `make docs`"
-    assert set(json.loads(shown)["properties"]) == set(Recipe.model_fields)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schema_is_up_to_date(name: str) -> None:
+    shown = json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
+    assert shown == json.loads(json_schema(SCHEMAS[name])), "run `make docs`"
+    assert set(shown["properties"]) == set(SCHEMAS[name].model_fields)
+
+
+def test_the_batch_is_valid() -> None:
+    jobs = expand_jobs(load_batch(EXAMPLES / "batch.yaml"), base=EXAMPLES, output=ROOT / "artifacts")
+    assert [job.name for job in jobs] == ["digits-0", "digits-1", "minilm"]
+    # A job whose recipe does not validate has no fingerprint of its content.
+    assert all(len(job.fingerprint) == 64 for job in jobs)
 
 
 def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxsmith.package import ModelPackage
     from onnxsmith.package_io import load_package, save_package
     from onnxsmith.pipeline.artifact import verify_artifact
+    from onnxsmith.pipeline.batch import run_batch
     from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.pipeline.measuring import bench_models, sweep
     from onnxsmith.pipeline.operations import (
@@ -60,6 +61,7 @@ __all__ = [
     "make_passes",
     "optimize_model",
     "package_model",
+    "run_batch",
     "run_passes",
     "run_recipe",
     "save_package",
@@ -93,6 +95,7 @@ _HOMES: Mapping[str, str] = {
     "make_passes": "onnxsmith.graph_passes",
     "optimize_model": "onnxsmith.pipeline.operations",
     "package_model": "onnxsmith.pipeline.packing",
+    "run_batch": "onnxsmith.pipeline.batch",
     "run_passes": "onnxsmith.graph_passes",
     "run_recipe": "onnxsmith.pipeline.run",
     "save_package": "onnxsmith.package_io",
