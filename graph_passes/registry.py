@@ -29,6 +29,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "logits_to_keep": "onnxsmith.graph_passes.signature:LogitsToKeep",
         "lower_ir_version": "onnxsmith.graph_passes.versions:LowerIrVersion",
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",
+        "mixed_precision": "onnxsmith.graph_passes.mixed_precision:MixedPrecision",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
         "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
         "quantize_static": "onnxsmith.graph_passes.static:QuantizeStatic",
@@ -39,6 +40,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "set_axes": "onnxsmith.graph_passes.signature:SetAxes",
         "split_skip_layer_norm": "onnxsmith.graph_passes.norms:SplitSkipLayerNorm",
         "strip_metadata": "onnxsmith.graph_passes.cleanup:StripMetadata",
+        "to_bfloat16": "onnxsmith.graph_passes.precision:ToBfloat16",
         "to_float16": "onnxsmith.graph_passes.precision:ToFloat16",
         "transpose_weights": "onnxsmith.graph_passes.weights:TransposeWeights",
     }

@@ -128,7 +128,7 @@ def show_export(package: ModelPackage, comparison: Comparison | None, output: Pa
 
 
 def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> None:
-    """What each pass did, and the nodes before and after."""
+    """What each pass did and what it left out and why, and the nodes before and after by type."""
     from onnxsmith.graph_passes import operator_counts
 
     rows = []
@@ -137,12 +137,23 @@ def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> No
         rows.append((step.name, str(step.details.get("changes", "")), f"{step.seconds:.1f}", _plain(details)))
     print_table("", ("pass", "changes", "s", "what"), rows)
     for step in after.steps[len(before.steps) :]:
-        for name, reason in dict(step.details.get("skipped") or {}).items():
-            if step.name != "fuse_transformer":
-                sys.stdout.write(f"{step.name} left out {name}: {reason}\n")
+        parts = [step.details, *(part for part in step.details.values() if isinstance(part, dict))]
+        reasons: dict[str, list[str]] = {}
+        for part in parts:
+            for name, reason in dict(part.get("skipped") or {}).items():
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            sys.stdout.write(f"{step.name} left out {shown}: {reason}\n")
     for name in after.components:
-        nodes = [sum(operator_counts(p.components[name].model).values()) for p in (before, after)]
-        sys.stdout.write(f"nodes      {nodes[0]} -> {nodes[1]}\n")
+        old, new = (operator_counts(p.components[name].model) for p in (before, after))
+        changed = [op for op in {**old, **new} if old.get(op, 0) != new.get(op, 0)]
+        changed.sort(key=lambda op: -abs(old.get(op, 0) - new.get(op, 0)))
+        moves = ", ".join(f"{op} {old.get(op, 0)} -> {new.get(op, 0)}" for op in changed[:12])
+        more = f", and {len(changed) - 12} more operators" if len(changed) > 12 else ""
+        sys.stdout.write(f"nodes      {sum(old.values())} -> {sum(new.values())}\n")
+        if moves:
+            sys.stdout.write(f"           {moves}{more}\n")
     sys.stdout.write(f"artifact   {output}\n")
 
 
