@@ -30,6 +30,9 @@ _INT8: PassSpec = (
     "quantize_weights",
     {"bits": 8, "block_size": 32, "symmetric": True, "half_scales": True},
 )
+# Integer zero points have kernels everywhere; scales take the type of the activations, float16.
+_GPU_INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "accuracy_level": 0})
+_WEB_INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "symmetric": True})
 _FINISH: tuple[PassSpec, ...] = (
     ("strip_metadata", {}),
     ("lower_opset", {}),
@@ -44,6 +47,10 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-gguf": (*_ON_CPU, ("keep_gguf_blocks", {}), *_FINISH),
     "cpu-int8-dynamic": (*_ON_CPU, ("quantize_dynamic", {}), *_FINISH),
     "cpu-int8-static": (*_ON_CPU, ("quantize_static", {}), *_FINISH),
+    "gpu-fp16": (*_FUSED, ("to_float16", {}), *_FINISH),
+    "gpu-int4": (*_FUSED, _GPU_INT4, ("to_float16", {}), *_FINISH),
+    "web": (*_FUSED, _WEB_INT4, *_FINISH),
+    "mobile": (*_ON_CPU, _INT8, *_FINISH),
     "cpu-fp32-newest": (*_ON_CPU, *_NEWEST, *_FINISH),
     "cpu-int8-newest": (*_ON_CPU, *_NEWEST, _INT8, *_FINISH),
     "cpu-int4-newest": (*_ON_CPU, *_NEWEST, _INT4, *_FINISH),
@@ -58,6 +65,10 @@ PURPOSES: Mapping[str, str] = {
     "cpu-gguf": "The blocks of a GGUF source as they are: nothing is rounded again. The rest gets 8 bits.",
     "cpu-int8-dynamic": "For encoders: matrices on 8 bit integers, half the time; needs no data.",
     "cpu-int8-static": "For encoders: as dynamic, more exact and a little faster; needs calibration data.",
+    "gpu-fp16": "Half the size, for GPUs; inputs and outputs stay float32. Checked on a CPU only.",
+    "gpu-int4": "4 bit weights under float16 arithmetic, for GPUs. Checked on a CPU only.",
+    "web": "4 bit weights without zero points, with operators of ONNX Runtime Web: size is loading time.",
+    "mobile": "8 bit weights for phones' CPUs: small, and hardly any loss. Checked on x86 only.",
     "cpu-fp32-newest": "As cpu-fp32, and what makes decoders faster but needs ONNX Runtime 1.32.",
     "cpu-int8-newest": "As cpu-int8, and what makes decoders faster but needs ONNX Runtime 1.32.",
     "cpu-int4-newest": "As cpu-int4, and what makes decoders faster but needs ONNX Runtime 1.32.",
@@ -76,6 +87,7 @@ REASONS: Mapping[str, str] = {
     "keep_gguf_blocks": "when the matrices have their final form",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
+    "to_float16": "after quantization, so that scales follow the type of the activations",
     "strip_metadata": "near the end, because earlier passes leave metadata",
     "lower_opset": "after everything that may need a later operator",
     "lower_ir_version": "last: it follows from operator set and types",

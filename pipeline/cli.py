@@ -239,14 +239,17 @@ def optimize(
 def inspect(
     model: Model,
     top: Annotated[int, typer.Option(metavar="N", help="How many of the largest tensors to list.")] = 10,
+    fusions: Annotated[
+        bool, typer.Option("--fusions/--no-fusions", help="Try on a copy what passes could still do.")
+    ] = True,
     json_target: Json = None,
 ) -> None:
-    """Show size, operators, types and the largest tensors of a model, without reading its weights."""
+    """Show what a model is made of and what passes could still do, without reading its weights."""
     from onnxsmith.pipeline.console import emit_json
     from onnxsmith.pipeline.operations import inspect_model
     from onnxsmith.pipeline.tables import show_inspect
 
-    result = inspect_model(model, top=top)
+    result = inspect_model(model, top=top, fusions=fusions)
     if json_target:
         emit_json(json_target, "inspect", result)
     if json_target != "-":

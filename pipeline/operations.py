@@ -241,17 +241,20 @@ def compare_models(
     return results
 
 
-def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
+def inspect_model(model: Path, *, top: int = 10, fusions: bool = False) -> dict[str, Any]:
     """What a model is made of, without reading its weights.
 
     Args:
         model: An artifact, a directory with one ONNX model, or an ONNX file.
         top: How many of the largest tensors to list.
+        fusions: Whether to try, on a copy, what passes could still do; takes seconds for large graphs.
 
     Raises:
         OnnxsmithError: It cannot be read.
     """
     from onnxsmith.graph_passes import operator_counts
+    from onnxsmith.graph_passes.potential import still_to_do
+    from onnxsmith.graph_passes.precision import precision_map
 
     if top < 0:
         raise BadInputError("inspect: --top", got=str(top), expected="at least 0")
@@ -287,6 +290,8 @@ def inspect_model(model: Path, *, top: int = 10) -> dict[str, Any]:
                 for n, t in largest
             ],
             "cache_bytes_per_token": _cache_bytes(pairs),
+            "precision_map": precision_map(component.model),
+            **({"still_to_do": still_to_do(component.model)} if fusions else {}),
         }
     return {
         "path": str(model),

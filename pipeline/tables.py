@@ -216,14 +216,43 @@ def show_inspect(result: Mapping[str, Any]) -> None:
         )
         sys.stdout.write("\n")
         print_table("", ("type", "MB"), [(t, _megabytes(b / 1e6)) for t, b in part["bytes_by_type"].items()])
-        if not part["largest"]:
+        if part["largest"]:
+            sys.stdout.write("\n")
+            print_table(
+                "",
+                ("largest tensors", "type", "shape", "MB"),
+                [
+                    (t["name"], t["type"], str(t["shape"]), _megabytes(t["bytes"] / 1e6))
+                    for t in part["largest"]
+                ],
+            )
+        if part["precision_map"]:
+            sys.stdout.write("\nstays in float32\n")
+            _show_reasons(part["precision_map"])
+        if "still_to_do" in part:
+            _show_potential(part["still_to_do"])
+
+
+def _show_potential(found: Mapping[str, Mapping[str, Any]]) -> None:
+    sys.stdout.write("\nwhat passes could still do\n" if found else "\nnothing is left to fuse or clean up\n")
+    for name, part in found.items():
+        if "error" in part:
+            sys.stdout.write(f"  {name}: {part['error']}\n")
             continue
-        sys.stdout.write("\n")
-        print_table(
-            "",
-            ("largest tensors", "type", "shape", "MB"),
-            [(t["name"], t["type"], str(t["shape"]), _megabytes(t["bytes"] / 1e6)) for t in part["largest"]],
-        )
+        details = {k: v for k, v in part.items() if k not in ("changes", "skipped")}
+        sys.stdout.write(f"  {name}: {part['changes']} changes{'; ' if details else ''}{_plain(details)}\n")
+        if name != "fuse_transformer":
+            _show_reasons(part["skipped"])
+
+
+def _show_reasons(reasons: Mapping[str, str]) -> None:
+    """Names by reason, the first few of each."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        grouped.setdefault(reason, []).append(name)
+    for reason, names in grouped.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        sys.stdout.write(f"  {shown}: {reason}\n")
 
 
 def describe_pass(one: type[GraphPass]) -> dict[str, Any]:
