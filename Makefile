@@ -29,6 +29,8 @@ PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests b
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
 API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime pipeline)
 DEMO_OUT ?= artifacts/smollm2
+# An environment with the other series of transformers.
+TF5 := .venv-tf5
 
 # Nothing in the tests or the demo may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -36,7 +38,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Where those environments are, and a Vulkan without a GPU for WebGPU.
 APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
 
-.PHONY: help setup providers check lint typecheck test test-slow demo bench docs wheel clean
+.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 demo bench docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +61,20 @@ test: $(READY) $(PROVIDERS_READY)  ## the tests except the slow ones, with cover
 
 test-slow: $(READY) $(PROVIDERS_READY)  ## all tests, those on real models too
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+# What exports is tested with the other series of transformers too, in an environment of its own: it and optimum-onnx
+# exclude each other. The constraints without those that are about the older series.
+test-transformers5: $(TF5)/.ready  ## the exporters' tests with transformers 5, in .venv-tf5; for every night
+	$(OFFLINE) $(TF5)/bin/python -m pytest -p no:cacheprovider -W default -m "not slow" \
+		tests/test_loading.py tests/test_export_*.py tests/test_sources_other.py tests/test_gguf*.py $(PYTEST_ARGS)
+
+$(TF5)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(TF5)
+	$(TF5)/bin/python -m pip install --quiet --upgrade pip
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|optimum|optimum-onnx|sentence-transformers|peft)==' \
+		constraints.txt > $(TF5)/constraints.txt
+	$(TF5)/bin/python -m pip install --quiet -c $(TF5)/constraints.txt -e '.[torch,test]' 'transformers>=5,<6' $(ORT)
+	@touch $@
 
 demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a report
 	$(OFFLINE) $(BIN)/onnxsmith run examples/smollm2.yaml -o $(DEMO_OUT) --force

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import SourceError, UnknownNameError, require
 from onnxsmith.exporters.factory import first_line, load_factory
+from onnxsmith.exporters.other_sources import base_of_adapter, load_exported_program, merge_adapter
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -108,7 +109,11 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
         raise UnknownNameError("export", name=task, known=TASKS, kind="task")
     if dtype not in DTYPES:
         raise UnknownNameError("export", name=dtype, known=DTYPES, kind="dtype")
-    only = {SourceKind.FACTORY: None, SourceKind.GGUF: TEXT_GENERATION}
+    only = {
+        SourceKind.FACTORY: None,
+        SourceKind.EXPORTED_PROGRAM: None,
+        SourceKind.GGUF: TEXT_GENERATION,
+    }
     if task is not None and only.get(source.kind, task) != task:
         raise SourceError(
             source.text,
@@ -120,6 +125,14 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
         module, inputs = load_factory(source)
         provenance = {"kind": str(source.kind), "text": source.text}
         loaded = LoadedModel(module, source, None, {}, provenance, inputs)
+    elif source.kind is SourceKind.EXPORTED_PROGRAM:
+        assert source.path is not None
+        module, inputs = load_exported_program(source)
+        archive = [_file_entry(source.path)]
+        described: dict[str, Any] = {"kind": str(source.kind), "text": source.text, "files": archive}
+        loaded = LoadedModel(module, source, None, {}, described, inputs)
+    elif source.kind is SourceKind.ADAPTER:
+        loaded = _load_adapter(source, task=task, dtype=getattr(torch, dtype))
     elif source.kind is SourceKind.GGUF:
         loaded = _load_gguf(source, dtype=getattr(torch, dtype))
     elif source.kind in (SourceKind.HUGGING_FACE_DIRECTORY, SourceKind.HUGGING_FACE_HUB):
@@ -132,6 +145,24 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
         "parameters": sum(p.numel() for p in loaded.module.parameters()),
     }
     return loaded
+
+
+def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:
+    """An adapter merged into its model; the tokenizer is the adapter's where it has one."""
+    assert source.path is not None
+    base = base_of_adapter(source)
+    loaded = _load_hugging_face(base, task=task, dtype=dtype)
+    with _quiet():
+        module = merge_adapter(source, loaded.module)
+    files = sorted(source.path.glob("adapter_*"))
+    provenance = {
+        "kind": str(source.kind),
+        "text": source.text,
+        "files": [_file_entry(path) for path in files],
+        "base": loaded.provenance,
+    }
+    own = _tokenizer_files(source, str(source.path), {"trust_remote_code": False, "local_files_only": True})
+    return LoadedModel(module, source, loaded.task, loaded.files | own, provenance)
 
 
 def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:

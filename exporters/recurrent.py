@@ -47,7 +47,9 @@ class _Forward:
     """Replaces the ``forward`` of one layer."""
 
     def __init__(self, name: str, layer: Any) -> None:
-        self.where = f"{name.removeprefix('inner.') or 'model'} ({layer.mode})"
+        while name == "inner" or name.startswith("inner."):
+            name = name.removeprefix("inner").removeprefix(".")
+        self.where = f"{name or 'model'} ({layer.mode})"
         self.layer = layer
         self.kind = layer.mode.partition("_")[0]
 

@@ -47,7 +47,7 @@ def export_model(
     """Exports a PyTorch model to an artifact, and compares it with the PyTorch model before it is accepted.
 
     Args:
-        source: See ``ModelSource.parse``.
+        source: See ``ModelSource.parse``. An ONNX model is cleaned, and compared with what it was.
         destination: Where the artifact is to be.
         task: A task of ``onnxsmith.exporters.TASKS``; found from the model where None.
         dtype: The element type of the weights.
@@ -68,6 +68,8 @@ def export_model(
     progress = progress or Progress()
     check_destination(destination, force=force)
     parsed = ModelSource.parse(source)
+    if not parsed.is_torch:
+        return _adopt_onnx(parsed, destination, verify=verify, force=force, progress=progress)
     with progress.step("load"):
         loaded = load_torch(parsed, task=task, dtype=dtype)
     require_space(
@@ -101,6 +103,44 @@ def export_model(
                     expected="what PyTorch computes",
                     remedy="Nothing was written. Keep it all the same with --no-verify, and look at it with "
                     "`onnxsmith compare`",
+                )
+        write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
+    return package, comparison
+
+
+def _adopt_onnx(
+    source: ModelSource, destination: Path, *, verify: bool, force: bool, progress: Progress
+) -> tuple[ModelPackage, Comparison | None]:
+    """Makes an artifact of an ONNX model of any origin, compared with that model."""
+    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+    from onnxsmith.runtime import OrtBackend
+
+    assert source.path is not None
+    with progress.step("load"):
+        before = load_package(source.path)
+    size = sum(weight_bytes(c.model) for c in before.components.values())
+    require_space(destination.resolve().parent, size, purpose=f"export of {source.text}")
+    with progress.step("clean up"):
+        package = run_passes(before, make_passes(PRESETS["clean"]))
+    package.source = package.source or {"kind": str(source.kind), "text": source.text}
+    comparison = None
+    with staged_directory(destination, force=force) as staging:
+        save_package(package, staging)
+        if verify:
+            with progress.step("compare"), open_reference(str(source.path)) as reference:
+                comparison = compare_package(
+                    reference,
+                    reference.expected(candidates=[package]),
+                    package,
+                    OrtBackend(),
+                    tolerance=tolerance_for(package.precision),
+                    name=source.text,
+                )
+            if not comparison.passed:
+                raise CheckFailedError(
+                    f"export of {source.text}",
+                    got=comparison.reason,
+                    expected="what the given model computes",
                 )
         write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
     return package, comparison

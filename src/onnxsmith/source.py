@@ -24,6 +24,8 @@ class SourceKind(enum.StrEnum):
     HUGGING_FACE_HUB = "hf-hub"
     GGUF = "gguf"
     FACTORY = "factory"
+    ADAPTER = "peft-adapter"
+    EXPORTED_PROGRAM = "pt2"
     ONNX = "onnx"
 
 
@@ -69,7 +71,7 @@ class ModelSource:
             SourceError: Nothing of these kinds.
         """
         expected = (
-            "a Hugging Face directory or hub id, a .gguf file, package.module:factory, "
+            "a Hugging Face directory or hub id, a .gguf or .pt2 file, package.module:factory, "
             "an .onnx file or an artifact directory"
         )
         if not text.strip():
@@ -81,6 +83,8 @@ class ModelSource:
             suffix = path.suffix.lower()
             if suffix == ".gguf":
                 return ModelSource(SourceKind.GGUF, text, path)
+            if suffix == ".pt2":
+                return ModelSource(SourceKind.EXPORTED_PROGRAM, text, path)
             if suffix == ".onnx":
                 return ModelSource(SourceKind.ONNX, text, path)
             if suffix in {".pt", ".pth", ".bin", ".pkl", ".ckpt"}:
@@ -97,7 +101,7 @@ class ModelSource:
         looks_like_path = (
             text.startswith((".", "/", "~", _PACKAGE_SCHEME))
             or text.partition("@")[0].count("/") > 1
-            or path.suffix.lower() in {".gguf", ".onnx", ".safetensors", ".pt", ".pth", ".bin"}
+            or path.suffix.lower() in {".gguf", ".onnx", ".safetensors", ".pt", ".pt2", ".pth", ".bin"}
         )
         if not looks_like_path and _HUB_ID.fullmatch(text):
             return ModelSource(SourceKind.HUGGING_FACE_HUB, text, revision=text.partition("@")[2] or None)
@@ -112,6 +116,8 @@ class ModelSource:
 def _from_directory(text: str, path: Path) -> ModelSource:
     if (path / "manifest.json").is_file():
         return ModelSource(SourceKind.ONNX, text, path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return ModelSource(SourceKind.ADAPTER, text, path)
     if (path / "config.json").is_file() and not list(path.glob("*.onnx")):
         return ModelSource(SourceKind.HUGGING_FACE_DIRECTORY, text, path)
     for pattern, kind in (("*.onnx", SourceKind.ONNX), ("*.gguf", SourceKind.GGUF)):
