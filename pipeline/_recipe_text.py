@@ -49,23 +49,53 @@ class RecipeText:
         data: Its content as plain data, with overrides.
         tree: Its YAML nodes, which know their lines; None where there are none.
         overrides: The places that ``--set`` gave, with what the user wrote.
+        extended: The file that this one extends, and so on; what it has stands in ``data`` too.
+        own: What stands in this file alone; empty where it extends none.
     """
 
     path: Path
     data: dict[str, Any]
     tree: Any
     overrides: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+    extended: RecipeText | None = None
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path, *, extends: bool = False, below: tuple[Path, ...] = ()) -> Self:
         """Reads a file.
 
+        Args:
+            path: YAML, JSON, or TOML where it is called so.
+            extends: Whether its key ``extends`` names a file that it adds to: mappings are merged key by
+                key, everything else is replaced.
+            below: The files that lead to this one.
+
         Raises:
-            RecipeError: It cannot be read, is neither YAML nor JSON, or no mapping.
+            RecipeError: It cannot be read, is none of these, or no mapping; or files extend each other.
         """
+        found = cls._read_alone(path)
+        if not extends or "extends" not in found.data:
+            return found
+        name = found.data.pop("extends")
+        where = found._where(["extends"])
+        if not isinstance(name, str):
+            raise RecipeError(f"{where}: extends", got=_shown(name), expected="a path")
+        target = (path.parent / name).resolve()
+        chain = (*below, path.resolve())
+        if target in chain:
+            raise RecipeError(
+                f"{where}: extends", got=f"{name}, which extends this file", expected="a recipe that ends"
+            )
+        base = cls.read(target, extends=True, below=chain)
+        return cls(path, _merged(base.data, found.data), found.tree, extended=base, own=found.data)
+
+    @classmethod
+    def _read_alone(cls, path: Path) -> Self:
         import yaml
 
         text = _content(path)
+        if path.suffix.lower() == ".toml":
+            return cls(path, _toml(path, text), None)
         try:
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
             if tree is not None:
@@ -153,7 +183,46 @@ class RecipeText:
         for place, text in reversed(self.overrides.items()):
             if parts[: len(place)] == place:
                 return f"--set {text}"
+        # An extended file is to blame for what only it says.
+        if self.extended is not None and not _stands(self.own, location) and self.extended._says(location):
+            return self.extended._where(location)
         return str(self.path) if self.tree is None else f"{self.path}, line {_line_of(self.tree, location)}"
+
+    def _says(self, location: Sequence[int | str]) -> bool:
+        return _stands(self.data, location)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` on it: mappings key by key, everything else in whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _merged(below, value)
+        merged[key] = value
+    return merged
+
+
+def _stands(data: Any, location: Sequence[int | str]) -> bool:
+    for part in location:
+        is_key = isinstance(data, Mapping) and part in data
+        if not is_key and not (isinstance(data, list) and isinstance(part, int) and part < len(data)):
+            return False
+        data = data[part]
+    return True
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        problem, _, place = str(error).partition(" (at ")
+        where = f"{path}, {place.rstrip(')')}" if place else str(path)
+        raise RecipeError(where, got=problem, expected="TOML") from error
+    except RecursionError as error:
+        raise RecipeError(str(path), got="it is nested too deeply", expected="TOML") from error
 
 
 def _content(path: Path) -> str:
@@ -168,7 +237,7 @@ def _content(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         got = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not text in UTF-8"
         raise RecipeError(
-            str(path), got=f"cannot be read: {got}", expected="a YAML or JSON recipe"
+            str(path), got=f"cannot be read: {got}", expected="a recipe in YAML, JSON or TOML"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The recipe: what to make of which model, and what must hold.
 
-A recipe is YAML or JSON. Its schema is exported with ``python -m onnxsmith.pipeline.schema`` and stands in
-``docs/recipe.schema.json``, for editors.
+A recipe is YAML, JSON or TOML. Its schema is exported with ``python -m onnxsmith.pipeline.schema`` and stands
+in ``docs/recipe.schema.json``, for editors.
 """
 
 from __future__ import annotations
@@ -187,6 +187,8 @@ class Recipe(_Model):
     """A source, what to make of it, and what must hold."""
 
     schema_version: Literal[1]
+    extends: str | None = None
+    """A recipe that this one adds to, relative to this one. Filled in when a recipe is read."""
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64)]
     source: str
     """A Hugging Face directory or hub id, a .gguf file, package.module:factory, or pkg:package/file."""
@@ -236,13 +238,13 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
-        path: A YAML or JSON file.
+        path: A YAML, JSON or TOML file.
         overrides: ``key=value`` with dotted keys (``budgets.size_mb=100``); values are YAML.
 
     Raises:
         RecipeError: It cannot be read, or does not validate. The message names the line and the key.
     """
-    text = RecipeText.read(path)
+    text = RecipeText.read(path, extends=True)
     for override in overrides:
         text.override(override)
     try:

@@ -229,3 +229,69 @@ def test_several_errors_are_counted(tmp_path: Path) -> None:
     text = SMALL.replace("name: toy", "nmae: toy").replace("size_mb: 10", "size_mb: x")
     with pytest.raises(RecipeError, match=re.escape("(2 more errors)")):
         load_recipe(written(tmp_path, text))
+
+
+def test_toml_is_the_same(tmp_path: Path) -> None:
+    toml = """
+schema_version = 1
+name = "toy"
+source = "my_model:make"
+variants = [
+  {name = "fp32", preset = "clean"},
+  {name = "int8", passes = ["cleanup", {quantize_weights = {bits = 8}}]},
+]
+budgets = {size_mb = 10}
+[evaluation.perplexity]
+data = "text.txt"
+"""
+    path = written(tmp_path, toml, "recipe.toml")
+    assert load_recipe(path) == load_recipe(written(tmp_path, SMALL))
+    written(tmp_path, toml.replace("size_mb", "size_bm"), "recipe.toml")
+    with pytest.raises(RecipeError, match=r"recipe\.toml: budgets\.size_bm: unknown key .*'size_mb'"):
+        load_recipe(path)
+    written(tmp_path, "schema_version = \n", "recipe.toml")
+    with pytest.raises(RecipeError, match=r"recipe\.toml, line 1, column \d+: Invalid value; expected TOML"):
+        load_recipe(path)
+
+
+def test_a_recipe_adds_to_the_one_that_it_extends(tmp_path: Path) -> None:
+    written(tmp_path, SMALL, "base.yaml")
+    (tmp_path / "below").mkdir()
+    text = (
+        "extends: ../base.yaml\nname: other\nbudgets: {latency_ms: 5}\nvariants: [{name: a, preset: clean}]\n"
+    )
+    recipe = load_recipe(written(tmp_path / "below", text))
+    assert recipe.name == "other"
+    assert (recipe.budgets.size_mb, recipe.budgets.latency_ms) == (10, 5)
+    assert [variant.name for variant in recipe.variants] == ["a"]
+    assert recipe.evaluation.perplexity is not None
+    assert recipe.extends is None
+    third = written(tmp_path, "extends: below/recipe.yaml\nbudgets: {size_mb: 3}\n", "third.yaml")
+    recipe = load_recipe(third, overrides=["budgets.latency_ms=7"])
+    assert (recipe.name, recipe.budgets.size_mb, recipe.budgets.latency_ms) == ("other", 3, 7)
+
+
+def test_what_is_wrong_is_named_in_the_file_that_says_it(tmp_path: Path) -> None:
+    written(tmp_path, SMALL.replace("size_mb: 10", "size_bm: 10"), "base.yaml")
+    path = written(tmp_path, "extends: base.yaml\nbudgets: {latency_ms: 5}\n")
+    with pytest.raises(RecipeError, match=r"base\.yaml, line 15: budgets\.size_bm: unknown key"):
+        load_recipe(path)
+    written(tmp_path, SMALL, "base.yaml")
+    path = written(tmp_path, "extends: base.yaml\nbudgets:\n  latency_sm: 5\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml, line 3: budgets\.latency_sm: unknown key"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("recipe.yaml", r"recipe\.yaml, line 1: extends: recipe\.yaml, which extends this file"),
+        ("other.yaml", r"other\.yaml, line 1: extends: recipe\.yaml, which extends this file"),
+        ("gone.yaml", r"gone\.yaml: cannot be read: No such file"),
+        ("[1]", r"line 1: extends: \[1\]; expected a path"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    written(tmp_path, "extends: recipe.yaml\n", "other.yaml")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, f"extends: {name}\n"))
