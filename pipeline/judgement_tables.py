@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onnxsmith.pipeline.console import print_table
 
 if TYPE_CHECKING:
+    from onnxsmith.pipeline.evaluation import Evaluation
     from onnxsmith.runtime import Divergence
 
-__all__ = ["show_divergence"]
+__all__ = ["show_divergence", "show_evaluations"]
 
 _ROWS = 8
 
@@ -62,6 +64,31 @@ def show_divergence(result: Divergence) -> None:
         size = f"{len(made.nodes)} nodes, {made.bytes / 1e3:.1f} kB, {shapes}"
         sys.stdout.write(f"\nreproduction      {made.directory}: {size}\n")
     sys.stdout.write(f"\n{result.verdict}\n")
+
+
+def show_evaluations(results: Sequence[Evaluation]) -> None:
+    """Each metric with its interval, and its difference to the reference with a test."""
+    rows = []
+    for result in results:
+        for name, interval in result.metrics.items():
+            difference = result.differences.get(name)
+            rows.append(
+                (
+                    result.name,
+                    result.provider.removesuffix("ExecutionProvider"),
+                    name,
+                    f"{interval.value:.4f}",
+                    f"{interval.low:.4f} to {interval.high:.4f}",
+                    "" if difference is None else f"{difference.value:+.4f}",
+                    "" if difference is None else f"{difference.low:+.4f} to {difference.high:+.4f}",
+                    "" if difference is None else f"{difference.p:.3f}",
+                    "" if difference is None else "yes" if difference.significant else "no",
+                )
+            )
+    headers = ("model", "provider", "metric", "value", "95 %", "difference", "of 95 %", "p", "significant")
+    print_table("", headers, rows, spare=("of 95 %",), text=("provider", "metric"))
+    counts = sorted({interval.n for result in results for interval in result.metrics.values()})
+    sys.stdout.write(f"{', '.join(map(str, counts))} samples; intervals and tests by resampling them\n")
 
 
 def _error(value: float) -> str:

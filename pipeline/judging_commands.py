@@ -135,6 +135,78 @@ def bisect(
 
 
 @guarded
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(metavar="T", help="What the model does, such as text-classification.")],
+    data: Annotated[
+        str, typer.Option(metavar="FILE|DATASET", help="Labelled rows: a file, or hf:NAME of a data set.")
+    ],
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="M", help="May be repeated; the task's usual ones by default.")
+    ] = None,
+    provider: Providers = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="A PyTorch source or ONNX model to test the differences to."),
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="Which column is what; may be repeated.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="S", help="Of a Hugging Face data set.")] = "test",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Rows to use; all by default.")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Rows at once.")] = 16,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a row, at most.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate for a target.")] = 64,
+    train_share: Annotated[
+        float, typer.Option(metavar="X", help="Rows that the probe on features is trained on.")
+    ] = 0.75,
+    resamples: Annotated[int, typer.Option(metavar="N", help="Of the intervals and tests.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of resampling and of the split.")] = 0,
+    json_target: Json = None,
+) -> None:
+    """Measure models on labelled data, with intervals and a test of the difference to a reference."""
+    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.evaluation import evaluate_model
+    from onnxsmith.pipeline.judgement_tables import show_evaluations
+    from onnxsmith.pipeline.task_runs import RunSettings
+
+    results = evaluate_model(
+        model,
+        task=task,
+        data=data,
+        metrics=metric or (),
+        providers=provider or ["cpu"],
+        reference=reference,
+        columns=_columns(column or ()),
+        split=split,
+        limit=limit,
+        resamples=resamples,
+        settings=RunSettings(
+            batch=batch,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            train_share=train_share,
+            seed=seed,
+        ),
+        progress=progress_for(),
+    )
+    if json_target:
+        emit_json(json_target, "evaluate", {"results": [result.to_json() for result in results]})
+    if json_target != "-":
+        show_evaluations(results)
+
+
+def _columns(texts: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        role, equals, name = text.partition("=")
+        if not equals or not name:
+            raise BadInputError(f"--column {text}", got="no name of a column", expected="ROLE=NAME")
+        found[role] = name
+    return found
+
+
+@guarded
 def generate(
     model: Model,
     prompt: Annotated[
@@ -215,4 +287,4 @@ def _prompts(path: Path) -> Sequence[str]:
     return load_texts(path)
 
 
-JUDGING_COMMANDS: Sequence[Callable[..., None]] = (compare, bisect, generate)
+JUDGING_COMMANDS: Sequence[Callable[..., None]] = (compare, bisect, evaluate, generate)

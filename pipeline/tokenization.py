@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from onnxsmith.errors import BadInputError, TokenizerError, require
@@ -53,6 +54,29 @@ class PackageTokenizer:
             ) from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         return ids
+
+    def encode_batch(
+        self, texts: Sequence[Any], *, max_length: int | None = None, words: bool = False
+    ) -> list[Any]:
+        """Encodings of texts, of pairs of texts, or of lists of words, cut to a length.
+
+        Args:
+            texts: A text, a tuple of two texts, or with ``words`` a list of words, for each row.
+            max_length: Tokens that a row may have, special ones included; all where None. Of a pair the
+                longer text is cut.
+            words: Whether rows are split into words already.
+
+        Returns:
+            For each row an object with ``ids``, ``type_ids``, ``offsets``, ``word_ids`` and
+            ``sequence_ids``.
+        """
+        if max_length is not None:
+            self._tokenizer.enable_truncation(max_length)
+        try:
+            encodings: list[Any] = self._tokenizer.encode_batch(list(texts), is_pretokenized=words)
+        finally:
+            self._tokenizer.no_truncation()
+        return encodings
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""

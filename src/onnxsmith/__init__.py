@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from onnxsmith.package_io import load_package, save_package
     from onnxsmith.pipeline.artifact import verify_artifact
     from onnxsmith.pipeline.batch import run_batch
+    from onnxsmith.pipeline.bisecting import bisect_models
+    from onnxsmith.pipeline.evaluation import evaluate_model
     from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.pipeline.measuring import bench_models, sweep
     from onnxsmith.pipeline.operations import (
@@ -49,7 +51,9 @@ __all__ = [
     "TorchSession",
     "__version__",
     "bench_models",
+    "bisect_models",
     "compare_models",
+    "evaluate_model",
     "export",
     "export_model",
     "generate_text",
@@ -83,6 +87,8 @@ _HOMES: Mapping[str, str] = {
     "Tolerance": "onnxsmith.comparison",
     "TorchSession": "onnxsmith.runtime",
     "bench_models": "onnxsmith.pipeline.measuring",
+    "bisect_models": "onnxsmith.pipeline.bisecting",
+    "evaluate_model": "onnxsmith.pipeline.evaluation",
     "compare_models": "onnxsmith.pipeline.operations",
     "export": "onnxsmith.exporters",
     "export_model": "onnxsmith.pipeline.operations",

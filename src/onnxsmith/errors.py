@@ -179,6 +179,13 @@ _INSTALL: Mapping[str, str] = {
     "gguf": "pip install 'onnxsmith[torch]'",
     "accelerate": "pip install 'onnxsmith[torch]'",
     "cryptography": "pip install 'onnxsmith[sign]'",
+    "datasets": "pip install 'onnxsmith[eval]'",
+    "jiwer": "pip install 'onnxsmith[eval]'",
+    "pyarrow": "pip install 'onnxsmith[eval]'",
+    "rouge_score": "pip install 'onnxsmith[eval]'",
+    "sacrebleu": "pip install 'onnxsmith[eval]'",
+    "scipy": "pip install 'onnxsmith[eval]'",
+    "sklearn": "pip install 'onnxsmith[eval]'",
     "onnxruntime": "pip install onnxruntime",
 }
 
