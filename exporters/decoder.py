@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from onnxsmith.exporters.known_values import experts_unrolled
 from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, shortened
 from onnxsmith.exporters.rotary import stateless_rotary
 from onnxsmith.exporters.stitching import stitch
+from onnxsmith.exporters.stored_weights import stand_ins
 from onnxsmith.exporters.tracing import line_of, trace, weight_tensor
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import TorchProgram
@@ -48,7 +50,7 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
     torch = require("torch", purpose="exporting")
     model: Any = loaded.module
     with recorded_options() as options:
-        shapes = _cache_shapes(model)
+        shapes = _cache_shapes(loaded)
     if options & _DROPPED_BY_SDPA:
         model.set_attn_implementation("eager")
     names = [f"{layer}.{part}" for layer in range(len(shapes)) for part in ("key", "value")]
@@ -96,6 +98,7 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
         task=TEXT_GENERATION,
         limits={"input_ids": vocabulary},
         name=type(model).__name__,
+        prepare=None if loaded.weights is None else lambda: loaded.weights.fill(model),  # type: ignore[union-attr]
     )
 
 
@@ -125,6 +128,17 @@ def trace_decoder(
         ExportError: It cannot be traced, or ``fused`` cannot represent its attention, or it cannot be taken
             apart for ``layers``.
     """
+    if loaded.weights is None:
+        return _trace_decoder(loaded, program, attention=attention, opset=opset, tracing=tracing)
+    with stand_ins(loaded.module):
+        model, details = _trace_decoder(loaded, program, attention=attention, opset=opset, tracing=tracing)
+    loaded.weights.bind(model, loaded.module)
+    return model, details
+
+
+def _trace_decoder(
+    loaded: LoadedModel, program: TorchProgram, *, attention: str, opset: int | None, tracing: str
+) -> tuple[ir.Model, dict[str, Any]]:
     with experts_unrolled(loaded.module.config):
         details: dict[str, Any] = {"attention": "standard"}
         if attention in ("auto", "fused"):
@@ -199,13 +213,24 @@ def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _cache_shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Per layer, heads and head size of key and value, found by running one token through the model."""
     import torch
+    from torch._subclasses import FakeTensorMode
 
-    try:
-        with torch.no_grad():
+    model: Any = loaded.module
+    output = None
+    if loaded.weights is not None:
+        # Shapes do not need weights; but some models ask for values, and then it has to be the real thing.
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with contextlib.suppress(Exception), stand_ins(model), torch.no_grad(), fake:
             output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
+        if output is None:
+            loaded.weights.fill(model)
+    try:
+        if output is None:
+            with torch.no_grad():
+                output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
     except Exception as error:
         raise ExportError(
             type(model).__name__,
@@ -245,6 +270,7 @@ def _reference_module(model: Any, layers: Sequence[int]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
+            self.rotary = stateless_rotary(model)
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
             # Made without the configuration: that would give layers with a sliding window a cache that
@@ -258,7 +284,7 @@ def _reference_module(model: Any, layers: Sequence[int]) -> Any:
                     tensors[f"past_key_values.{layer}.value"],
                 )
             positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
-            with stateless_rotary(self.inner):
+            with self.rotary():
                 output = self.inner(
                     input_ids=tensors["input_ids"],
                     attention_mask=tensors["attention_mask"],
@@ -297,6 +323,7 @@ def _fused_module(model: Any, layers: Sequence[int], traces: list[AttentionTrace
         def __init__(self) -> None:
             super().__init__()
             self.inner = model
+            self.rotary = stateless_rotary(model)
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
             past = {
@@ -312,7 +339,7 @@ def _fused_module(model: Any, layers: Sequence[int], traces: list[AttentionTrace
                 # Without a cache the model would count from zero.
                 past_length, new = past[0][0].shape[2], tensors["input_ids"].shape[1]
                 positions["cache_position"] = torch.arange(past_length, past_length + new)
-            with stateless_rotary(self.inner):
+            with self.rotary():
                 logits = self.inner(
                     input_ids=tensors["input_ids"],
                     attention_mask=tensors["attention_mask"],

@@ -18,6 +18,12 @@ from typing import TYPE_CHECKING, Any
 from onnxsmith.errors import SourceError, UnknownNameError, require
 from onnxsmith.exporters.factory import first_line, load_factory
 from onnxsmith.exporters.other_sources import base_of_adapter, load_exported_program, merge_adapter
+from onnxsmith.exporters.stored_weights import (
+    StoredWeights,
+    gguf_weights,
+    safetensors_weights,
+    skeleton,
+)
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -77,6 +83,7 @@ class LoadedModel:
         files: Tokenizer and configuration files by name.
         provenance: For the manifest: files with hashes, architecture, number of parameters.
         inputs: Example inputs by parameter of ``forward``, nested as it takes them, for a plain module.
+        weights: Where the weights are, if ``module`` is without them: a decoder that was loaded ``lazy``.
     """
 
     module: torch.nn.Module
@@ -85,9 +92,12 @@ class LoadedModel:
     files: dict[str, bytes]
     provenance: dict[str, Any]
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: StoredWeights | None = None
 
 
-def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "float32") -> LoadedModel:
+def load_torch(
+    source: ModelSource, *, task: str | None = None, dtype: str = "float32", lazy: bool = False
+) -> LoadedModel:
     """Loads a PyTorch model.
 
     Local sources never touch the network, nothing runs code from a model directory
@@ -97,6 +107,8 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
         source: Where it is.
         task: A name from ``TASKS``; found from the configuration where None.
         dtype: The element type to load the weights in, from ``DTYPES``. A factory decides for itself.
+        lazy: Whether the weights of a decoder may stay in their files until the model is run; see
+            ``LoadedModel.weights``.
 
     Raises:
         SourceError: It cannot be read, or it has no such task.
@@ -134,9 +146,9 @@ def load_torch(source: ModelSource, *, task: str | None = None, dtype: str = "fl
     elif source.kind is SourceKind.ADAPTER:
         loaded = _load_adapter(source, task=task, dtype=getattr(torch, dtype))
     elif source.kind is SourceKind.GGUF:
-        loaded = _load_gguf(source, dtype=getattr(torch, dtype))
+        loaded = _load_gguf(source, dtype=getattr(torch, dtype), lazy=lazy)
     elif source.kind in (SourceKind.HUGGING_FACE_DIRECTORY, SourceKind.HUGGING_FACE_HUB):
-        loaded = _load_hugging_face(source, task=task, dtype=getattr(torch, dtype))
+        loaded = _load_hugging_face(source, task=task, dtype=getattr(torch, dtype), lazy=lazy)
     else:
         raise SourceError(source.text, got="an ONNX model", expected="a source of a PyTorch model")
     loaded.module.eval().requires_grad_(False)
@@ -151,7 +163,7 @@ def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) 
     """An adapter merged into its model; the tokenizer is the adapter's where it has one."""
     assert source.path is not None
     base = base_of_adapter(source)
-    loaded = _load_hugging_face(base, task=task, dtype=dtype)
+    loaded = _load_hugging_face(base, task=task, dtype=dtype, lazy=False)
     with _quiet():
         module = merge_adapter(source, loaded.module)
     files = sorted(source.path.glob("adapter_*"))
@@ -165,7 +177,9 @@ def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) 
     return LoadedModel(module, source, loaded.task, loaded.files | own, provenance)
 
 
-def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:
+def _load_hugging_face(
+    source: ModelSource, *, task: str | None, dtype: torch.dtype, lazy: bool
+) -> LoadedModel:
     transformers = require("transformers", purpose=f"loading {source.text}")
     where = str(source.path) if source.path else source.target
     options: dict[str, Any] = {"trust_remote_code": False}
@@ -177,19 +191,38 @@ def _load_hugging_face(source: ModelSource, *, task: str | None, dtype: torch.dt
         config = transformers.AutoConfig.from_pretrained(where, **options)
     task = task or _task_of(source, config)
     auto = _auto_class(task, config)
+    weights = None
     with _quiet(), _readable(source):
-        module, info = auto.from_pretrained(
-            where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
-        )
-    _refuse_missing(source, info, expected=f"a checkpoint for {task}")
+        module = _skeleton(auto, config, dtype) if lazy and source.path and task == TEXT_GENERATION else None
+        if module is not None:
+            assert source.path is not None
+            weights = safetensors_weights(source.path, module)
+    if weights is None:
+        with _quiet(), _readable(source):
+            module, info = auto.from_pretrained(
+                where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
+            )
+        _refuse_missing(source, info, expected=f"a checkpoint for {task}")
+    assert module is not None
     files = _tokenizer_files(source, where, options) | {"config.json": _config_json(module)}
     provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}
     if source.path:
-        weights = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.bin")])
-        provenance["files"] = [_file_entry(path) for path in weights]
+        stored = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.bin")])
+        provenance["files"] = [_file_entry(path) for path in stored]
     else:
         provenance["revision"] = getattr(config, "_commit_hash", None) or source.revision
-    return LoadedModel(module, source, task, files, provenance)
+    return LoadedModel(module, source, task, files, provenance, weights=weights)
+
+
+def _skeleton(auto: Any, config: Any, dtype: torch.dtype) -> Any | None:
+    """A decoder without weights; None where transformers quantises or converts it while loading."""
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    module = skeleton(lambda: auto.from_config(config, dtype=dtype))
+    if module is not None:
+        module.tie_weights()
+        module.config.dtype = dtype
+    return module
 
 
 def _refuse_missing(source: ModelSource, info: Mapping[str, Any], *, expected: str) -> None:
@@ -294,7 +327,7 @@ def saved_files(tokenizer: Any) -> dict[str, bytes]:
     return {name: found[name] for name in sorted(found)}
 
 
-def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
+def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> LoadedModel:
     from onnxsmith.exporters.gguf_tokenizer import build_tokenizer, special_token_ids
     from onnxsmith.gguf_file import GgufFile
 
@@ -305,16 +338,25 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
     # are quick, and a wrong tokenizer makes every later minute worthless.
     gguf = GgufFile.open(source.path)
     tokenizer = build_tokenizer(gguf)
+    options = {
+        "gguf_file": source.path.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
+    weights = None
+    where, auto = str(source.path.parent), transformers.AutoModelForCausalLM
     with _quiet(), _readable(source):
-        module, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source.path.parent),
-            gguf_file=source.path.name,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    _refuse_missing(source, info, expected="all weights of the architecture")
+        module = None
+        if lazy:
+            config = transformers.AutoConfig.from_pretrained(where, **options)
+            module = _skeleton(auto, config, dtype)
+        if module is not None:
+            weights = gguf_weights(gguf, module)
+    if weights is None:
+        with _quiet(), _readable(source):
+            module, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+        _refuse_missing(source, info, expected="all weights of the architecture")
+    assert module is not None
     # transformers takes these from its own tokenizer conversion, which is wrong for some files.
     ids = special_token_ids(gguf)
     for config in (module.config, module.generation_config):
@@ -331,7 +373,7 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype) -> LoadedModel:
         "quantization": gguf.tensor_types(),
         "license": gguf.metadata.get("general.license"),
     }
-    return LoadedModel(module, source, TEXT_GENERATION, files, provenance)
+    return LoadedModel(module, source, TEXT_GENERATION, files, provenance, weights=weights)
 
 
 def _config_json(module: Any) -> bytes:

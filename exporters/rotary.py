@@ -9,32 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = ["stateless_rotary"]
 
 
+def stateless_rotary(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What makes rotary embeddings of changing frequencies a function of their inputs while it is open."""
+    found = [(module, plain) for module in model.modules() if (plain := _changing(module)) is not None]
+    return functools.partial(_replaced, found) if found else contextlib.nullcontext
+
+
+def _changing(module: Any) -> Any:
+    """The forward without the choice of frequencies; None for modules that choose none."""
+    kind = getattr(module, "rope_type", None)
+    if not isinstance(kind, str) or not (kind == "longrope" or "dynamic" in kind):
+        return None
+    # What transformers' decorator dynamic_rope_update wraps.
+    plain = inspect.unwrap(type(module).forward)
+    return None if plain is type(module).forward else plain
+
+
 @contextlib.contextmanager
-def stateless_rotary(model: Any) -> Iterator[None]:
-    """Makes rotary embeddings of changing frequencies a function of their inputs while open."""
-    changed = []
+def _replaced(found: list[tuple[Any, Any]]) -> Iterator[None]:
     try:
-        for module in model.modules():
-            kind = getattr(module, "rope_type", None)
-            if not isinstance(kind, str) or not (kind == "longrope" or "dynamic" in kind):
-                continue
-            # What transformers' decorator dynamic_rope_update wraps: the part without the choice.
-            plain = inspect.unwrap(type(module).forward)
-            if plain is type(module).forward or "forward" in vars(module):
-                continue
-            module.forward = _stateless(module, plain, long=kind == "longrope")
-            changed.append(module)
+        for module, plain in found:
+            module.forward = _stateless(module, plain, long=module.rope_type == "longrope")
         yield
     finally:
-        for module in changed:
-            del module.forward
+        for module, _ in found:
+            vars(module).pop("forward", None)
 
 
 def _stateless(module: Any, plain: Any, *, long: bool) -> Any:

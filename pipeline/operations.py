@@ -71,7 +71,7 @@ def export_model(
     if not parsed.is_torch:
         return _adopt_onnx(parsed, destination, verify=verify, force=force, progress=progress)
     with progress.step("load"):
-        loaded = load_torch(parsed, task=task, dtype=dtype)
+        loaded = load_torch(parsed, task=task, dtype=dtype, lazy=True)
     require_space(
         destination.resolve().parent,
         sum(p.numel() * p.element_size() for p in loaded.module.parameters()),

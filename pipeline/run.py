@@ -166,7 +166,7 @@ class _Job:
 
         recipe = self.recipe
         with self.step("load") as step:
-            loaded = load_torch(self.source, task=recipe.task, dtype=recipe.export.dtype)
+            loaded = load_torch(self.source, task=recipe.task, dtype=recipe.export.dtype, lazy=True)
             provenance = loaded.provenance
             step.note = f"{provenance['architecture']}, {provenance['parameters'] / 1e6:.1f} M parameters"
         self.report.source |= {

@@ -30,6 +30,8 @@ class TorchSession(Session):
         self._torch = require("torch", purpose="running a PyTorch model")
         if threads:
             self._torch.set_num_threads(threads)
+        if program.prepare:
+            program.prepare()
         self._program: TorchProgram | None = program
         self._module: Any = self._torch.compile(program.module) if compiled else program.module
         self.inputs = program.inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.package import TensorSpec
@@ -26,6 +27,7 @@ class TorchProgram:
         task: The Hugging Face task name, or None.
         limits: For integer inputs, one above the highest value that is valid, such as the vocabulary size.
         name: For messages and reports.
+        prepare: What has to be called before the module is run: reads weights that are still in their files.
         axis_limits: Name of a dynamic axis to the smallest and the largest size that runs; None where no
             largest was found.
         natural_sizes: Name of a dynamic axis that was found by trying, to its size in the example inputs. A
@@ -44,3 +46,4 @@ class TorchProgram:
     axis_limits: dict[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
     natural_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepare: Callable[[], None] | None = None

@@ -1,0 +1,266 @@
+"""Weights that stay in their files until someone computes with them.
+
+A decoder that is only exported needs the names, shapes and element types of its weights, and each weight
+once, when the graph is written. So the module is built without memory (on torch's ``meta`` device), and a
+table says how to read each weight: mapped from a safetensors file, or dequantised from a GGUF file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import SourceError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from onnxsmith.gguf_file import GgufFile
+
+__all__ = ["StoredWeights", "gguf_weights", "safetensors_weights", "skeleton", "stand_ins"]
+
+_MAX_HEADER_BYTES = 100_000_000
+# Those of transformers' conversions that give one weight for one tensor, under the name in its table.
+_PLAIN_PROCESSORS = frozenset(
+    {"TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor"}
+)
+# safetensors' names of the element types that models are stored in.
+_TYPES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class StoredWeights:
+    """The weights of a module, by their names in its state dict."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], *, where: str) -> None:
+        """Keeps how to read each weight; ``where`` is for messages."""
+        self._readers = readers
+        self._where = where
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """One weight, in the shape and element type of the module's own.
+
+        Raises:
+            SourceError: It has another shape in the file.
+        """
+        tensor = self._readers[name]()
+        if tensor.shape != like.shape:
+            raise SourceError(
+                self._where, got=f"{name} of shape {list(tensor.shape)}", expected=str(list(like.shape))
+            )
+        return tensor.to(like.dtype)
+
+    def fill(self, module: torch.nn.Module) -> None:
+        """Gives the module its weights. What needs no conversion is mapped from the file, not copied."""
+        import torch
+
+        filled: dict[int, Any] = {}
+        for owner, name, full, parameter in list(_parameters(module)):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in filled:
+                tensor = self.read(full, parameter)
+                filled[id(parameter)] = (torch.nn.Parameter(tensor, requires_grad=False), parameter)
+            owner._parameters[name] = filled[id(parameter)][0]
+
+    def bind(self, model: ir.Model, module: torch.nn.Module) -> None:
+        """Lets the initializers of a graph that have names of weights read them when they are written."""
+        import onnx_ir as ir
+
+        parameters = dict(module.named_parameters())
+        for name, value in model.graph.initializers.items():
+            if name in parameters and name in self and value.const_value is not None:
+                known = value.const_value
+
+                def read(_name: str = name, _like: Any = parameters[name]) -> ir.TensorProtocol:
+                    return ir.tensor(self.read(_name, _like), name=_name)
+
+                value.const_value = ir.LazyTensor(
+                    read, dtype=known.dtype, shape=ir.Shape(known.shape.numpy()), name=name
+                )
+
+
+def _parameters(module: Any) -> Iterator[tuple[Any, str, str, Any]]:
+    """Owner, name there, full name and parameter; a tied one comes again, under the name it had first."""
+    names: dict[int, str] = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                full = names.setdefault(id(parameter), f"{path}.{name}" if path else name)
+                yield owner, name, full, parameter
+
+
+@contextlib.contextmanager
+def stand_ins(module: torch.nn.Module) -> Iterator[None]:
+    """While open, weights without memory are tensors on the CPU that nobody has written to.
+
+    Such a tensor takes addresses, not memory, until it is touched, and tracing does not touch it.
+    """
+    import torch
+
+    made: dict[int, Any] = {}
+    places = [place for place in _parameters(module) if place[3].is_meta]
+    for owner, name, _, parameter in places:
+        if id(parameter) not in made:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=False)
+        owner._parameters[name] = made[id(parameter)]
+    try:
+        yield
+    finally:
+        for owner, name, _, parameter in places:
+            owner._parameters[name] = parameter
+
+
+def skeleton(build: Callable[[], Any]) -> Any | None:
+    """Builds a module whose parameters have no memory; None where that is not possible.
+
+    Buffers, such as rotary frequencies, are computed as always: they are not in the files.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Unallocated(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            options = dict(kwargs or {})
+            if func is torch.empty and options.get("device") is None:
+                options["device"] = "meta"
+            return func(*args, **options)
+
+    with Unallocated(), torch.no_grad():
+        module = build()
+    made: dict[int, Any] = {}
+    for owner, name, _, parameter in list(_parameters(module)):
+        if id(parameter) not in made:
+            made[id(parameter)] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        owner._parameters[name] = made[id(parameter)]
+    if any(buffer.is_meta for buffer in module.buffers()):
+        return None
+    persistent = module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
+    return None if persistent else module
+
+
+def safetensors_weights(directory: Path, module: torch.nn.Module) -> StoredWeights | None:
+    """The weights of a module from the safetensors files of a directory.
+
+    Returns:
+        None where a weight is missing under its own name, or has another shape, or a file cannot be read:
+        transformers then loads the model, which renames and converts, or says what is wrong.
+    """
+    try:
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        else:
+            files = {"model.safetensors"}
+        entries: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+        for file in sorted(files):
+            if Path(file).name != file:
+                return None
+            entries |= _safetensors_entries(directory / file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    readers = {}
+    for _, _, full, parameter in _parameters(module):
+        if full not in entries or entries[full][2] != tuple(parameter.shape):
+            return None
+        readers[full] = _mapped_reader(*entries[full])
+    return StoredWeights(readers, where=str(directory))
+
+
+def _safetensors_entries(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:
+    """Path, element type, shape and offset by name. The format: https://github.com/huggingface/safetensors."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("header length")
+        header = json.loads(stream.read(length))
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in _TYPES:
+            continue
+        width = {"F64": 8, "F32": 4}.get(entry["dtype"], 2)
+        offset = 8 + length + begin
+        if begin < 0 or end - begin != width * math.prod(shape) or 8 + length + end > size:
+            raise ValueError("offsets")
+        entries[name] = (path, _TYPES[entry["dtype"]], shape, offset)
+    return entries
+
+
+def _mapped_reader(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        kind: torch.dtype = getattr(torch, dtype)
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=kind)
+        # A private mapping: writing to the tensor does not write to the file.
+        data = np.memmap(path, np.uint8, "c", offset, (kind.itemsize * math.prod(shape),))
+        return torch.from_numpy(data).view(kind).reshape(shape)
+
+    return read
+
+
+def gguf_weights(gguf: GgufFile, module: Any) -> StoredWeights | None:
+    """The weights of a module from a GGUF file, dequantised one at a time, as transformers does it.
+
+    Returns:
+        None where transformers has no plain mapping from the file's tensors to the module's weights.
+    """
+    reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+
+    try:
+        names = reading.get_gguf_hf_weights_map(module)
+        architecture = gguf.metadata.get("general.architecture")
+        kind = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
+        processor = kind(config=module.config.to_dict())
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+    if kind.__name__ not in _PLAIN_PROCESSORS:
+        return None
+    readers = {
+        names[tensor.name]: _gguf_reader(gguf, tensor, processor, names)
+        for tensor in gguf.tensors
+        if tensor.name in names
+    }
+    if any(full not in readers for _, _, full, _ in _parameters(module)):
+        return None
+    return StoredWeights(readers, where=str(gguf.path))
+
+
+def _gguf_reader(gguf: Any, tensor: Any, processor: Any, names: Mapping[str, str]) -> Callable[[], Any]:
+    def read() -> Any:
+        import numpy as np
+        import torch
+        from gguf import GGMLQuantizationType, dequantize
+
+        rows = math.prod(tensor.shape[:-1])
+        data = np.memmap(gguf.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+        blocks = data.reshape(*tensor.shape[:-1], tensor.nbytes // rows)
+        kind = GGMLQuantizationType[tensor.type]
+        plain = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(tensor.type)
+        weights = blocks.view(plain) if plain else blocks
+        processed = processor.process(
+            weights=dequantize(weights, kind),
+            name=tensor.name,
+            tensor_key_mapping=names,
+            parsed_parameters={"tensors": {}},
+        )
+        return torch.from_numpy(np.array(processed.weights))
+
+    return read
