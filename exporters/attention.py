@@ -97,11 +97,12 @@ class AttentionTrace:
         import torch
 
         batch, total = attention_mask.shape
+        device = attention_mask.device
         hidden = (attention_mask - 1)[:, None, None, :].to(dtype) * -_MASKED
         return AttentionTrace(
             past=past,
-            last_index=torch.full((batch,), total - 1, dtype=torch.int32),
-            total_length=torch.scalar_tensor(total, dtype=torch.int32),
+            last_index=torch.full((batch,), total - 1, dtype=torch.int32, device=device),
+            total_length=torch.scalar_tensor(total, dtype=torch.int32, device=device),
             total_size=total,
             bias=hidden.expand(batch, 1, sequence, total),
         )
@@ -243,6 +244,9 @@ def _emit(
         shapes=[[batch, sequence, heads * size], cache, cache],
         version=1,
     )
+    if query.is_meta:
+        # Of a run without data: the operator's stand-in makes its results on the CPU.
+        output, present_key, present_value = (x.to("meta") for x in (output, present_key, present_value))
     trace.present[layer] = (present_key, present_value)
     return output.view(batch, sequence, heads, size)
 

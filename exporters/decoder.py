@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
 from onnxsmith.exporters.known_values import experts_unrolled
-from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, shortened
+from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, on_meta, shortened
 from onnxsmith.exporters.rotary import stateless_rotary
 from onnxsmith.exporters.stitching import stitch
 from onnxsmith.exporters.stored_weights import stand_ins
@@ -216,14 +216,12 @@ def _takes_positions(model: Any) -> bool:
 def _cache_shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Per layer, heads and head size of key and value, found by running one token through the model."""
     import torch
-    from torch._subclasses import FakeTensorMode
 
     model: Any = loaded.module
     output = None
     if loaded.weights is not None:
         # Shapes do not need weights; but some models ask for values, and then it has to be the real thing.
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with contextlib.suppress(Exception), stand_ins(model), torch.no_grad(), fake:
+        with contextlib.suppress(Exception), on_meta(model), torch.no_grad():
             output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=True)
         if output is None:
             loaded.weights.fill(model)
@@ -338,7 +336,8 @@ def _fused_module(model: Any, layers: Sequence[int], traces: list[AttentionTrace
             if takes_cache_position:
                 # Without a cache the model would count from zero.
                 past_length, new = past[0][0].shape[2], tensors["input_ids"].shape[1]
-                positions["cache_position"] = torch.arange(past_length, past_length + new)
+                device = tensors["input_ids"].device
+                positions["cache_position"] = torch.arange(past_length, past_length + new, device=device)
             with self.rotary():
                 logits = self.inner(
                     input_ids=tensors["input_ids"],

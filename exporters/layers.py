@@ -14,11 +14,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import OnnxsmithError
+from onnxsmith.exporters.decomposition import without_autocast
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ENTRY", "EXIT", "MARKER_DOMAIN", "LayerKinds", "NotAlikeError", "layer_kinds", "shortened"]
+__all__ = [
+    "ENTRY",
+    "EXIT",
+    "MARKER_DOMAIN",
+    "LayerKinds",
+    "NotAlikeError",
+    "layer_kinds",
+    "on_meta",
+    "shortened",
+]
 
 MARKER_DOMAIN = "onnxsmith"
 ENTRY, EXIT = "LayerEntry", "LayerExit"
@@ -68,29 +78,104 @@ def layer_kinds(
     Raises:
         NotAlikeError: The layers cannot be told apart from the rest of the model, or none is like another.
     """
-    import torch
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     path, layers = _layer_list(model, count)
-    owners = _owners(model, path)
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     try:
-        with torch.no_grad(), fake:
-            tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
-            recorder = _recorder(owners, tensors, count)
-            with _watched(layers, recorder), recorder:
-                outputs = run(tensors)
+        recorder = _record(model, path, layers, count, run, inputs, meta=True)
     except (NotAlikeError, OnnxsmithError):
         raise
-    except Exception as error:
-        raise NotAlikeError(f"it does not run without data: {type(error).__name__}") from error
-    recorder.finish(outputs)
+    except Exception:
+        # Some models ask for values or mix devices; tensors that only pretend to be on the CPU are slower.
+        try:
+            recorder = _record(model, path, layers, count, run, inputs, meta=False)
+        except (NotAlikeError, OnnxsmithError):
+            raise
+        except Exception as error:
+            raise NotAlikeError(f"it does not run without data: {type(error).__name__}") from error
     firsts: dict[Any, int] = {}
     first = tuple(firsts.setdefault(tuple(recorder.logs[i]), i) for i in range(count))
     if len(firsts) == count:
         raise NotAlikeError("no two layers are alike")
     return LayerKinds(path, first, recorder.length)
+
+
+def _record(
+    model: Any,
+    path: str,
+    layers: Any,
+    count: int,
+    run: Callable[[Any], Mapping[str, Any]],
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    meta: bool,
+) -> Any:
+    import torch
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if meta:
+            stack.enter_context(on_meta(model))
+        else:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()))
+        tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in inputs.items()}
+        recorder = _recorder(_owners(model, path), tensors, count)
+        stack.enter_context(_watched(layers, recorder))
+        stack.enter_context(_noted_constants(recorder))
+        with recorder:
+            outputs = run(tensors)
+        recorder.finish(outputs)
+    return recorder
+
+
+@contextlib.contextmanager
+def on_meta(module: Any) -> Iterator[None]:
+    """Puts stand-ins without data in the place of all parameters and buffers while open.
+
+    New tensors have no data either. Autocast, which does not know that device, is left out.
+    """
+    import torch
+
+    made: dict[int, Any] = {}
+    places = [
+        (tensors, name, tensor)
+        for owner in module.modules()
+        for tensors in (owner._parameters, owner._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    for tensors, name, tensor in places:
+        if id(tensor) not in made:
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        tensors[name] = made[id(tensor)]
+    try:
+        with torch.device("meta"), without_autocast():
+            yield
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
+
+
+@contextlib.contextmanager
+def _noted_constants(recorder: Any) -> Iterator[None]:
+    """Adds the values of constants that a layer makes to its log: no operator has them as arguments."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    makers = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer}
+
+    class Constants(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            del types
+            if func in makers and recorder.current is not None:
+                values = [value for value in args if not isinstance(value, torch.Tensor)]
+                recorder.logs[recorder.current].append((func.__name__, repr(values)))
+            return func(*args, **(kwargs or {}))
+
+    with Constants():
+        yield
 
 
 def _layer_list(model: Any, count: int) -> tuple[str, Any]:
