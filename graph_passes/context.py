@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["Activations", "PassContext", "context_of", "in_context"]
+__all__ = ["Activations", "PassContext", "Probe", "context_of", "in_context"]
 
 _KEY = "onnxsmith.context"
 
@@ -21,6 +22,14 @@ No batch is kept: what a consumer needs of one it has to take before it asks for
 """
 
 
+Feeds = dict[str, npt.NDArray[Any]]
+Probe = Callable[[ir.Model, int], AbstractContextManager[Callable[[Feeds], list[npt.NDArray[Any]]]]]
+"""Opens a model for so many samples of the calibration data.
+
+What it gives runs all of them, with inputs besides, and returns the first output of each.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class PassContext:
     """What surrounds a run of passes.
@@ -28,11 +37,13 @@ class PassContext:
     Attributes:
         gguf: The GGUF file that the weights were read from.
         activations: Runs the model on calibration data.
+        probe: Runs the model on some of it again and again.
         calibration: What that data is, for the manifest.
     """
 
     gguf: Path | None = None
     activations: Activations | None = None
+    probe: Probe | None = None
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

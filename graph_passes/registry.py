@@ -32,6 +32,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "mixed_precision": "onnxsmith.graph_passes.mixed_precision:MixedPrecision",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
         "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
+        "quantize_mixed": "onnxsmith.graph_passes.mixed:QuantizeMixed",
         "quantize_static": "onnxsmith.graph_passes.static:QuantizeStatic",
         "quantize_weights": "onnxsmith.graph_passes.quantization:QuantizeWeights",
         "remove_unused_inputs": "onnxsmith.graph_passes.signature:RemoveUnusedInputs",

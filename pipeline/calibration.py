@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +128,32 @@ def context_for(
     def activations(model: ir.Model, names: Sequence[str]) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         return _run(model, names, feeds)
 
-    return PassContext(gguf=gguf, activations=activations, calibration=data.described())
+    def probe(
+        model: ir.Model, samples: int
+    ) -> AbstractContextManager[Callable[[Feeds], list[npt.NDArray[Any]]]]:
+        return _probe(model, samples, feeds)
+
+    return PassContext(gguf, activations, probe, data.described())
+
+
+@contextlib.contextmanager
+def _probe(
+    model: ir.Model, samples: int, feeds: Callable[[Sequence[TensorSpec]], Iterator[Feeds]]
+) -> Iterator[Callable[[Feeds], list[npt.NDArray[Any]]]]:
+    import onnx_ir.passes.common as common
+
+    from onnxsmith.runtime import OrtSession
+
+    model.graph.outputs[:] = list(model.graph.outputs)[:1]
+    common.RemoveUnusedNodesPass()(model)
+    package = ModelPackage({"calibration": Component(model)})
+    output = package.main.outputs[0].name
+    with OrtSession(package, name="calibration") as session:
+        known = tuple(spec for spec in session.inputs if not spec.name.startswith("onnxsmith_"))
+        batches = list(itertools.islice(feeds(known), samples))
+        if not batches:
+            raise BadInputError("calibration", got="data without a sample", expected="at least one")
+        yield lambda more: [session.run(batch | more, [output])[output] for batch in batches]
 
 
 def _run(

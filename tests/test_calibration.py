@@ -1,0 +1,200 @@
+"""Calibration data from the outside to a pass, and bits that are given out by measured loss."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from generated_graphs import Array, graph, run
+from onnxsmith import optimize_model
+from onnxsmith.errors import BadInputError, FeedError, RecipeError
+from onnxsmith.graph_passes.context import PassContext, in_context
+from onnxsmith.graph_passes.contract import PreconditionError
+from onnxsmith.graph_passes.mixed import QuantizeMixed
+from onnxsmith.package import Component, ModelPackage
+from onnxsmith.package_io import load_package, save_package
+from onnxsmith.pipeline.calibration import CalibrationData, context_for
+from onnxsmith.pipeline.recipe import load_recipe
+
+TEXT = """<ir_version: 9, opset_import: ["": 18]>
+g (float[b, s, 64] x) => (float[b, s, 64] y, float[b, s, 64] other) {
+  [first] a = MatMul(x, w1)
+  h = Relu(a)
+  [second] c = MatMul(h, w2)
+  [last] d = MatMul(h, w3)
+  scaled = Mul(d, small)
+  y = Add(c, scaled)
+  other = Relu(c)
+}"""
+
+
+def weights() -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    made = {n: random.standard_normal((64, 64)).astype(np.float32) for n in ("w1", "w2", "w3")}
+    # What is multiplied by this hardly matters, so few bits are enough for it.
+    return made | {"small": np.array(0.01, np.float32)}
+
+
+def write_model(directory: Path) -> Path:
+    package = ModelPackage({"model": Component(graph(TEXT, **weights()))})
+    directory.mkdir()
+    save_package(package, directory)
+    return directory
+
+
+def write_data(path: Path, count: int = 12) -> Path:
+    np.savez(path, x=np.random.default_rng(1).standard_normal((count, 9, 64)).astype(np.float32))
+    return path
+
+
+def probe(model: ir.Model, samples: int) -> AbstractContextManager[Callable[[Any], list[Array]]]:
+    package = ModelPackage({"model": Component(graph(TEXT, **weights()))})
+    context = context_for(None, package, CalibrationData(str(PROBED[-1]), samples=12))
+    assert context.probe is not None
+    return context.probe(model, samples)
+
+
+PROBED: list[Path] = []
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[Path]:
+    PROBED.append(write_data(tmp_path / "data.npz"))
+    yield PROBED[-1]
+    PROBED.pop()
+
+
+def quantized(**options: Any) -> tuple[dict[str, Any], float]:
+    model = graph(TEXT, **weights())
+    x = np.random.default_rng(5).standard_normal((1, 40, 64)).astype(np.float32)
+    expected = run(model, {"x": x})
+    in_context(model, PassContext(probe=probe))
+    details = QuantizeMixed(accuracy_level=1, **options)(model).changes.details
+    got = run(model, {"x": x})
+    assert list(got) == ["y", "other"]
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    return details, float(np.square(got["y"] - expected["y"]).sum() / np.square(expected["y"]).sum())
+
+
+def test_few_bits_go_where_they_cost_least(data: Path) -> None:
+    details, error = quantized(max_divergence=5e-4)
+    bits = {name: entry["bits"] for name, entry in details["layers"].items()}
+    assert bits == {"w1": 8, "w2": 8, "w3": 4}
+    costs = {name: entry["divergence_of_low_bits"] for name, entry in details["layers"].items()}
+    assert costs["w3"] < 0.01 * min(costs["w1"], costs["w2"])
+    # What is reported was measured, on other data than here.
+    assert details["divergence"] == pytest.approx(error, rel=0.3)
+    assert details["divergence"] <= 5e-4 < details["divergence_all_low_bits"]
+
+
+def test_budgets(data: Path) -> None:
+    assert quantized(max_divergence=1.0)[0]["low_bits"] == 3
+    one_low = 2 * 64 * (64 + 2 * 2) + 64 * (32 + 2 * 4)
+    details, _ = quantized(size_mb=one_low / 1e6)
+    assert {name for name, entry in details["layers"].items() if entry["bits"] == 4} == {"w3"}
+    assert details["megabytes"] == pytest.approx(one_low / 1e6)
+    with pytest.raises(PreconditionError, match="MB with 4 bits everywhere; expected at most 0.001 MB"):
+        quantized(size_mb=0.001)
+    with pytest.raises(
+        PreconditionError, match=r"a divergence of .* with 8 bits everywhere; expected at most"
+    ):
+        quantized(max_divergence=1e-9)
+    with pytest.raises(BadInputError, match="max_divergence: -1; expected 0 or more"):
+        QuantizeMixed(max_divergence=-1)
+    with pytest.raises(BadInputError, match="samples: 0; expected at least 1"):
+        QuantizeMixed(samples=0)
+    with pytest.raises(PreconditionError, match="no calibration data.*--calibration-data"):
+        QuantizeMixed()(graph(TEXT, **weights()))
+
+
+@contextmanager
+def no_probe(model: ir.Model, samples: int) -> Iterator[Any]:
+    yield lambda more: [np.full((1, 2, 64), np.nan, np.float32)]
+
+
+def test_a_model_that_becomes_nan_is_within_no_budget() -> None:
+    model = graph(TEXT, **weights())
+    in_context(model, PassContext(probe=no_probe))
+    with pytest.raises(PreconditionError, match="a divergence of inf"):
+        QuantizeMixed()(model)
+
+
+@pytest.mark.parametrize("name", ["quantize_static", "quantize_mixed", "gptq", "awq"])
+def test_data_from_a_file(name: str, data: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    spec: tuple[str, dict[str, Any]] = (name, {})
+    if name in ("gptq", "awq"):
+        spec = ("quantize_weights", {"method": name})
+    _, after = optimize_model(
+        model, tmp_path / "out", [spec], calibration=CalibrationData(str(data), samples=8)
+    )
+    details = after.steps[-1].details
+    assert details["calibration"] == {"data": str(data), "samples": 8, "tokens": 512}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    layers = manifest["steps"][-1]["details"]["layers"]
+    # Those that are known only when a weight is written, too.
+    assert all(entry["weight_error"] > 0 for entry in layers.values())
+    x = np.random.default_rng(5).standard_normal((1, 40, 64)).astype(np.float32)
+    expected = run(graph(TEXT, **weights()), {"x": x})["y"]
+    got = run(load_package(tmp_path / "out").main.model, {"x": x})["y"]
+    error = float(np.square(got - expected).sum() / np.square(expected).sum())
+    assert 0 < error < 0.02
+
+
+def test_a_text_for_a_decoder(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ran to the cat " * 30)
+    package = load_package(tiny_artifact_dir)
+    context = context_for(None, package, CalibrationData(str(text), samples=3, tokens=16))
+    assert context.activations is not None
+    weight = next(n for n in package.main.model.graph if n.op_type in ("MatMul", "FusedMatMul"))
+    name = weight.inputs[0].name  # type: ignore[union-attr]
+    batches = list(context.activations(package.main.model, [name]))  # type: ignore[list-item]
+    assert [batch[name].shape[:2] for batch in batches] == [(1, 16)] * 3  # type: ignore[index]
+    assert not np.array_equal(batches[0][name], batches[1][name])  # type: ignore[index]
+    assert len(context.calibration["sha256"]) == 64
+
+
+def test_bad_data_is_refused_and_says_why(tmp_path: Path) -> None:
+    package = ModelPackage({"model": Component(graph(TEXT, **weights()))})
+    path = tmp_path / "data.npz"
+    path.write_bytes(b"no archive")
+    with pytest.raises(BadInputError, match=r"calibration data .*cannot be read"):
+        context_for(None, package, CalibrationData(str(path)))
+    np.savez(path, x=np.zeros((3, 1)), z=np.zeros((4, 1)))
+    with pytest.raises(BadInputError, match="the same number, at least one, in every array"):
+        context_for(None, package, CalibrationData(str(path)))
+    np.savez(path, z=np.zeros((4, 1)))
+    context = context_for(None, package, CalibrationData(str(path)))
+    assert context.activations is not None
+    with pytest.raises(FeedError, match="no array 'x'; expected x"):
+        list(context.activations(package.main.model, ["a"]))
+    with pytest.raises(BadInputError, match=re.escape(str(tmp_path / "none.txt"))):
+        CalibrationData.of(load_recipe(recipe(tmp_path, "none.txt", "other.txt")).calibration, base=tmp_path)
+
+
+def recipe(directory: Path, calibration: str, evaluation: str) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(
+        f"""schema_version: 1
+name: small
+source: {directory}
+variants: [{{name: a, preset: cpu-int8-static}}]
+calibration: {{data: {calibration}, samples: 4}}
+evaluation: {{perplexity: {{data: {evaluation}}}}}
+"""
+    )
+    return path
+
+
+def test_the_evaluation_text_is_no_calibration_data(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"calibration.data: the text of evaluation.perplexity"):
+        load_recipe(recipe(tmp_path, "text.txt", "text.txt"))
