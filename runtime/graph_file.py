@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from onnxsmith.errors import UnknownNameError
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["GraphFile"]
 
@@ -29,6 +32,7 @@ class GraphFile:
         outputs: What it gives.
         limits: For integer inputs, one above the highest valid value.
         shares_cache: See ``cache_is_shareable``.
+        needs_folding: See ``scales_are_computed``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -37,6 +41,7 @@ class GraphFile:
     outputs: tuple[TensorSpec, ...]
     limits: Mapping[str, int]
     shares_cache: bool = False
+    needs_folding: bool = False
     temporary: Path | None = None
 
     @classmethod
@@ -60,7 +65,7 @@ class GraphFile:
         chosen = package.components[component] if component else package.main
         graph = cls(
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
-            cache_is_shareable(chosen.model),
+            cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -94,6 +99,7 @@ class GraphFile:
             "outputs": [dataclasses.astuple(spec) for spec in self.outputs],
             "limits": dict(self.limits),
             "shares_cache": self.shares_cache,
+            "needs_folding": self.needs_folding,
         }
 
     @classmethod
@@ -107,5 +113,22 @@ class GraphFile:
             )
 
         return cls(
-            Path(plain["path"]), specs("inputs"), specs("outputs"), plain["limits"], plain["shares_cache"]
+            Path(plain["path"]),
+            specs("inputs"),
+            specs("outputs"),
+            plain["limits"],
+            plain["shares_cache"],
+            plain["needs_folding"],
         )
+
+
+def scales_are_computed(model: ir.Model) -> bool:
+    """Whether weights in blocks have scales that are no initializers, such as casts of float16.
+
+    ONNX Runtime folds them when it loads the model. With its optimisation off altogether, its int8 kernels
+    take them for missing (1.32: MatMulNBits gives zeros, without an error), so folding has to stay on.
+    """
+    return any(
+        node.op_type == "MatMulNBits" and node.inputs[2] is not None and not node.inputs[2].is_initializer()
+        for node in model.graph.all_nodes()
+    )

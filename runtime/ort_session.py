@@ -273,7 +273,9 @@ class OrtSession(Session):
         if self._threads:
             options.intra_op_num_threads = self._threads
         if not self._optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            levels = ort.GraphOptimizationLevel
+            folds = self._graph.needs_folding
+            options.graph_optimization_level = levels.ORT_ENABLE_BASIC if folds else levels.ORT_DISABLE_ALL
         try:
             if self.choice.library:
                 self._add_plugin(options)

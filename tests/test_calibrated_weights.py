@@ -265,3 +265,19 @@ def test_methods_that_need_data_say_so() -> None:
 def test_settings_are_checked(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         QuantizeWeights(**options)
+
+
+def test_computed_scales_are_right_without_optimisation_too() -> None:
+    from onnxsmith.package import Component, ModelPackage
+    from onnxsmith.runtime import OrtSession
+
+    model = graph(TEXT, **weights())
+    x = batches(1)[0]
+    expected = run(model, {"x": x})["y"]
+    QuantizeWeights(bits=8, half_scales=True, accuracy_level=4)(model)
+    # Control: with ONNX Runtime's optimisation off altogether, the int8 kernel sees no scales.
+    assert np.abs(run(model, {"x": x})["y"] - expected).max() > 0.5 * np.abs(expected).max()
+    for optimize in (True, False):
+        with OrtSession(ModelPackage({"model": Component(model)}), optimize=optimize) as session:
+            got = session.run({"x": x})["y"]
+        assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
