@@ -12,7 +12,7 @@ import typer
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.arguments import Json, Model, Providers, RequireProvider, tolerance_of
-from onnxsmith.pipeline.ending import FAILED, guarded
+from onnxsmith.pipeline.ending import FAILED, INTERRUPTED, guarded
 
 __all__ = ["JUDGING_COMMANDS"]
 
@@ -50,28 +50,42 @@ def compare(
     json_target: Json = None,
 ) -> int:
     """Compare models with a reference on the same inputs; exit status 1 if any differs."""
-    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.comparison import Comparison
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
     from onnxsmith.pipeline.operations import compare_models
     from onnxsmith.pipeline.tables import show_comparisons
 
-    results = compare_models(
-        reference,
-        candidates,
-        providers=provider or ["cpu"],
-        requirements=require_provider or (),
-        inputs=inputs,
-        samples=samples,
-        tolerance=tolerance_of(atol, rtol),
-        precision=tolerance,
-        task=task,
-        seed=seed,
-        progress=progress_for(),
-    )
-    passed = bool(results) and all(result.passed for result in results)
+    results: list[Comparison] = []
+    interrupted = False
+    try:
+        compare_models(
+            reference,
+            candidates,
+            providers=provider or ["cpu"],
+            requirements=require_provider or (),
+            inputs=inputs,
+            samples=samples,
+            tolerance=tolerance_of(atol, rtol),
+            precision=tolerance,
+            task=task,
+            seed=seed,
+            on_result=results.append,
+            progress=progress_for(),
+        )
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        interrupted = True
+    passed = bool(results) and all(result.passed for result in results) and not interrupted
     if json_target:
-        emit_json(json_target, "compare", {"passed": passed, "comparisons": [r.to_json() for r in results]})
+        comparisons = [r.to_json() for r in results]
+        body = {"passed": passed, "interrupted": interrupted, "comparisons": comparisons}
+        emit_json(json_target, "compare", body)
     if json_target != "-":
         show_comparisons(results)
+    if interrupted:
+        message("onnxsmith: interrupted; what was compared until then is above")
+        return INTERRUPTED
     return 0 if passed else FAILED
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +228,7 @@ def compare_models(
     task: str | None = None,
     seed: int = 0,
     requirements: Sequence[str] = (),
+    on_result: Callable[[Comparison], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> list[Comparison]:
     """Compares ONNX models with a reference, on the same inputs.
@@ -243,6 +244,7 @@ def compare_models(
         task: For a PyTorch reference.
         seed: Of the made-up inputs.
         requirements: See ``requirements_of``. A candidate that breaks one does not pass.
+        on_result: Called with each comparison as soon as it is there.
         progress: Who listens.
 
     Raises:
@@ -277,6 +279,7 @@ def compare_models(
                             requirements=wanted,
                         )
                     )  # fmt: skip
+                    on_result(results[-1])
                     step.advance(note=str(path))
     return results
 

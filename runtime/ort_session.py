@@ -86,6 +86,8 @@ class OrtSession(Session):
         self.name = name
         self._options = {**choice.options, **(provider_options or {})}
         self._threads = threads
+        if threads and choice.thread_option:
+            self._options = {choice.thread_option: str(threads), **self._options}
         self._optimize = optimize
         self._graph = (
             package

@@ -42,6 +42,8 @@ class Provider:
             its package, a function that gives the library's path.
         device: ONNX Runtime's name of the memory that tensors of this provider lie in.
         asynchronous: Whether a kernel's call returns before the device has computed it.
+        thread_option: The option that says how many threads it has, where it does not use those of ONNX
+            Runtime.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Provider:
     plugin: str = ""
     device: str = "cpu"
     asynchronous: bool = False
+    thread_option: str = ""
 
 
 PROVIDERS: Mapping[str, Provider] = {
@@ -73,7 +76,8 @@ PROVIDERS: Mapping[str, Provider] = {
             asynchronous=True,
         ),
         Provider(
-            "openvino", "OpenVINOExecutionProvider", "onnxruntime-openvino", "an x86-64 CPU or Intel GPU"
+            "openvino", "OpenVINOExecutionProvider", "onnxruntime-openvino", "an x86-64 CPU or Intel GPU",
+            thread_option="num_of_threads",
         ),
         Provider(
             "directml", "DmlExecutionProvider", "onnxruntime-directml", "Windows and a DirectX 12 GPU",
@@ -85,10 +89,12 @@ PROVIDERS: Mapping[str, Provider] = {
             "webgpu", "WebGpuExecutionProvider", "onnxruntime-webgpu", "a GPU with Vulkan, Metal or D3D12",
             asynchronous=True,
         ),
-        Provider("xnnpack", "XnnpackExecutionProvider", "", "an ARM CPU"),
+        Provider(
+            "xnnpack", "XnnpackExecutionProvider", "", "an ARM CPU", thread_option="intra_op_num_threads"
+        ),
         Provider(
             "ggml", "ggml", "onnxruntime-ggml", "an x86-64 CPU, or a GPU with Vulkan",
-            plugin="onnxruntime_ggml:library_path",
+            plugin="onnxruntime_ggml:library_path", thread_option="threads",
         ),
         Provider("nxrt", "cpu_ep", "nxrt-ep-cpu", "an x86-64 CPU", plugin="nxrt_ep_cpu:get_library_path"),
     )
@@ -110,6 +116,7 @@ class ProviderChoice:
         library: The library of a plugin: a path, or ``module:function`` of its package.
         device: ONNX Runtime's name of the memory of its tensors.
         asynchronous: Whether a kernel's call returns before the device has computed it.
+        thread_option: The option that says how many threads it has, if it is one of its own.
     """
 
     name: str
@@ -119,6 +126,7 @@ class ProviderChoice:
     library: str = ""
     device: str = "cpu"
     asynchronous: bool = False
+    thread_option: str = ""
 
     @property
     def apart(self) -> bool:
@@ -191,7 +199,7 @@ def choose_provider(text: str) -> ProviderChoice:
             )
     return ProviderChoice(
         provider.name, provider.ort_name, options, environment, provider.plugin, provider.device,
-        provider.asynchronous,
+        provider.asynchronous, provider.thread_option,
     )  # fmt: skip
 
 

@@ -454,3 +454,26 @@ def test_providers_are_listed(onnxsmith: Command, monkeypatch: pytest.MonkeyPatc
     assert "onnxsmith providers --install webgpu" in checked.out
     assert onnxsmith("providers", "--install", "cpu").status == 2
     assert onnxsmith("providers", "--remove", "openvino").status == 0
+
+
+def test_an_interrupted_comparison_keeps_what_it_compared(
+    onnxsmith: Command, onnx_package: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith.pipeline import operations
+
+    onnx_package("g (float[n, 8] x) => (float[n, 8] y) { y = Relu(x) }", "plain")
+    compare, done = operations.compare_package, []
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(True)
+        return compare(*arguments, **settings)
+
+    monkeypatch.setattr(operations, "compare_package", interrupted)
+    ended = onnxsmith("compare", "plain.onnx", "plain.onnx", "plain.onnx", "--json", "c.json")
+    assert ended.status == 130
+    assert "interrupted; what was compared until then is above" in ended.err
+    saved = json.loads(Path("c.json").read_text())
+    assert (saved["passed"], saved["interrupted"], len(saved["comparisons"])) == (False, True, 1)
+    assert saved["comparisons"][0]["passed"]
