@@ -25,6 +25,7 @@ __all__ = [
     "ExportSpec",
     "PerplexitySpec",
     "Recipe",
+    "TaskSpec",
     "Variant",
     "load_recipe",
 ]
@@ -42,6 +43,8 @@ _MEASURED_BY: Mapping[str, str] = {
     "perplexity": "perplexity",
     "perplexity_increase_pct": "perplexity",
     "kl_to_reference": "perplexity",
+    "f1_drop_points": "task",
+    "metric_drop_points": "task",
     "latency_ms": "benchmark",
     "peak_rss_mb": "benchmark",
 }
@@ -149,11 +152,35 @@ class BenchmarkSpec(_Model):
     """Also measure torch."""
 
 
+class TaskSpec(_Model):
+    """How good the variants are at what the model is for, on labelled data."""
+
+    data: str
+    """A file or data set, as for `onnxsmith evaluate`; relative to the recipe."""
+    metrics: tuple[str, ...] = ()
+    """Names of metrics; the usual ones of the task where empty."""
+    columns: dict[str, str] = {}
+    """What a column is for to its name, where that is not the usual one."""
+    split: str = "test"
+    """Of a Hugging Face data set."""
+    limit: int | None = pydantic.Field(default=None, ge=1)
+    """Rows used, from the beginning; all where absent."""
+    batch: int = pydantic.Field(default=16, ge=1)
+    """Rows at once."""
+    max_length: int | None = pydantic.Field(default=None, ge=2)
+    """Tokens of a row; what the model allows, at most 512, where absent."""
+    max_new_tokens: int = pydantic.Field(default=64, ge=1)
+    """Tokens generated for a row with a target."""
+    train_share: float = pydantic.Field(default=0.75, gt=0, lt=1)
+    """Rows that a probe on features is trained on."""
+
+
 class Evaluation(_Model):
     """What is measured of each variant."""
 
     comparison: ComparisonSpec = ComparisonSpec()
     perplexity: PerplexitySpec | None = None
+    task: TaskSpec | None = None
     benchmark: BenchmarkSpec | None = BenchmarkSpec()
 
 
@@ -181,6 +208,15 @@ class Budgets(_Model):
     """Highest median of one call; for decoders of one decoded token."""
     peak_rss_mb: float | None = pydantic.Field(default=None, gt=0)
     """Highest peak of resident memory of a process that runs the variant."""
+    f1_drop_points: float | None = None
+    """Points of F1 (macro average, or of answers) that may be lost against torch."""
+    metric_drop_points: dict[str, float] = {}
+    """Name of a metric to the points that may be lost against torch."""
+
+    def limits(self) -> dict[str, float]:
+        """The budgets that are set, with one for each metric: ``accuracy_drop_points``."""
+        single = self.model_dump(exclude_none=True, exclude={"metric_drop_points"})
+        return single | {f"{name}_drop_points": limit for name, limit in self.metric_drop_points.items()}
 
 
 class Recipe(_Model):
@@ -224,7 +260,7 @@ class Recipe(_Model):
                 "the text of evaluation.perplexity",
                 "another one, or nothing is measured",
             )
-        budgets = self.budgets.model_dump(exclude_none=True)
+        budgets = self.budgets.model_dump(exclude_none=True, exclude_defaults=True)
         needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
         needs.append((self.choose, ("choose",)))
         for measured, at in needs:

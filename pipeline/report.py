@@ -63,6 +63,7 @@ class VariantReport:
     perplexity_increase_pct: float | None = None
     kl_to_reference: float | None = None
     top1_agreement: float | None = None
+    task_metrics: dict[str, Any] | None = None
     bench: dict[str, Any] | None = None
     operators: dict[str, dict[str, int]] = dataclasses.field(
         default_factory=lambda: {"before": {}, "after": {}}

@@ -29,6 +29,7 @@ from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe, Variant
 from onnxsmith.pipeline.references import checked_placement, open_programs
 from onnxsmith.pipeline.report import Budget, Report, StepTiming, VariantReport, write_report
+from onnxsmith.pipeline.run_tasks import TaskMeasure, budget_values
 from onnxsmith.pipeline.sbom import write_sbom
 from onnxsmith.pipeline.staging import (
     check_destination,
@@ -126,6 +127,7 @@ class _Job:
         self.context = context_for(source)
         self.calibration = CalibrationData.of(recipe.calibration, base=base)
         self.passes: dict[str, list[GraphPass]] = {v.name: make_passes(_specs(v)) for v in recipe.variants}
+        self.tasks = TaskMeasure(recipe, base) if recipe.evaluation.task else None
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
         environment = describe_environment()
@@ -218,6 +220,7 @@ class _Job:
             "perplexity_increase_pct",
             "kl_to_reference",
             "top1_agreement",
+            "task_metrics",
             "bench",
             "placement",
         )
@@ -307,6 +310,11 @@ class _Job:
                         "data": spec.data, "data_sha256": text_sha256(self.text), "window": spec.window,
                     }  # fmt: skip
                     step.note += f", perplexity {result.value:.3f} on {result.tokens} tokens"
+                if self.tasks is not None and made:
+                    files = load_package(self.paths[made[0].name]).files
+                    self.report.reference["task_metrics"] = self.tasks.reference(
+                        program.task, reference.sessions[name], files
+                    )
             with self.step("check", len(made)) as step:
                 for entry in made:
                     package = load_package(self.paths[entry.name])
@@ -328,6 +336,10 @@ class _Job:
                                     sessions[name], tokens, window=spec.window, reference_logits=keep
                                 )
                                 self._score(entry, scored)
+                            if self.tasks is not None:
+                                entry.task_metrics = self.tasks.variant(
+                                    entry.name, sessions[name], package.files
+                                )
                     except LackingError:
                         raise
                     except OnnxsmithError as error:
@@ -395,9 +407,9 @@ class _Job:
             entry.bench["decode_vs_reference"] = ratio
 
     def _choose(self) -> VariantReport:
-        budgets = self.recipe.budgets.model_dump(exclude_none=True)
+        budgets = self.recipe.budgets.limits()
         for entry in self.report.variants:
-            values = _values(entry)
+            values = budget_values(entry)
             entry.budgets = [
                 Budget(name, limit, value := values.get(name), value is not None and value <= limit)
                 for name, limit in budgets.items()
@@ -411,7 +423,7 @@ class _Job:
         key = self.recipe.choose
 
         def measured(variant: VariantReport) -> float:
-            value = _values(variant).get(key)
+            value = budget_values(variant).get(key)
             return math.inf if value is None else value
 
         chosen = min(passed, key=measured)
@@ -459,19 +471,6 @@ def _specs(variant: Variant) -> list[tuple[str, Mapping[str, Any]]]:
 def _said(error: OnnxsmithError, directory: Path) -> str:
     """An error without the directory of the work, which nobody finds later."""
     return str(error).replace(f"{directory}{os.sep}", "").replace(str(directory), directory.name)
-
-
-def _values(entry: VariantReport) -> Mapping[str, float | None]:
-    """What budgets are held against."""
-    bench = entry.bench or {}
-    return {
-        "size_mb": entry.size_mb,
-        "perplexity": entry.perplexity["value"] if entry.perplexity else None,
-        "perplexity_increase_pct": entry.perplexity_increase_pct,
-        "kl_to_reference": entry.kl_to_reference,
-        "latency_ms": bench["latency_ms"]["p50"] if bench.get("latency_ms") else None,
-        "peak_rss_mb": bench.get("peak_rss_mb"),
-    }
 
 
 def _logits_file(work: Path, spec: PerplexitySpec, tokens: Any, vocabulary: int) -> Any:

@@ -232,3 +232,51 @@ def test_an_interrupted_run_leaves_what_was_there(
     assert err.strip().endswith("onnxsmith: interrupted; nothing was changed")
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "text.txt"]
+
+
+def test_a_task_is_measured_and_its_budget_held(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    for package in ("sklearn", "sacrebleu", "rouge_score", "jiwer"):
+        pytest.importorskip(package)
+    from onnxsmith.exporters import load_torch, torch_program
+    from onnxsmith.pipeline.tokenization import PackageTokenizer
+    from onnxsmith.runtime import TorchBackend, generate
+    from onnxsmith.source import ModelSource
+
+    # The targets are what torch says, so torch is right in all of them.
+    loaded = load_torch(ModelSource.parse(str(tiny_llama_dir)))
+    tokenizer = PackageTokenizer(load_package_files(loaded.files))
+    rows = []
+    with TorchBackend().open(torch_program(loaded)) as session:
+        for text in ("the quick", "a smith forges", "the fire is", "jumps over the"):
+            ids = tokenizer.encode(text)
+            said = list(generate(session, ids, max_new_tokens=8, stop=tokenizer.stop_ids))
+            rows.append({"text": text, "target": tokenizer.continuation(ids, said)})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {
+        "task": {"data": "data.jsonl", "metrics": ["exact_match", "wer"], "max_new_tokens": 8},
+        "benchmark": None,
+    }
+    variants = [{"name": "fp32", "preset": "cpu-fp32"}, {"name": "int4", "preset": "cpu-int4"}]
+    recipe = recipe_of(
+        tiny_llama_dir, evaluation=evaluation, variants=variants, prompt=None,
+        budgets={"metric_drop_points": {"exact_match": 10}},
+    )  # fmt: skip
+    report = run_recipe(recipe, tmp_path / "out", base=tmp_path)
+    fp32, int4 = report.variants
+    assert report.reference["task_metrics"]["exact_match"]["value"] == 1.0
+    assert fp32.task_metrics is not None
+    assert int4.task_metrics is not None
+    assert fp32.task_metrics["exact_match"]["value"] == 1.0
+    # Four bits of a random model change what it says.
+    assert int4.task_metrics["exact_match"]["value"] < 0.9
+    assert report.chosen == "fp32"
+    assert "exact_match_drop_points is" in int4.reason
+    assert {b.name: b.passed for b in fp32.budgets} == {"exact_match_drop_points": True}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["measurements"]["task_metrics"]["wer"]["value"] == 0.0
+
+
+def load_package_files(files: dict[str, bytes]) -> Any:
+    from onnxsmith.package import ModelPackage
+
+    return ModelPackage({}, files=dict(files))

@@ -1,0 +1,104 @@
+"""Task metrics in a run: torch first, then every variant on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.pipeline.datasets import load_dataset
+from onnxsmith.pipeline.evaluation import judge
+from onnxsmith.pipeline.task_runs import TASK_RUNS, RunSettings, run_task
+
+if TYPE_CHECKING:
+    from onnxsmith.pipeline.recipe import Recipe
+    from onnxsmith.pipeline.report import VariantReport
+    from onnxsmith.runtime import Session
+    from onnxsmith.runtime.metrics import Outcome
+
+__all__ = ["TaskMeasure", "budget_values"]
+
+# What `f1_drop_points` is of, for labels and for answers.
+_F1 = ("f1_macro", "f1")
+
+
+class TaskMeasure:
+    """The data and settings of ``evaluation.task``, and what torch said."""
+
+    def __init__(self, recipe: Recipe, base: Path | None) -> None:
+        """Reads the data, so that what is wrong with them is found before the first minute of work.
+
+        Raises:
+            BadInputError: They cannot be read.
+        """
+        spec = recipe.evaluation.task
+        assert spec is not None
+        self._data = load_dataset(
+            spec.data, columns=spec.columns, split=spec.split, limit=spec.limit, base=base
+        )
+        self._metrics, self._seed = spec.metrics, recipe.seed
+        self._settings = RunSettings(
+            batch=spec.batch,
+            max_length=spec.max_length,
+            max_new_tokens=spec.max_new_tokens,
+            train_share=spec.train_share,
+            seed=recipe.seed,
+        )
+        self._task = ""
+        self._expected: Outcome | None = None
+
+    def reference(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures torch; name of a metric to value and interval.
+
+        Raises:
+            BadInputError: Nobody knows how to evaluate this task.
+        """
+        if task is None or task not in TASK_RUNS:
+            raise BadInputError(
+                "evaluation.task", got=f"a model for {task or 'no known task'}",
+                expected=f"one for {', '.join(TASK_RUNS)}", remedy="Leave evaluation.task out of the recipe",
+            )  # fmt: skip
+        self._task = task
+        self._expected = run_task(task, session, files, self._data, self._settings)
+        return self._judged("torch", session.provider, self._expected, None)
+
+    def variant(self, name: str, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures a variant; with the difference of each metric to torch."""
+        outcome = run_task(self._task, session, files, self._data, self._settings)
+        return self._judged(name, session.provider, outcome, self._expected)
+
+    def _judged(self, name: str, provider: str, outcome: Outcome, against: Outcome | None) -> dict[str, Any]:
+        result = judge(
+            name, provider, self._task, self._data, outcome, self._metrics, against, "torch", 1000, self._seed
+        ).to_json()
+        return {
+            metric: values | ({"difference": result["differences"][metric]} if against else {})
+            for metric, values in result["metrics"].items()
+        }
+
+
+def budget_values(entry: VariantReport) -> Mapping[str, float | None]:
+    """What budgets are held against."""
+    bench = entry.bench or {}
+    return {
+        "size_mb": entry.size_mb,
+        "perplexity": entry.perplexity["value"] if entry.perplexity else None,
+        "perplexity_increase_pct": entry.perplexity_increase_pct,
+        "kl_to_reference": entry.kl_to_reference,
+        "latency_ms": bench["latency_ms"]["p50"] if bench.get("latency_ms") else None,
+        "peak_rss_mb": bench.get("peak_rss_mb"),
+    } | _drops(entry.task_metrics)
+
+
+def _drops(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """By how many points each metric is worse than torch's, as budgets call it."""
+    found: dict[str, float | None] = {
+        f"{name}_drop_points": values["difference"]["drop_points"]
+        for name, values in (metrics or {}).items()
+        if "difference" in values
+    }
+    for name in _F1:
+        if f"{name}_drop_points" in found:
+            found.setdefault("f1_drop_points", found[f"{name}_drop_points"])
+    return found
