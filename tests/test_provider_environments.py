@@ -194,3 +194,34 @@ def test_the_worker_has_the_packages_of_its_environment(provider: str) -> None:
     assert PROVIDERS[provider].ort_name in found["providers"]
     assert "torch" not in found["versions"]
     assert dataclasses.asdict(choose_provider(provider))["environment"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["openvino"], indirect=True)
+def test_a_recipe_runs_on_it(running: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from onnxsmith.pipeline.recipe import Recipe
+    from onnxsmith.pipeline.run import run_recipe
+
+    plain = {
+        "schema_version": 1,
+        "name": "tiny",
+        "source": str(tiny_llama_dir),
+        "provider": running,
+        "variants": [{"name": "fp32", "preset": "cpu-fp32"}],
+        "evaluation": {"benchmark": {"prompt_tokens": 8, "new_tokens": 4, "runs": 2}},
+        "prompt": "the smith",
+    }
+    required = {"require_provider": [f"{running}>=5%"]}
+    report = run_recipe(Recipe.model_validate(plain | required), tmp_path / "out")
+    (variant,) = report.variants
+    assert report.passed, report.verdict
+    assert variant.placement is not None and variant.bench is not None
+    assert variant.bench["provider"] == choose_provider(running).ort_name
+    assert report.generation is not None and report.generation["tokens"] > 0
+    share = variant.placement[variant.bench["provider"]]["share"]
+    if share < 1:
+        # What it leaves to the CPU is said, and can be forbidden.
+        required = {"require_provider": [f"{running}>=100%"]}
+        report = run_recipe(Recipe.model_validate(plain | required), tmp_path / "refused")
+        assert not report.passed
+        assert f"{share:.1%} of nodes on" in report.verdict
