@@ -78,6 +78,8 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
         "largest difference of any output, relative to the largest magnitude of that output. Times are of "
         "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first.",
         "",
+        "What does not agree is explained in [providers.md](providers.md#known-differences).",
+        "",
     ]
     for name, result in results.items():
         lines += ["", f"## {name}", "", f"`{result['source']}`, exported in float32.", ""]
