@@ -17,6 +17,7 @@ from onnxsmith.graph_passes.integer_operators import (
     find_linear_nodes,
     integer_weight,
 )
+from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
 
 __all__ = ["QuantizeDynamic", "quantize_embeddings", "refuse_nothing"]
@@ -63,7 +64,9 @@ class QuantizeDynamic(GraphPass):
         Raises:
             PreconditionError: There is nothing to quantize.
         """
+        kept = open_attention(model)
         linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        skipped |= kept
         refuse_nothing(self.name, linear, skipped)
         writer = GraphWriter(model)
         activations: dict[ir.Value, list[ir.Value]] = {}

@@ -17,6 +17,7 @@ from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, Sha
 from onnxsmith.graph_passes.context import Probe, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.integer_operators import GraphWriter
+from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
 from onnxsmith.graph_passes.weights import MatMulWeight
 
@@ -89,7 +90,9 @@ class QuantizeMixed(GraphPass):
         Raises:
             PreconditionError: There is nothing to quantize, no data, or no choice that keeps the budget.
         """
+        kept = open_attention(model)
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
+        skipped |= kept
         options: list[_Option] = []
         for weight in weights:
             forms = self._forms(weight)

@@ -24,6 +24,7 @@ from onnxsmith.graph_passes.block_operators import (
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import (
     NEEDS_DATA,
     Choice,
@@ -140,8 +141,9 @@ class QuantizeWeights(GraphPass):
         Raises:
             PreconditionError: There is nothing to quantize, or everything was skipped.
         """
+        kept = open_attention(model)
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
-        changes = Changes(skipped=skipped)
+        changes = Changes(skipped=kept | skipped)
         choices: list[Choice] = []
         for weight in weights:
             settings = self._settings_of(weight)

@@ -26,6 +26,7 @@ from onnxsmith.graph_passes.integer_operators import (
     integer_weight,
 )
 from onnxsmith.graph_passes.observers import Channels, Observer, Range
+from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["QuantizeStatic"]
@@ -137,7 +138,9 @@ class QuantizeStatic(GraphPass):
             PreconditionError: There is nothing to quantize, or neither data nor a table.
             BadInputError: The table cannot be read, or has no range for an activation.
         """
+        kept = open_attention(model)
         linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        skipped |= kept
         refuse_nothing(self.name, linear, skipped)
         layers: dict[str, dict[str, Any]] = {
             one.label: {"shape": list(one.shape), "method": "static"} for one in linear

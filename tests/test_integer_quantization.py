@@ -19,6 +19,7 @@ from onnxsmith.graph_passes.contract import GraphPass, PreconditionError
 from onnxsmith.graph_passes.dynamic import QuantizeDynamic
 from onnxsmith.graph_passes.integer_operators import integer_weight
 from onnxsmith.graph_passes.observers import METHODS, Channels, Observer
+from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.graph_passes.static import QuantizeStatic
 
 TEXT = """<ir_version: 9, opset_import: ["": 18]>
@@ -312,3 +313,60 @@ def test_integer_weights(per_channel: bool, symmetric: bool) -> None:
     # Narrower grids clip a little.
     assert np.quantile(difference / scale, 0.9) <= 0.501
     assert (difference[:, 0].max() < 0.02) == per_channel
+
+
+ATTENTION = """<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+g (float[b, s, 32] x, float[b, 1, s, s] bias, int32[b, s] mask) => (float[b, s, 32] y, float[b, s, 32] z) {
+  [first] y = com.microsoft.Attention<num_heads = 4, qkv_hidden_sizes = [32, 32, 32]>(x, w, c, , , bias)
+  [second] z = com.microsoft.Attention<num_heads = 4, scale = 0.2>(x, w, c, mask)
+}"""
+
+
+def attention(seed: int = 0) -> ir.Model:
+    random = np.random.default_rng(seed)
+    parts = {"w": random.standard_normal((32, 96)) * 0.3, "c": random.standard_normal(96)}
+    return graph(ATTENTION, **{name: value.astype(np.float32) for name, value in parts.items()})
+
+
+@pytest.mark.parametrize(
+    "one",
+    [QuantizeDynamic(), QuantizeWeights(bits=8, accuracy_level=1), QuantizeWeights(bits=4, accuracy_level=1)],
+    ids=["dynamic", "8 bits", "4 bits"],
+)
+def test_the_projection_inside_attention_is_quantized(one: GraphPass) -> None:
+    random = np.random.default_rng(1)
+    feeds: dict[str, Array] = {
+        "x": random.standard_normal((2, 5, 32)).astype(np.float32),
+        "bias": np.where(random.random((2, 1, 5, 5)) < 0.3, -1e4, 0).astype(np.float32),
+        "mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32),
+    }
+    model = attention()
+    expected = run(model, feeds)
+    one(model)
+    assert "Attention" not in {node.op_type for node in model.graph}
+    assert not any(
+        v.dtype == ir.DataType.FLOAT and v.const_value.nbytes > 32 * 96 for v in initializers(model)
+    )
+    got = run(model, feeds)
+    bound = 0.2 if one.arguments().get("bits") == 4 else 0.03
+    # Positions that a mask hides are padding, and compute something else in either.
+    shown = feeds["mask"].astype(bool)
+    for name in ("y", "z"):
+        scale = np.abs(expected[name]).max()
+        assert np.abs(got[name] - expected[name])[shown].max() < bound * scale
+    assert np.abs(run(attention(5), feeds)["y"] - got["y"]).max() > 0.5 * np.abs(expected["y"]).max()
+
+
+def initializers(model: ir.Model) -> list[Any]:
+    return list(model.graph.initializers.values())
+
+
+def test_attention_that_cannot_be_opened_is_listed() -> None:
+    text = """<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+    g (float[b, s, 32] x, float[32, 96] w) => (float[b, s, 32] y, float[b, s, 8] z) {
+      [whole] y = com.microsoft.Attention<num_heads = 4>(x, w)
+      z = MatMul(x, m)
+    }"""
+    model = graph(text, m=np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32))
+    skipped = QuantizeDynamic()(model).changes.skipped
+    assert skipped == {"whole": "Attention without a constant weight"}
