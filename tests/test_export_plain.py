@@ -354,8 +354,8 @@ def test_recurrent_layers(kind: type[Any], batch_first: bool) -> None:
     ("kind", "options"),
     [
         (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
-        (nn.GRU, {"bidirectional": True, "bias": False}),
-        (nn.RNN, {"nonlinearity": "relu", "num_layers": 2}),
+        pytest.param(nn.GRU, {"bidirectional": True, "bias": False}, marks=pytest.mark.slow),
+        pytest.param(nn.RNN, {"nonlinearity": "relu", "num_layers": 2}, marks=pytest.mark.slow),
         (nn.RNN, {}),
     ],
 )
@@ -426,8 +426,12 @@ class Request:
     ("value", "names"),
     [
         (lambda a, b: {"request": Request(a, b)}, ["request.ids", "request.weights"]),
-        (lambda a, b: {"request": Named(a, b)}, ["request.first", "request.second"]),
-        (lambda a, b: {"request": [a, b]}, ["request.0", "request.1"]),
+        pytest.param(
+            lambda a, b: {"request": Named(a, b)},
+            ["request.first", "request.second"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(lambda a, b: {"request": [a, b]}, ["request.0", "request.1"], marks=pytest.mark.slow),
         (lambda a, b: {"request": {"a": a, "more": {"b": b, "n": 3}}}, ["request.a", "request.more.b"]),
     ],
 )
