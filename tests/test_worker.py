@@ -18,6 +18,7 @@ from onnxsmith.errors import FeedError, ModelFileError, ResourceError, WorkerErr
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime import OrtBackend, OrtSession, WorkerSession
 from onnxsmith.runtime.decoding import open_decoder
+from onnxsmith.runtime.graph_file import GraphFile
 from onnxsmith.runtime.tensor_channel import TensorReader, TensorWriter
 from onnxsmith.runtime.worker_process import WorkerProcess
 
@@ -182,7 +183,6 @@ def test_a_cache_stays_in_the_worker(tiny_package: ModelPackage) -> None:
 
 def test_a_worker_needs_nothing_but_numpy_and_onnxruntime(onnx_package: Make) -> None:
     """It must run in an environment that has only a provider's package."""
-    path = onnx_package(GRAPH).main.path
     source = Path(__file__).resolve().parents[1] / "src"
     code = """
 import sys
@@ -197,13 +197,7 @@ sys.meta_path.insert(0, Refuse())
 from onnxsmith.runtime.worker import main
 sys.exit(main())
 """
-    graph = {
-        "path": str(path),
-        "inputs": [["x", "float32", ["n", 4]], ["y", "float32", [4]]],
-        "outputs": [["sum", "float32", ["n", 4]], ["product", "float32", ["n", 4]]],
-        "limits": {},
-        "shares_cache": False,
-    }
+    graph = GraphFile.of(onnx_package(GRAPH)).to_json()
     provider = {"name": "cpu", "ort_name": "CPUExecutionProvider"}
     requests = [
         {"do": "hello"},
