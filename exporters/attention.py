@@ -222,6 +222,13 @@ def _emit(
             expected="equal sizes, which GroupQueryAttention requires",
             remedy="Export it with --attention standard",
         )
+    if size % 8:
+        raise ExportError(
+            where,
+            got=f"heads of size {size}",
+            expected="a multiple of 8, which GroupQueryAttention requires",
+            remedy="Export it with --attention standard",
+        )
     scale = options.get("scaling")
     attributes |= {
         "num_heads": heads,

@@ -399,7 +399,9 @@ def refused(**changes: Any) -> str:
     if changes.pop("twice", False):
         trace.present[0] = past[0]
     mask = changes.pop("mask", None)
-    query, key, value = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, size)
+    width = changes.pop("width", 8)
+    query, key = torch.zeros(1, 4, 3, width), torch.zeros(1, 2, 3, width)
+    value = torch.zeros(1, 2, 3, size)
     with pytest.raises(ExportError) as caught:
         _emit(trace, Attention(), query, key, value, mask, changes)
     return str(caught.value)
@@ -417,6 +419,7 @@ def refused(**changes: Any) -> str:
         ({"layer_idx": 1}, "layer index 1; expected 0 to 0"),
         ({"layer_idx": None}, "layer index None; expected 0 to 0"),
         ({"twice": True}, "attention runs twice in one layer"),
+        ({"width": 12, "value_size": 12}, "heads of size 12; expected a multiple of 8"),
         ({"value_size": 4}, "values of size 4 under keys of size 8; expected equal sizes"),
         ({"mask": torch.zeros(1, 1, 3, 3)}, "a mask that the model builds itself"),
         (
