@@ -97,18 +97,29 @@ def known(where: str, name: str, names: Sequence[str], *, kind: str) -> None:
         raise UnknownNameError(where, name=name, known=names, kind=kind)
 
 
-def tolerance_of(atol: float | None, rtol: float | None) -> Tolerance | None:
-    """The bounds that were given, or None.
+def tolerance_of(
+    atol: float | None,
+    rtol: float | None,
+    *,
+    min_cosine: float | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+) -> Tolerance | None:
+    """The bounds that were given, or None; only what was given is checked.
 
     Raises:
-        BadInputError: A bound that is negative or no number.
+        BadInputError: A bound that is negative or no number, or a share above 1.
     """
     from onnxsmith.comparison import Tolerance
 
-    for name, value in (("--atol", atol), ("--rtol", rtol)):
+    for name, value in (("--atol", atol), ("--rtol", rtol), ("--max-kl", max_kl)):
         if value is not None and not value >= 0:
             raise BadInputError(f"compare: {name}", got=str(value), expected="0 or more")
-    return None if atol is None and rtol is None else Tolerance(atol=atol, rtol=rtol)
+    for name, value in (("--min-cosine", min_cosine), ("--min-top1", min_top1)):
+        if value is not None and not 0 <= value <= 1:
+            raise BadInputError(f"compare: {name}", got=str(value), expected="between 0 and 1")
+    given = Tolerance(atol, rtol, min_cosine, max_kl, min_top1)
+    return None if given == Tolerance() else given
 
 
 def preset_specs(names: Sequence[str]) -> list[tuple[str, Any]]:

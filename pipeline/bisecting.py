@@ -68,6 +68,13 @@ def bisect_models(
         check_destination(output, force=False)
     backend = OrtBackend(provider, threads=threads)
     package = load_package(candidate)
+    if len(package.components) > 1:
+        raise BadInputError(
+            f"bisect: {candidate}",
+            got=f"a package with the graphs {', '.join(package.components)}",
+            expected="one graph",
+            remedy="Name the .onnx file itself, and as reference the .onnx file that it was made of",
+        )
     with progress.step("bisect") as step, open_traceable(reference, task) as (right, limits):
         cases = _cases(right, limits, samples or _SAMPLES, inputs, seed)
 

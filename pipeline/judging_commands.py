@@ -38,6 +38,13 @@ def compare(
             metavar="X", help="Tolerance relative to the largest magnitude of the reference tensor."
         ),
     ] = None,
+    min_cosine: Annotated[float | None, typer.Option(metavar="X", help="Least cosine similarity.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Highest KL divergence of logits, in nats.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(metavar="X", help="Least share of equal most likely tokens.")
+    ] = None,
     tolerance: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +54,12 @@ def compare(
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="T", help="Task of a PyTorch reference.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="Trace every tensor, and write a page with the error by depth."
+        ),
+    ] = None,
     json_target: Json = None,
 ) -> int:
     """Compare models with a reference on the same inputs; exit status 1 if any differs."""
@@ -65,7 +78,7 @@ def compare(
             requirements=require_provider or (),
             inputs=inputs,
             samples=samples,
-            tolerance=tolerance_of(atol, rtol),
+            tolerance=tolerance_of(atol, rtol, min_cosine=min_cosine, max_kl=max_kl, min_top1=min_top1),
             precision=tolerance,
             task=task,
             seed=seed,
@@ -83,6 +96,21 @@ def compare(
         emit_json(json_target, "compare", body)
     if json_target != "-":
         show_comparisons(results)
+    if not passed and not interrupted:
+        message("onnxsmith: `onnxsmith bisect REFERENCE CANDIDATE` finds the node that makes the difference")
+    if report is not None and not interrupted:
+        from onnxsmith.pipeline.bisecting import bisect_models
+        from onnxsmith.pipeline.depth_page import write_depth_page
+
+        traced = [
+            bisect_models(
+                reference, candidate, provider=one, samples=samples, inputs=inputs, task=task, seed=seed,
+                progress=progress_for(),
+            )
+            for candidate in candidates
+            for one in provider or ["cpu"]
+        ]  # fmt: skip
+        write_depth_page(report, traced)
     if interrupted:
         message("onnxsmith: interrupted; what was compared until then is above")
         return INTERRUPTED

@@ -235,7 +235,8 @@ class _Search:
                     continue
                 places = match_by_places(self.values, weighted, self.expected, self.natural)
                 places = {n: m for n, m in places.items() if n not in self.scaled}
-                better = self._better(matches, match_by_values(self.expected, forced, names), places, errors)
+                found = match_by_values(self.expected, forced, names, max_distance=_FAR)
+                better = self._better(matches, found, places, errors)
                 if better == matches:
                     break
                 matches = better

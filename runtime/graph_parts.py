@@ -51,6 +51,7 @@ class GraphValues:
                 if value.name and used and _may_be_float(value):
                     self.producers[value.name] = node
                     self.names.append(value.name)
+        self._dependent = frozenset(dependent)
         self.order: Mapping[str, int] = {name: number for number, name in enumerate(self.names)}
 
     def segment(self, name: str, cut: Collection[str]) -> list[ir.Node]:
@@ -75,6 +76,23 @@ class GraphValues:
         """The floating-point values that a node, or a subgraph of it, reads and that are computed."""
         names = (value.name for value in _read_by(node))
         return list(dict.fromkeys(name for name in names if name in self.producers))
+
+    def weights_of(self, node: ir.Node) -> set[str]:
+        """The initializers that a node computes with, directly or after nodes that only prepare weights."""
+        found: set[str] = set()
+        waiting, seen = [value for value in node.inputs if value is not None], set()
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen or value.name in self.producers:
+                continue
+            seen.add(id(value))
+            if value.is_initializer():
+                found.add(value.name or "")
+                continue
+            producer = value.producer()
+            if producer is not None and id(value) not in self._dependent:
+                waiting += [one for one in producer.inputs if one is not None]
+        return found
 
 
 def build_part(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -33,6 +32,8 @@ __all__ = [
 _MAX_DISTANCE = 0.35
 _CERTAIN_DISTANCE = 1e-3
 _RUNNER_UP = 2.0
+# What is computed with one weight comes together within so many values.
+_NEAR = 12
 
 
 class Layout(enum.StrEnum):
@@ -111,10 +112,15 @@ def match_by_weights(
         target = weighted[stem].output
         if target not in reference:
             continue
-        # A bias may follow in a node of its own: the last is what the module gives.
-        fitting = [n for n in names if _sizes(candidate.cases(n)) == _sizes(reference.cases(target))]
-        if fitting and _is_chain(values, fitting):
-            matches[fitting[-1]] = Match(fitting[-1], target, by="weight")
+        sizes = _sizes(reference.cases(target))
+        whole = _whole(values, names)
+        if whole is None or whole not in candidate or _sizes(candidate.cases(whole)) != sizes:
+            # One weight in two places, as where embedding and head are tied: the one of this size.
+            fitting = [name for name in names if _sizes(candidate.cases(name)) == sizes]
+            plain = len({values.producers[name].op_type for name in names}) == len(names)
+            whole = fitting[0] if len(fitting) == 1 and len(names) == 2 and plain else None
+        if whole is not None:
+            matches[whole] = Match(whole, target, by="weight")
     return matches
 
 
@@ -131,7 +137,7 @@ def match_by_places(
     matches = {}
     for stem, names in _nodes_by_stem(values, weighted, candidate).items():
         source, inputs = weighted[stem].input, values.inputs_of(values.producers[names[0]])
-        if not inputs or source is None or not _is_chain(values, names):
+        if not inputs or source is None or _whole(values, names) is None:
             continue
         name = inputs[0]
         if name not in candidate or source not in reference:
@@ -151,16 +157,31 @@ def _nodes_by_stem(
         node = values.producers[name]
         if node.outputs[0].name != name:
             continue
-        found = {
-            stem
-            for value in node.inputs
-            if value is not None and value.is_initializer() and value.name
-            for stem in [stem_of(value.name, weighted)]
-            if stem is not None
-        }
+        found = {stem_of(weight, weighted) for weight in values.weights_of(node)} - {None}
         if len(found) == 1:
-            by_stem[found.pop()].append(name)
+            by_stem[found.pop() or ""].append(name)
     return by_stem
+
+
+def _whole(values: GraphValues, names: list[str]) -> str | None:
+    """The first value that depends on all that is computed with a weight.
+
+    That is the last of a chain, as where a bias is added, or where the blocks of a quantized weight and
+    their offsets, which are multiplied apart, come together.
+    """
+    operators = {values.producers[name].op_type for name in names}
+    if len(operators) < len(names):
+        # Equal weights of several places may be stored once: nothing comes together.
+        return None
+    wanted, covered = set(names), dict[str, frozenset[str]]()
+    start = values.order[names[0]]
+    for name in values.names[start : start + _NEAR]:
+        inputs = values.inputs_of(values.producers[name])
+        own = frozenset({name} & wanted)
+        covered[name] = own.union(*(covered.get(one, frozenset()) for one in inputs))
+        if covered[name] == wanted:
+            return name
+    return None
 
 
 def stem_of(name: str, stems: Iterable[str]) -> str | None:
@@ -170,13 +191,6 @@ def stem_of(name: str, stems: Iterable[str]) -> str | None:
 
 def _is_stem(stem: str, name: str) -> bool:
     return name == stem or (name.startswith(stem) and not name[len(stem)].isalnum())
-
-
-def _is_chain(values: GraphValues, names: list[str]) -> bool:
-    """Whether each value is computed from the one before it."""
-    return all(
-        before in values.inputs_of(values.producers[after]) for before, after in itertools.pairwise(names)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +204,12 @@ class _Bucket:
 
 
 def match_by_values(
-    reference: TensorStore, candidate: TensorStore, names: Iterable[str], *, taken: Collection[str] = ()
+    reference: TensorStore,
+    candidate: TensorStore,
+    names: Iterable[str],
+    *,
+    taken: Collection[str] = (),
+    max_distance: float = _MAX_DISTANCE,
 ) -> dict[str, Match]:
     """Tensors whose elements are nearly those of exactly one tensor of the reference.
 
@@ -199,6 +218,7 @@ def match_by_values(
         candidate: Where the tensors are.
         names: The candidate's values to find.
         taken: Tensors of the reference that are not looked at.
+        max_distance: Relative distance from which a tensor is another one.
     """
     buckets = _buckets(reference, frozenset(taken))
     found: dict[str, Match] = {}
@@ -209,10 +229,10 @@ def match_by_values(
         bucket = buckets.get(_sizes(cases))
         if bucket is None or any(stored.bad for stored in cases.values()):
             continue
-        best = _nearest(bucket, _row(cases, swapped=False))
+        best = _nearest(bucket, _row(cases, swapped=False), max_distance)
         layout = bucket.layouts[best[1]] if best else Layout.SAME
         if all(len(stored.shape) == 4 for stored in cases.values()):
-            other = _nearest(bucket, _row(cases, swapped=True), only_same=True)
+            other = _nearest(bucket, _row(cases, swapped=True), max_distance, only_same=True)
             if other and (best is None or other[0] < best[0]):
                 best, layout = other, Layout.CANDIDATE_SWAPPED
         if best is not None:
@@ -244,7 +264,7 @@ def _buckets(reference: TensorStore, taken: frozenset[str]) -> dict[tuple[int, .
 
 
 def _nearest(
-    bucket: _Bucket, row: npt.NDArray[np.float64], *, only_same: bool = False
+    bucket: _Bucket, row: npt.NDArray[np.float64], max_distance: float, *, only_same: bool = False
 ) -> tuple[float, int] | None:
     """Distance and index of the nearest tensor, if it is near and no different one is nearly as near."""
     distances = np.linalg.norm(bucket.rows - row, axis=1) / bucket.norms
@@ -252,7 +272,7 @@ def _nearest(
         distances = np.where([lay is Layout.SAME for lay in bucket.layouts], distances, np.inf)
     best = int(distances.argmin())
     nearest = float(distances[best])
-    if nearest > _MAX_DISTANCE:
+    if nearest > max_distance:
         return None
     if nearest > _CERTAIN_DISTANCE:
         # Copies and views of the same tensor are no rivals.

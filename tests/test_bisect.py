@@ -51,7 +51,9 @@ def quantized_dir(tiny_loaded: Any, tiny_program: Any, tmp_path_factory: pytest.
     from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
 
     directory = tmp_path_factory.mktemp("int4")
-    package = run_passes(export(tiny_loaded, tiny_program), make_passes(PRESETS["cpu-int4"]))
+    # Packed zero points, which is the plainest form of four bits.
+    passes = [*PRESETS["cpu-fp32"][:-3], ("quantize_weights", {"bits": 4, "block_size": 32})]
+    package = run_passes(export(tiny_loaded, tiny_program), make_passes(passes))
     save_package(package.derive(), directory)
     return directory
 
@@ -401,3 +403,58 @@ def test_a_page_without_errors(tiny_artifact_dir: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<b>&" not in page
     assert TorchReference is not GraphReference
+
+
+def test_compare_takes_bounds_of_predictions_and_writes_a_page(
+    quantized_dir: Path, tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
+    runner, page = CliRunner(), tmp_path / "depth.html"
+    arguments = ["compare", str(tiny_artifact_dir), str(quantized_dir), "--samples", "2"]
+    loose = ["--max-kl", "50", "--min-top1", "0", "--min-cosine", "0.2"]
+    done = runner.invoke(app, [*arguments, *loose, "--report", str(page)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text().count("<circle") > 60
+    for bound, said in (
+        (["--max-kl", "1e-6"], "KL divergence is"),
+        (["--min-top1", "1"], "top-1 agreement is"),
+        (["--min-cosine", "1"], "cosine is"),
+    ):
+        done = runner.invoke(app, [*arguments, *bound])
+        assert (done.exit_code, said in done.output) == (1, True), done.output
+        assert "onnxsmith bisect REFERENCE CANDIDATE" in done.output
+    done = runner.invoke(app, [*arguments, "--min-top1", "2"])
+    assert (done.exit_code, "--min-top1: 2.0; expected between 0 and 1" in done.output) == (2, True)
+
+
+def test_a_package_of_several_graphs_is_refused(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+    for name in ("encoder_model", "decoder_model"):
+        shutil.copy(tiny_artifact_dir / "model.onnx", tmp_path / f"{name}.onnx")
+    shutil.copy(tiny_artifact_dir / "config.json", tmp_path)
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"components": {n: f"{n}.onnx" for n in ("encoder_model", "decoder_model")}})
+    )
+    with pytest.raises(BadInputError, match="graphs encoder_model, decoder_model; expected one graph"):
+        bisect_models(str(tiny_artifact_dir), tmp_path)
+
+
+def test_blocks_with_offsets_apart_are_one_weight(
+    tiny_loaded: Any, tiny_program: Any, tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
+    """The preset's form of 4 bits multiplies blocks and offsets apart, and adds the results."""
+    from onnxsmith.exporters import export
+    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+
+    (tmp_path / "int4").mkdir()
+    package = run_passes(export(tiny_loaded, tiny_program), make_passes(PRESETS["cpu-int4"]))
+    save_package(package.derive(), tmp_path / "int4")
+    result = bisect_models(str(tiny_artifact_dir), tmp_path / "int4", samples=3, threads=1)
+    assert result.passed, result.verdict
+
+    def change(model: Any) -> str:
+        edit(model, f"{DOWN}_scales", lambda scales: scales.reshape(-1).__setitem__(13, scales.max() * 30))
+        [user] = [node.name for node in model.graph.node if f"{DOWN}_q4" in node.input]
+        return str(user)
+
+    node = planted(tmp_path / "int4", tmp_path / "faulty", change)
+    result = bisect_models(str(tiny_artifact_dir), tmp_path / "faulty", samples=2, threads=1)
+    assert [blame.node for blame in result.suspects] == [node], result.verdict

