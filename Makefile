@@ -31,6 +31,7 @@ PYTEST_ARGS ?=
 PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
 API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime pipeline)
+PEERS := .venv-optimizers
 DEMO_OUT ?= artifacts/smollm2
 # An environment with the other series of transformers.
 TF5 := .venv-tf5
@@ -41,7 +42,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Where those environments are, and a Vulkan without a GPU for WebGPU.
 APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
 
-.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench docs wheel clean
+.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +93,15 @@ demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a 
 
 bench: $(READY)  ## the main benchmark
 	$(OFFLINE) $(BIN)/python benchmarks/main_job.py
+
+bench-passes: $(READY) $(PEERS)/.optimizers  ## graph passes beside onnxslim, onnxsim and others
+	$(OFFLINE) $(BIN)/python benchmarks/passes.py --peers $(PEERS)/bin/python
+
+# An environment of their own: their dependencies are no business of ours.
+$(PEERS)/.optimizers:
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet onnx==1.23.2 onnxruntime==1.32.0 onnxslim==0.1.98 onnxsim==0.8.1
+	@touch $@
 
 docs: $(READY)  ## the JSON Schemas in docs/, and the API reference in site/
 	$(BIN)/python -m onnxsmith.pipeline.schema docs

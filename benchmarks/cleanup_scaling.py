@@ -60,7 +60,7 @@ def chain(nodes: int) -> ir.Model:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1000, 10000, 50000])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1000, 10000, 100000])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("artifacts/bench/cleanup_scaling.json"))
     arguments = parser.parse_args()

@@ -47,7 +47,28 @@ def _local_rules(opset: int) -> list[Any]:
     # There is no public name for the default rules, only functions that apply all of them.
     rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
     # It writes the attribute allowzero, whatever the operator set.
-    return [rule for rule in rules if opset >= 14 or rule.name != "MaterializeReshapeShape"]
+    return [_Gated(rule) for rule in rules if opset >= 14 or rule.name != "MaterializeReshapeShape"]
+
+
+class _Gated:
+    """A rule that is only tried on nodes of the operator that its pattern ends in.
+
+    The matcher sets up a match for each pair of rule and node before it looks at the operator, which was
+    most of the time of this pass.
+    """
+
+    def __init__(self, rule: Any) -> None:
+        self._rule = rule
+        identifier = rule._target_pattern.output_node.op_identifier()
+        self._op_type = identifier[1] if identifier is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rule, name)
+
+    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        if self._op_type is not None and node.op_type != self._op_type:
+            return None
+        return self._rule.try_rewrite(model, graph, node, **options)
 
 
 class Cleanup(GraphPass):

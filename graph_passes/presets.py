@@ -15,6 +15,7 @@ _FUSED: tuple[PassSpec, ...] = (
     ("transpose_weights", {}),
     ("cleanup", {}),
     ("fuse_transformer", {}),
+    ("fuse_attention", {}),
     ("flatten_attention", {}),
 )
 _ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
@@ -22,6 +23,7 @@ _ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
 _NEWEST: tuple[PassSpec, ...] = (
     ("rotary_in_attention", {}),
     ("pack_projections", {}),
+    ("logits_to_keep", {}),
 )
 # 5 bits a weight, scales and minimums counted: as small as integer zero points with float32 scales, with a
 # fraction of their loss. See docs/quantization.md.
@@ -79,9 +81,11 @@ REASONS: Mapping[str, str] = {
     "transpose_weights": "first, or folding would compute turned copies of the weights in memory",
     "cleanup": "before fusion: patterns are written for graphs without no-ops and computed constants",
     "fuse_transformer": "before quantization, which keeps MatMul and replaces its weight",
+    "fuse_attention": "what fuse_transformer does not recognise: attention in graphs of other exporters",
     "flatten_attention": "after fusion has made RotaryEmbedding of the nodes between the axes' swaps",
     "split_skip_layer_norm": "after fusion, which made them: on CPUs two operators are faster",
     "rotary_in_attention": "after flatten_attention, whose flat operands it needs",
+    "logits_to_keep": "before quantization: a prompt's logits cost as much as a fifth of a small model",
     "pack_projections": "last before quantization, so that the packed matrix is what gets quantized",
     "quantize_weights": "when the matrices have their final form",
     "keep_gguf_blocks": "when the matrices have their final form",

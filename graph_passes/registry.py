@@ -24,6 +24,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "cleanup": "onnxsmith.graph_passes.cleanup:Cleanup",
         "convert_opset": "onnxsmith.graph_passes.versions:ConvertOpset",
         "flatten_attention": "onnxsmith.graph_passes.attention:FlattenAttention",
+        "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",
         "fuse_transformer": "onnxsmith.graph_passes.fusion:FuseTransformer",
         "keep_gguf_blocks": "onnxsmith.graph_passes.transcoding:KeepGgufBlocks",
         "logits_to_keep": "onnxsmith.graph_passes.signature:LogitsToKeep",

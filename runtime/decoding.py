@@ -23,6 +23,7 @@ Mask = npt.NDArray[np.bool_]
 _SHARING_PROVIDERS = frozenset({"CPUExecutionProvider"})
 # A buffer that is full grows by this factor, so that all copies together cost as much as one or two.
 _GROWTH = 2
+_KEPT = "num_logits_to_keep"
 _SMALLEST_CAPACITY = 64
 
 
@@ -50,22 +51,25 @@ class Decoder(abc.ABC):
         self.session = session
         self.length = 0
         self._mask: Mask | None = None
+        self._last_only = False
 
     def reset(self) -> None:
         """Empties the cache."""
         self.length = 0
         self._mask = None
 
-    def step(self, token_ids: Tokens, mask: Mask | None = None) -> Array:
+    def step(self, token_ids: Tokens, mask: Mask | None = None, *, last_only: bool = False) -> Array:
         """Takes tokens and gives their logits.
 
         Args:
             token_ids: (batch, sequence).
             mask: (batch, sequence), false for padding; all true where None. Padding stays hidden in later
                 steps.
+            last_only: The caller needs the last position's logits only. Graphs with the optional input
+                ``num_logits_to_keep`` then compute no others; all other graphs give all of them.
 
         Returns:
-            (batch, sequence, vocabulary).
+            (batch, sequence, vocabulary), or with ``last_only`` perhaps (batch, 1, vocabulary).
 
         Raises:
             FeedError: Another number of rows than the cache has.
@@ -78,6 +82,7 @@ class Decoder(abc.ABC):
                 remedy="Empty the cache with reset()",
             )  # fmt: skip
         whole = np.concatenate([known, new], axis=1)
+        self._last_only = last_only
         logits = self._step(token_ids, whole)
         self._mask = whole
         self.length = whole.shape[1]
@@ -125,6 +130,8 @@ class _OrtDecoder(Decoder):
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
         feeds = _small_feeds(self.session, token_ids, mask, cached=bool(self._past))
         values = {name: self._ort.ort_value(array) for name, array in feeds.items()}
+        if self._last_only and _can_cut(self._ort):
+            values[_KEPT] = self._ort.ort_value(np.array(1, np.int64))
         results = self._ort.run_values(values | self._past, self._names)
         self._past = {
             pair.past.name: value for pair, value in zip(self.session.cache, results[1:], strict=True)
@@ -163,7 +170,13 @@ class _SharedDecoder(Decoder):
             binding.bind_cpu_input(name, array)
         spec = next(spec for spec in self.session.outputs if spec.name == "logits")
         assert spec.shape is not None
-        logits = np.empty((batch, sequence, int(spec.shape[-1] or 0)), np.dtype(spec.dtype))
+        rows = sequence
+        if _can_cut(self._ort):
+            # An input with a default is none of those that numpy arrays can be bound to.
+            kept = self._ort.ort_value(np.array(1 if self._last_only else 0, np.int64))
+            rows = 1 if self._last_only else sequence
+            binding.bind_ortvalue_input(_KEPT, kept)
+        logits = np.empty((batch, rows, int(spec.shape[-1] or 0)), np.dtype(spec.dtype))
         _bind(binding.bind_output, "logits", logits)
         self._ort.run_bound(binding)
         return logits
@@ -186,6 +199,11 @@ class _SharedDecoder(Decoder):
             _bind(binding.bind_output, pair.present.name, buffer)
             buffers[pair.past.name] = buffer
         self._buffers, self._binding, self._capacity = buffers, binding, capacity
+
+
+def _can_cut(session: OrtSession) -> bool:
+    """Whether the graph has the optional input; inputs with a default are not among a session's inputs."""
+    return any(one.name == _KEPT for one in session.ort_session.get_overridable_initializers())
 
 
 def _bind(bind: Any, name: str, array: Array) -> None:

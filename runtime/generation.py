@@ -83,7 +83,7 @@ def generate_batch(
     mask = np.array([[False] * (longest - len(p)) + [True] * len(p) for p in prompts])
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        chosen = sampler.choose(decoder.step(tokens, mask)[:, -1])
+        chosen = sampler.choose(decoder.step(tokens, mask, last_only=True)[:, -1])
         ended = [done or int(token) in stop for done, token in zip(ended, chosen, strict=True)]
         if all(ended):
             return

@@ -83,7 +83,7 @@ class LlmRound(Round):
         decoder.reset()
         times = []
         began = time.perf_counter()
-        tokens = decoder.step(self._prompt)[:, -1].argmax(-1)[:, None]
+        tokens = decoder.step(self._prompt, last_only=True)[:, -1].argmax(-1)[:, None]
         first = time.perf_counter()
         for _ in range(self._new_tokens - 1):
             before = time.perf_counter()
