@@ -45,7 +45,7 @@ APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURD
 .PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes docs wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## create or refresh .venv with everything pinned
 
