@@ -76,8 +76,11 @@ class RecipeText:
         found = cls._read_alone(path)
         if not extends or "extends" not in found.data:
             return found
-        name = found.data.pop("extends")
         where = found._where(["extends"])
+        name = found.data.pop("extends")
+        if name is None:
+            # So a recipe that was written from its model says that it extends nothing.
+            return found
         if not isinstance(name, str):
             raise RecipeError(f"{where}: extends", got=_shown(name), expected="a path")
         target = (path.parent / name).resolve()
