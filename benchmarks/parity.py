@@ -280,6 +280,7 @@ def page(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
         ]
         notes = [
             *(f"- {r['name']}: refused. {r['refused']}" for r in results if "refused" in r),
+            *(f"- **{r['name']} differs**: {r['reason']}." for r in results if not r.get("passed", True)),
             *(
                 f"- {r['name']}: attention is not fused, because: {r['details']['why_not_fused']}"
                 for r in results
