@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -30,29 +30,41 @@ _MISPLACED = frozenset({"SimplifiedLayerNormalization"})
 
 
 @contextlib.contextmanager
-def _attention_masks_kept() -> Iterator[None]:
-    """Turns off the fusions into GroupQueryAttention.
+def _wrong_fusions_off() -> Iterator[None]:
+    """Turns off what onnxscript fuses into something else.
 
-    They drop the attention mask, on the assumption that it is all ones: a padded batch would silently
-    compute something else. Where the mask allows it, the exporter writes GroupQueryAttention itself.
+    The fusions into GroupQueryAttention drop the attention mask, on the assumption that it is all ones: a
+    padded batch would silently compute something else. Where the mask allows it, the exporter writes
+    GroupQueryAttention itself. Those into MultiHeadAttention take a rotation of a part of each head for one
+    of the whole.
     """
     from onnxscript.rewriter.ort_fusions import _core
 
-    names = ("fuse_gqa", "fuse_qkv_gqa")
     with _PATCH_LOCK:
-        kept = {name: getattr(_core, name) for name in names}
+        kept = {name: getattr(_core, name) for name in ("fuse_gqa", "fuse_qkv_gqa", "fuse_mha1", "fuse_mha2")}
         try:
-            for name in names:
-                setattr(_core, name, _fuse_nothing)
+            for name, fuse in kept.items():
+                setattr(_core, name, _fuse_nothing if "gqa" in name else _unless_partly_rotated(fuse))
             yield
         finally:
-            for name, function in kept.items():
-                setattr(_core, name, function)
+            for name, fuse in kept.items():
+                setattr(_core, name, fuse)
 
 
 def _fuse_nothing(model: ir.Model, *, debug: bool = False) -> int:
     del model, debug
     return 0
+
+
+def _unless_partly_rotated(fuse: Callable[..., int]) -> Callable[..., int]:
+    def guarded(model: ir.Model, *, debug: bool = False) -> int:
+        for node in model.graph:
+            size = node.attributes.get("rotary_embedding_dim")
+            if node.op_type == "RotaryEmbedding" and size is not None and size.as_int():
+                return 0
+        return fuse(model, debug=debug)
+
+    return guarded
 
 
 class FuseTransformer(GraphPass):
@@ -71,7 +83,7 @@ class FuseTransformer(GraphPass):
 
         before, interface = operator_counts(model), signature(model)
         with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
-            with _attention_masks_kept():
+            with _wrong_fusions_off():
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         common.RemoveUnusedNodesPass()(model)

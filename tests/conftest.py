@@ -7,6 +7,7 @@ package and copy a directory first. `tiny_llama_dir`, `tiny_loaded` and `tiny_pr
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,11 @@ TINY_TEXT = (
     "the quick brown fox jumps over the lazy dog. a smith forges the iron while it is hot, and the hammer "
     "sings on the anvil. the fire is kept with coal and the bellows breathe. what is forged well holds well."
 )
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: in a shell's background Ctrl-C is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

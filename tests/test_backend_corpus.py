@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,22 @@ def marked(names: list[str], one_in: int) -> list[Any]:
     return [n if i % one_in == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(names)]
 
 
+def tensors_of(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Outputs with the parts of a sequence, which is a list, one by one."""
+    found: dict[str, Array] = {}
+    for name, value in outputs.items():
+        parts = value if isinstance(value, list) else None
+        found |= {name: value} if parts is None else {f"{name}[{n}]": part for n, part in enumerate(parts)}
+    return found
+
+
 def check(proto: onnx.ModelProto, feeds: list[Array]) -> None:
     """Same outputs to the bit where nothing is fused, else to rounding; or the model cannot be run at all."""
     model = ir.from_proto(proto)
     names = [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
     given = dict(zip(names, feeds, strict=False))
     try:
-        before = run(proto.SerializeToString(), given)
+        before = tensors_of(run(proto.SerializeToString(), given))
     except Exception as error:
         pytest.skip(f"ONNX Runtime cannot run it: {str(error)[:80]}")
     fused = 0
@@ -64,8 +74,9 @@ def check(proto: onnx.ModelProto, feeds: list[Array]) -> None:
             pytest.fail(f"{one.name}: {error}")
         fused += outcome.changes.count * one.name.startswith(("fuse", "split"))
         content = serialized(model)
-        after = run(content, given)
+        after = tensors_of(run(content, given))
         close = {"rtol": 1e-5, "atol": 1e-6} if fused else {}
+        # A sequence of tensors is a list.
         if any(array.dtype == np.float16 for array in before.values()):
             # Constants are folded in float16, where ONNX Runtime computes in float32 and rounds at the end.
             close = {"rtol": 2e-3, "atol": 1e-4}

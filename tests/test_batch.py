@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.conftest import heed_interrupts
 
 from onnxsmith import verify_artifact
 from onnxsmith.errors import BadInputError, RecipeError, UnknownNameError
@@ -171,7 +172,7 @@ def test_an_interrupt_ends_the_jobs_and_leaves_nothing(work: Path) -> None:
     jobs = write(work, job("hangs", "hang"), job("also", "hang"))
     child = subprocess.Popen(
         [sys.executable, "-m", "onnxsmith.pipeline", "batch", str(jobs), "--workers", "1"],
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     wait_for(work / "hanging")
     child.send_signal(signal.SIGINT)

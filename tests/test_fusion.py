@@ -163,3 +163,23 @@ def test_an_input_keeps_its_default() -> None:
     x = np.ones((2, 4), np.float32)
     doubled = run(model, {"x": x, "w": 2 * np.arange(1, 5, dtype=np.float32)})["y"]
     np.testing.assert_allclose(doubled, 2 * run(model, {"x": x})["y"])
+
+
+def test_a_part_of_a_head_is_not_rotated_as_a_whole(tmp_path: Path) -> None:
+    """StableLM rotates a quarter of each head, and onnxscript's fusion of attention turned all of it."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from onnxsmith import compare_models, export_model, optimize_model
+
+    config = transformers.StableLmConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.StableLmForCausalLM(config).eval().save_pretrained(tmp_path / "source")
+    export_model(str(tmp_path / "source"), tmp_path / "raw", attention="standard", verify=False)
+    specs: list[tuple[str, dict[str, object]]] = [("cleanup", {}), ("fuse_transformer", {})]
+    _, after = optimize_model(tmp_path / "raw", tmp_path / "fused", specs)
+    assert after.steps[-1].details["fused"]["partial_rotary_embedding"] == 2
+    [result] = compare_models(str(tmp_path / "source"), [tmp_path / "fused"])
+    assert result.passed, result.reason

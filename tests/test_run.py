@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import TINY_TEXT
+from tests.conftest import TINY_TEXT, heed_interrupts
 
 from onnxsmith import Recipe, generate_text, load_package, run_recipe, verify_artifact
 from onnxsmith.errors import OnnxsmithError, SourceError
@@ -225,6 +225,7 @@ def test_an_interrupted_run_leaves_what_was_there(
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert child.stdout is not None
     for line in child.stdout:

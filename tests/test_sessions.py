@@ -280,7 +280,11 @@ def missing() -> list[str]:
 
 
 @pytest.mark.parametrize("name", missing())
-def test_a_known_provider_that_is_not_installed_says_what_brings_it(name: str, onnx_package: Make) -> None:
+def test_a_known_provider_that_is_not_installed_says_what_brings_it(
+    name: str, onnx_package: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nor in an environment of its own.
+    monkeypatch.setenv("ONNXSMITH_HOME", str(tmp_path / "home"))
     provider = PROVIDERS[name]
     brings = f"`onnxsmith providers --install {name}`"
     if provider.package in ("", "onnxruntime"):
