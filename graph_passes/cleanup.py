@@ -17,6 +17,7 @@ from onnxsmith.graph_passes.structure import (
     release_dead_users,
     require_signature,
     signature,
+    splits_left_alone,
 )
 
 __all__ = ["Cleanup", "StripMetadata", "operator_counts"]
@@ -136,13 +137,14 @@ class Cleanup(GraphPass):
         lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
         ir.passes.Sequential(common.InlinePass(), lift)(model)
         with only_small_constants(model, max_elements=self.max_input_elements, keep=_normalized(model)):
-            optimizer.fold_constants_ir(
-                model,
-                onnx_shape_inference=True,
-                input_size_limit=self.max_input_elements,
-                output_size_limit=self.max_output_elements,
-                should_fold=self._should_fold,
-            )
+            with splits_left_alone():
+                optimizer.fold_constants_ir(
+                    model,
+                    onnx_shape_inference=True,
+                    input_size_limit=self.max_input_elements,
+                    output_size_limit=self.max_output_elements,
+                    should_fold=self._should_fold,
+                )
             release_dead_users(model)
             rules.apply_to_model(model)
         ir.passes.Sequential(

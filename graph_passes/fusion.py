@@ -17,6 +17,7 @@ from onnxsmith.graph_passes.structure import (
     release_dead_users,
     require_signature,
     signature,
+    splits_left_alone,
 )
 from onnxsmith.graph_passes.weights import join_concatenated_weights
 
@@ -83,7 +84,7 @@ class FuseTransformer(GraphPass):
 
         before, interface = operator_counts(model), signature(model)
         with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
-            with _wrong_fusions_off():
+            with _wrong_fusions_off(), splits_left_alone():
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         common.RemoveUnusedNodesPass()(model)
