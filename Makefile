@@ -28,6 +28,8 @@ TEST_PROVIDERS := openvino==1.24.1 webgpu==1.27.0 nxrt==0.1.0.dev6
 PROVIDERS_READY := $(VENV)/.providers
 VULKAN := $(VENV)/vulkan
 PYTEST_ARGS ?=
+# Tests at a time.
+WORKERS ?= 2
 PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
 API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime pipeline)
@@ -61,7 +63,7 @@ typecheck: $(READY)  ## mypy, strict, on src
 	$(BIN)/mypy
 
 test: $(READY) $(PROVIDERS_READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
-	$(OFFLINE) $(APART) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(OFFLINE) $(APART) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 test-slow: $(READY) $(PROVIDERS_READY) models  ## all tests, those on real models too
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
