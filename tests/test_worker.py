@@ -124,7 +124,7 @@ def test_errors_there_are_errors_here(onnx_package: Make) -> None:
 def test_a_process_that_dies_is_an_error_and_leaves_nothing(onnx_package: Make) -> None:
     feeds = {"x": np.ones((2, 4), np.float32), "y": np.ones(4, np.float32)}
     package = onnx_package(GRAPH)
-    shared = set(Path("/dev/shm").glob("onnxsmith-*"))
+    shared = set(Path("/dev/shm").glob(f"onnxsmith-{os.getpid()}-*"))
     with OrtBackend(apart=True).open(package, name="victim") as victim, OrtBackend().open(package) as other:
         assert isinstance(victim, WorkerSession)
         victim.run(feeds)
@@ -135,7 +135,7 @@ def test_a_process_that_dies_is_an_error_and_leaves_nothing(onnx_package: Make) 
             victim.run(feeds)
         assert other.run(feeds)["sum"].sum() == 16
     assert not psutil.pid_exists(pid)
-    assert set(Path("/dev/shm").glob("onnxsmith-*")) == shared
+    assert set(Path("/dev/shm").glob(f"onnxsmith-{os.getpid()}-*")) == shared
 
 
 def test_a_death_in_a_comparison_is_one_candidates(
