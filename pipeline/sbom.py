@@ -106,7 +106,6 @@ def _library(component: Any, name: str, version: str) -> Any:
 
 
 def _licenses(text: Any) -> list[Any]:
-    from cyclonedx.factory.license import LicenseFactory
     from cyclonedx.model.license import DisjunctiveLicense
     from license_expression import get_spdx_licensing
 
@@ -115,4 +114,4 @@ def _licenses(text: Any) -> list[Any]:
     # Model hubs write apache-2.0, SPDX writes Apache-2.0.
     known = {key.lower(): key for key in get_spdx_licensing().known_symbols}
     spdx = known.get(text.lower())
-    return [LicenseFactory().make_from_string(spdx)] if spdx else [DisjunctiveLicense(name=text)]
+    return [DisjunctiveLicense(id=spdx) if spdx else DisjunctiveLicense(name=text)]
