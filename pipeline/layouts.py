@@ -146,15 +146,14 @@ def genai_config(package: ModelPackage, graph: str) -> dict[str, Any]:
     pairs = cache_pairs(component.inputs, component.outputs)
     config = _json_of(package, "config.json")
     config = config.get("text_config") or config
-    generation = _json_of(package, "generation_config.json") | {}
+    generation = _json_of(package, "generation_config.json")
     _, kv_heads, _, head_size = pairs[0].past.shape or (None, None, None, None)
     heads = _first(config, "num_attention_heads", "n_head", "num_heads") or kv_heads
     logits = next((spec for spec in component.outputs if spec.name == "logits"), component.outputs[0])
     vocabulary = (logits.shape or (None,))[-1]
 
     def token(name: str) -> Any:
-        value = generation.get(name, config.get(name))
-        return value if value is not None else None
+        return generation.get(name, config.get(name))
 
     eos = token("eos_token_id")
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
