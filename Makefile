@@ -30,9 +30,9 @@ VULKAN := $(VENV)/vulkan
 PYTEST_ARGS ?=
 # Tests at a time.
 WORKERS ?= 2
-PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime pipeline tests benchmarks examples)
+PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime training pipeline tests benchmarks examples)
 # Named one by one: pdoc leaves out the submodules of a package that has an __all__.
-API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime pipeline)
+API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime training pipeline)
 PEERS := .venv-optimizers
 DEMO_OUT ?= artifacts/smollm2
 # An environment with the other series of transformers.

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "onnxsmith"
-MIDDLE = ("exporters", "graph_passes", "runtime")
+MIDDLE = ("exporters", "graph_passes", "runtime", "training")
 FOLDERS = (*MIDDLE, "pipeline")
 CORE = "core"
 # onnxsmith/__init__.py: names of every layer, each imported when it is first used.

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("exporters", "graph_passes", "pipeline", "runtime")
+FOLDERS = ("exporters", "graph_passes", "pipeline", "runtime", "training")
 # Notes for those who read the source; not part of what runs.
 NOT_SHIPPED = {".md"}
 
