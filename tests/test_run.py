@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tests.conftest import TINY_TEXT, heed_interrupts
 from onnxsmith import Recipe, generate_text, load_package, run_recipe, verify_artifact
 from onnxsmith.errors import OnnxsmithError, SourceError
 from onnxsmith.pipeline.report import Report, VariantReport
+from onnxsmith.pipeline.workbench import Workbench
+from onnxsmith.source import ModelSource
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -157,6 +160,30 @@ def test_nothing_is_packed_where_nothing_passes(tiny_llama_dir: Path, work: Path
     # A run that passes takes the old failure away, or it would seem to be its own.
     assert run_recipe(recipe.model_copy(update={"budgets": type(recipe.budgets)()}), work / "none", base=work)
     assert not failed.exists()
+
+
+def test_a_run_in_which_nothing_can_be_made_says_why(tiny_llama_dir: Path, work: Path) -> None:
+    recipe = recipe_of(tiny_llama_dir, variants=[{"name": "blocks", "passes": ["keep_gguf_blocks"]}])
+    report = run_recipe(recipe, work / "unmade", base=work)
+    assert not report.passed
+    assert re.search("no variant passes: blocks: .*keep_gguf_blocks.*GGUF", report.verdict)
+    assert "keep_gguf_blocks" in (work / "unmade.failed" / "report.html").read_text()
+    shutil.rmtree(work / "unmade.failed")
+
+
+def test_variants_are_judged_one_by_one(tiny_llama_dir: Path, work: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_llama_dir, budgets={"kl_to_reference": 1e-4})
+    source = ModelSource.parse(recipe.source)
+    with Workbench(recipe, source, base=work) as bench:
+        (tmp_path / "work").mkdir()
+        bench.load(tmp_path / "work")
+        exact = bench.judge("exact", [("cleanup", {})])
+        coarse = bench.judge("coarse", [("cleanup", {}), ("quantize_weights", {"bits": 4})], timed=False)
+        unmade = bench.judge("unmade", [("keep_gguf_blocks", {})])
+    assert exact.passed and exact.bench and exact.bench["decode_tokens_per_s"]["p50"] > 0
+    assert not coarse.passed and coarse.bench is None and "kl_to_reference is" in coarse.reason
+    assert unmade.error and not unmade.passed and unmade.perplexity is None
+    assert [step.name for step in bench.log.steps].count("reference") == 1
 
 
 def test_what_is_asked_of_a_model_without_a_cache_is_refused(work: Path) -> None:
