@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from onnxsmith.training.shrinking import PruningPlan, apply_plan
+from onnxsmith.training.structured import PruningReport, PruningSettings, prune
 
-__all__: Sequence[str] = ()
+__all__ = ["PruningPlan", "PruningReport", "PruningSettings", "apply_plan", "prune"]
