@@ -12,13 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.block_nodes import (
+    BlockTarget,
+    add_node,
+    block_means,
+    constant,
+    lazy,
+    reshape,
+    spread,
+    unused,
+)
 from onnxsmith.graph_passes.blocks import QuantizedBlocks
 from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
 
@@ -213,16 +223,6 @@ class _Memo:
 
 
 @dataclasses.dataclass
-class _Target:
-    """The graph that is written to, the names in it, and the block means of activations that it has."""
-
-    graph: ir.Graph
-    accuracy_level: int
-    taken: set[str]
-    means: dict[tuple[ir.Value, int], ir.Value] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
 class _Parts:
     """The initializers of one weight, and what was derived from them in the graph."""
 
@@ -248,7 +248,7 @@ class BlockWriter:
         graph = model.graph
         taken = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())}
         taken.update(value.name or "" for node in graph.all_nodes() for value in node.outputs)
-        self._into = _Target(graph, accuracy_level, taken)
+        self._into = BlockTarget(graph, accuracy_level, taken)
         self._positions = {node: number for number, node in enumerate(graph)}
 
     def replace(
@@ -278,7 +278,7 @@ class BlockWriter:
                     if parts.blocked is None:
                         blocks = -(-parts.shape[1] // form.block_size)
                         shape = (parts.shape[0], blocks, form.block_size * form.bits // 8)
-                        parts.blocked = _reshape(into, node, parts.codes, shape, f"{weight.name}_blocks")
+                        parts.blocked = reshape(into, node, parts.codes, shape, f"{weight.name}_blocks")
                     right = parts.blocked
                 made = _matmul(into, user, parts, right)
             else:
@@ -289,9 +289,34 @@ class BlockWriter:
             into.graph.remove(node, safe=True)
             made.name, made.shape, made.type = name, old.shape, old.type
 
+    def constant(
+        self, name: str, compute: Callable[[], npt.NDArray[Any]], shape: tuple[int, ...], dtype: ir.DataType
+    ) -> ir.Value:
+        """An initializer that is computed when it is written."""
+        return lazy(self._into, name, dtype, shape, compute)
+
+    def add_offsets(self, node: ir.Node, offsets: ir.Value) -> None:
+        """Adds block sums of the input, times an offset for each block, to what a MatMulNBits gives.
+
+        Args:
+            node: The MatMulNBits.
+            offsets: (N, blocks).
+        """
+        old = node.outputs[0]
+        uses, is_output = list(old.uses()), old.is_graph_output()
+        name, shape, kind = old.name, old.shape, old.type
+        columns, size = (node.attributes[key].as_int() for key in ("K", "block_size"))
+        made = _shifted(self._into, node, offsets, columns, size)
+        for user, index in uses:
+            user.replace_input_with(index, made)
+        if is_output:
+            outputs = self._into.graph.outputs
+            outputs[:] = [made if value is old else value for value in outputs]
+        made.name, made.shape, made.type = name, shape, kind
+
 
 def _store(
-    into: _Target,
+    into: BlockTarget,
     before: ir.Node,
     weight: SharedWeight,
     form: BlockFormat,
@@ -306,11 +331,11 @@ def _store(
     width = form.block_size * form.bits // 8
     # GatherBlockQuantized wants rows, MatMulNBits rows of blocks; the bytes are the same.
     code_shape = (rows, blocks * width) if weight.gathers else (rows, blocks, width)
-    codes = _lazy(
+    codes = lazy(
         into, f"{name}_q{form.bits}", ir.DataType.UINT8, code_shape,
         lambda: memo.get().codes.reshape(code_shape),
     )  # fmt: skip
-    scales = _lazy(
+    scales = lazy(
         into, f"{name}_scales", stored, (rows, blocks), lambda: memo.get().scales.astype(stored.numpy())
     )
     zeros = offsets = None
@@ -322,7 +347,7 @@ def _store(
             assert packed is not None
             return packed
 
-        zeros = _lazy(into, f"{name}_zero_points", ir.DataType.UINT8, zero_shape, zero_points)
+        zeros = lazy(into, f"{name}_zero_points", ir.DataType.UINT8, zero_shape, zero_points)
     if form.minimums:
 
         def minimums() -> npt.NDArray[Any]:
@@ -330,16 +355,16 @@ def _store(
             assert values is not None
             return values.astype(stored.numpy())
 
-        offsets = _lazy(into, f"{name}_minimums", stored, (rows, blocks), minimums)
+        offsets = lazy(into, f"{name}_minimums", stored, (rows, blocks), minimums)
     # Computed by ONNX Runtime once, where it folds constants.
     if stored != dtype:
-        scales = _add(into, before, "Cast", [scales], {"to": dtype}, f"{name}_scales_cast", dtype)
+        scales = add_node(into, before, "Cast", [scales], {"to": dtype}, f"{name}_scales_cast", dtype)
         if offsets is not None:
-            offsets = _add(into, before, "Cast", [offsets], {"to": dtype}, f"{name}_minimums_cast", dtype)
+            offsets = add_node(into, before, "Cast", [offsets], {"to": dtype}, f"{name}_minimums_cast", dtype)
     if offsets is not None:
-        middle = _constant(into, np.array(1 << (form.bits - 1), dtype.numpy()), f"{name}_middle")
-        shift = _add(into, before, "Mul", [scales, middle], {}, f"{name}_shift", dtype)
-        offsets = _add(into, before, "Add", [offsets, shift], {}, f"{name}_offsets", dtype)
+        middle = constant(into, np.array(1 << (form.bits - 1), dtype.numpy()), f"{name}_middle")
+        shift = add_node(into, before, "Mul", [scales, middle], {}, f"{name}_shift", dtype)
+        offsets = add_node(into, before, "Add", [offsets, shift], {}, f"{name}_offsets", dtype)
     for value in (scales, offsets):
         if value is not None and value.shape is None:
             value.shape = ir.Shape([rows, blocks])
@@ -347,7 +372,7 @@ def _store(
 
 
 def _matmul(
-    into: _Target,
+    into: BlockTarget,
     weight: MatMulWeight,
     parts: _Parts,
     right: ir.Value,
@@ -367,50 +392,32 @@ def _matmul(
     }
     new = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=name)
     into.graph.insert_before(node, new)
-    product = new.outputs[0]
     if parts.offsets is None:
-        return product
-    product.name = _unused(into, f"{name}_codes")
+        return new.outputs[0]
+    return _shifted(into, new, parts.offsets, weight.in_features, form.block_size)
+
+
+def _shifted(into: BlockTarget, node: ir.Node, offsets: ir.Value, columns: int, block_size: int) -> ir.Value:
+    """What a MatMulNBits gives, and the block sums of its input times an offset for each block."""
+    product, activation = node.outputs[0], node.inputs[0]
+    assert activation is not None
+    name = node.name or product.name or "nbits"
+    product.name = unused(into, f"{name}_codes")
     dtype = activation.dtype or ir.DataType.FLOAT
-    key = (activation, form.block_size)
+    key = (activation, block_size)
     if key not in into.means:
-        into.means[key] = _block_means(into, activation, weight.in_features, form.block_size)
-    attributes = {"transB": 1, "alpha": float(form.block_size)}
-    shift = _add(
-        into, node, "FusedMatMul", [into.means[key], parts.offsets], attributes, f"{name}_offset", dtype,
-        domain=_DOMAIN,
+        into.means[key] = block_means(into, activation, columns, block_size)
+    attributes = {"transB": 1, "alpha": float(block_size)}
+    shift = add_node(
+        into, node, "FusedMatMul", [into.means[key], offsets], attributes, f"{name}_offset", dtype,
+        domain=_DOMAIN, after=True,
     )  # fmt: skip
-    return _add(into, node, "Add", [product, shift], {}, f"{name}_sum", dtype)
+    maker = shift.producer()
+    assert maker is not None
+    return add_node(into, maker, "Add", [product, shift], {}, f"{name}_sum", dtype, after=True)
 
 
-def _block_means(into: _Target, x: ir.Value, columns: int, block_size: int) -> ir.Value:
-    """The mean of each block of the last axis: (..., K) -> (..., K / block)."""
-    name, dtype = f"{x.name}_means_{block_size}", x.dtype or ir.DataType.FLOAT
-    producer = x.producer()
-    # At once after what makes it, so that it stands before everything that reads it.
-    beside, after = (into.graph[0], False) if producer is None else (producer, True)
-    attributes: dict[str, Any]
-    # The one operator with a kernel for it takes three axes, in float32.
-    if x.shape is not None and x.shape.rank() == 3 and dtype == ir.DataType.FLOAT:
-        attributes = {"kernel_shape": [block_size], "strides": [block_size]}
-        return _add(into, beside, "AveragePool", [x], attributes, name, dtype, after=after)
-    inputs, attributes = (
-        [x, _spread(into, columns, block_size, dtype)],
-        {"transB": 1, "alpha": 1 / block_size},
-    )
-    return _add(into, beside, "FusedMatMul", inputs, attributes, name, dtype, domain=_DOMAIN, after=after)
-
-
-def _spread(into: _Target, columns: int, block_size: int, dtype: ir.DataType) -> ir.Value:
-    """(blocks, K), 1 where a column is in a block: repeats a value to a block, or sums a block to a value."""
-    name = f"spread_{columns}_{block_size}_{dtype.name.lower()}"
-    if name in into.graph.initializers:
-        return into.graph.initializers[name]
-    array = np.repeat(np.eye(columns // block_size, dtype=dtype.numpy()), block_size, axis=1)
-    return _constant(into, array, name)
-
-
-def _gather(into: _Target, node: ir.Node, parts: _Parts) -> ir.Value:
+def _gather(into: BlockTarget, node: ir.Node, parts: _Parts) -> ir.Value:
     form, indices = parts.format, node.inputs[1]
     name = f"{node.name or node.outputs[0].name}_nbits"
     inputs = [parts.codes, indices, parts.scales, *([parts.zeros] if parts.zeros is not None else [])]
@@ -420,71 +427,9 @@ def _gather(into: _Target, node: ir.Node, parts: _Parts) -> ir.Value:
     rows = new.outputs[0]
     if parts.offsets is None:
         return rows
-    rows.name = _unused(into, f"{name}_codes")
+    rows.name = unused(into, f"{name}_codes")
     dtype = node.outputs[0].dtype or ir.DataType.FLOAT
-    picked = _add(into, node, "Gather", [parts.offsets, indices], {"axis": 0}, f"{name}_offset", dtype)
-    spread = _spread(into, parts.shape[1], form.block_size, dtype)
-    repeated = _add(into, node, "MatMul", [picked, spread], {}, f"{name}_spread", dtype)
-    return _add(into, node, "Add", [rows, repeated], {}, f"{name}_sum", dtype)
-
-
-def _add(
-    into: _Target,
-    beside: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, Any],
-    name: str,
-    dtype: ir.DataType,
-    *,
-    domain: str = "",
-    after: bool = False,
-) -> ir.Value:
-    name = _unused(into, name)
-    node = ir.node(op_type, inputs, dict(attributes), domain=domain, name=name)
-    node.outputs[0].name = name
-    node.outputs[0].type = ir.TensorType(dtype)
-    (into.graph.insert_after if after else into.graph.insert_before)(beside, node)
-    return node.outputs[0]
-
-
-def _unused(into: _Target, name: str) -> str:
-    """The name, with a number behind it where something has it already; it is taken then."""
-    found = next(
-        n for n in (name, *(f"{name}_{i}" for i in range(len(into.taken) + 1))) if n not in into.taken
-    )
-    into.taken.add(found)
-    return found
-
-
-def _constant(into: _Target, array: npt.NDArray[Any], name: str) -> ir.Value:
-    name = _unused(into, name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    )
-    value.const_value = ir.tensor(array, name=name)
-    into.graph.register_initializer(value)
-    return value
-
-
-def _lazy(into: _Target, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.Value:
-    name = _unused(into, name)
-    value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
-    value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=ir.Shape(list(shape)),
-        name=name,
-    )
-    into.graph.register_initializer(value)
-    return value
-
-
-def _reshape(into: _Target, before: ir.Node, value: ir.Value, shape: tuple[int, ...], name: str) -> ir.Value:
-    name = _unused(into, name)
-    target = _constant(into, np.array(shape, np.int64), f"{name}_shape")
-    node = ir.node("Reshape", [value, target], name=name)
-    output = node.outputs[0]
-    output.name, output.shape, output.type = name, ir.Shape(list(shape)), value.type
-    into.graph.insert_before(before, node)
-    return output
+    picked = add_node(into, node, "Gather", [parts.offsets, indices], {"axis": 0}, f"{name}_offset", dtype)
+    blocks = spread(into, parts.shape[1], form.block_size, dtype)
+    repeated = add_node(into, node, "MatMul", [picked, blocks], {}, f"{name}_spread", dtype)
+    return add_node(into, node, "Add", [rows, repeated], {}, f"{name}_sum", dtype)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from onnxsmith.errors import OnnxsmithError
+from onnxsmith.finding import Finding
 from onnxsmith.graph_passes.registry import load_pass
 
-__all__ = ["still_to_do"]
+if TYPE_CHECKING:
+    from onnxsmith.graph_passes.findings import Target
+
+__all__ = ["still_to_do", "unfused"]
 
 # In the order of the presets: each works on what the ones before it leave.
 _FOR_ANY_TARGET = ("transpose_weights", "cleanup", "fuse_transformer", "flatten_attention")
+_FOR_DOCTOR = ("transpose_weights", "cleanup", "fuse_transformer", "fuse_attention", "flatten_attention")
 
 
 def still_to_do(model: ir.Model, *, passes: tuple[str, ...] = _FOR_ANY_TARGET) -> dict[str, dict[str, Any]]:
@@ -38,3 +44,22 @@ def still_to_do(model: ir.Model, *, passes: tuple[str, ...] = _FOR_ANY_TARGET) -
         if changes.count or (changes.skipped and name != "fuse_transformer"):
             found[name] = {"changes": changes.count, **changes.details, "skipped": dict(changes.skipped)}
     return found
+
+
+def unfused(model: ir.Model, target: Target) -> Iterator[Finding]:
+    """Patterns that a fused operator computes faster, and nodes that compute nothing."""
+    passes = (*_FOR_DOCTOR, "split_skip_layer_norm") if target.is_cpu else _FOR_DOCTOR
+    found = {name: part for name, part in still_to_do(model, passes=passes).items() if part.get("changes")}
+    if not found:
+        return
+    before = sum(1 for _ in model.graph.all_nodes())
+    yield Finding(
+        "unfused",
+        "slow",
+        "; ".join(f"{name}: {part['changes']} changes" for name, part in found.items()),
+        f"each of {before} nodes costs a call, and a pass through memory where a fused one needs none",
+        f"run {', '.join(found)}",
+        (),
+        sum(part["changes"] for part in found.values()),
+        tuple((name, {}) for name in found),
+    )

@@ -29,6 +29,7 @@ from onnxsmith.pipeline.arguments import (
     preset_specs,
 )
 from onnxsmith.pipeline.artifact_commands import ARTIFACT_COMMANDS
+from onnxsmith.pipeline.doctor_command import DOCTOR_COMMANDS
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
@@ -289,5 +290,5 @@ def presets(json_target: Json = None) -> None:
         show_presets()
 
 
-for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS, *ARTIFACT_COMMANDS):
+for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS, *DOCTOR_COMMANDS, *ARTIFACT_COMMANDS):
     app.command()(_command)

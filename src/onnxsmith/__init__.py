@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxsmith.pipeline.artifact import verify_artifact
     from onnxsmith.pipeline.batch import run_batch
     from onnxsmith.pipeline.bisecting import bisect_models
+    from onnxsmith.pipeline.doctor import diagnose
     from onnxsmith.pipeline.evaluation import evaluate_model
     from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.pipeline.measuring import bench_models, sweep
@@ -53,6 +54,7 @@ __all__ = [
     "bench_models",
     "bisect_models",
     "compare_models",
+    "diagnose",
     "evaluate_model",
     "export",
     "export_model",
@@ -90,6 +92,7 @@ _HOMES: Mapping[str, str] = {
     "bisect_models": "onnxsmith.pipeline.bisecting",
     "evaluate_model": "onnxsmith.pipeline.evaluation",
     "compare_models": "onnxsmith.pipeline.operations",
+    "diagnose": "onnxsmith.pipeline.doctor",
     "export": "onnxsmith.exporters",
     "export_model": "onnxsmith.pipeline.operations",
     "generate_text": "onnxsmith.pipeline.generation",

@@ -1,0 +1,120 @@
+"""Nodes, constants and weights that are made later, added to a graph under names that are free."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+__all__ = ["BlockTarget", "add_node", "block_means", "constant", "lazy", "reshape", "spread", "unused"]
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclasses.dataclass
+class BlockTarget:
+    """The graph that is written to, the names in it, and the block means of activations that it has."""
+
+    graph: ir.Graph
+    accuracy_level: int
+    taken: set[str]
+    means: dict[tuple[ir.Value, int], ir.Value] = dataclasses.field(default_factory=dict)
+
+
+def block_means(into: BlockTarget, x: ir.Value, columns: int, block_size: int) -> ir.Value:
+    """The mean of each block of the last axis: (..., K) -> (..., K / block)."""
+    name, dtype = f"{x.name}_means_{block_size}", x.dtype or ir.DataType.FLOAT
+    producer = x.producer()
+    # At once after what makes it, so that it stands before everything that reads it.
+    beside, after = (into.graph[0], False) if producer is None else (producer, True)
+    attributes: dict[str, Any]
+    # The one operator with a kernel for it takes three axes, in float32.
+    if x.shape is not None and x.shape.rank() == 3 and dtype == ir.DataType.FLOAT:
+        attributes = {"kernel_shape": [block_size], "strides": [block_size]}
+        return add_node(into, beside, "AveragePool", [x], attributes, name, dtype, after=after)
+    inputs, attributes = (
+        [x, spread(into, columns, block_size, dtype)],
+        {"transB": 1, "alpha": 1 / block_size},
+    )
+    return add_node(into, beside, "FusedMatMul", inputs, attributes, name, dtype, domain=_DOMAIN, after=after)
+
+
+def spread(into: BlockTarget, columns: int, block_size: int, dtype: ir.DataType) -> ir.Value:
+    """(blocks, K), 1 where a column is in a block: repeats a value to a block, or sums a block to a value."""
+    name = f"spread_{columns}_{block_size}_{dtype.name.lower()}"
+    if name in into.graph.initializers:
+        return into.graph.initializers[name]
+    array = np.repeat(np.eye(columns // block_size, dtype=dtype.numpy()), block_size, axis=1)
+    return constant(into, array, name)
+
+
+def add_node(
+    into: BlockTarget,
+    beside: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any],
+    name: str,
+    dtype: ir.DataType,
+    *,
+    domain: str = "",
+    after: bool = False,
+) -> ir.Value:
+    """A node with one output, before or after another; its output."""
+    name = unused(into, name)
+    node = ir.node(op_type, inputs, dict(attributes), domain=domain, name=name)
+    node.outputs[0].name = name
+    node.outputs[0].type = ir.TensorType(dtype)
+    (into.graph.insert_after if after else into.graph.insert_before)(beside, node)
+    return node.outputs[0]
+
+
+def unused(into: BlockTarget, name: str) -> str:
+    """The name, with a number behind it where something has it already; it is taken then."""
+    found = next(
+        n for n in (name, *(f"{name}_{i}" for i in range(len(into.taken) + 1))) if n not in into.taken
+    )
+    into.taken.add(found)
+    return found
+
+
+def constant(into: BlockTarget, array: npt.NDArray[Any], name: str) -> ir.Value:
+    """An initializer."""
+    name = unused(into, name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    )
+    value.const_value = ir.tensor(array, name=name)
+    into.graph.register_initializer(value)
+    return value
+
+
+def lazy(into: BlockTarget, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.Value:
+    """An initializer that is computed when it is written."""
+    name = unused(into, name)
+    value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
+    value.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
+        dtype=dtype,
+        shape=ir.Shape(list(shape)),
+        name=name,
+    )
+    into.graph.register_initializer(value)
+    return value
+
+
+def reshape(
+    into: BlockTarget, before: ir.Node, value: ir.Value, shape: tuple[int, ...], name: str
+) -> ir.Value:
+    """A value in another shape."""
+    name = unused(into, name)
+    target = constant(into, np.array(shape, np.int64), f"{name}_shape")
+    node = ir.node("Reshape", [value, target], name=name)
+    output = node.outputs[0]
+    output.name, output.shape, output.type = name, ir.Shape(list(shape)), value.type
+    into.graph.insert_before(before, node)
+    return output
