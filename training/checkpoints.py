@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def write_checkpoint(path: Path, state: dict[str, Any], *, fingerprint: str) -> 
         finally:
             os.close(directory)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ResourceError(
             f"checkpoint {path}", got=f"cannot be written: {error.strerror or error}",
             remedy="Free some space, or name another directory",

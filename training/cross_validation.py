@@ -36,9 +36,9 @@ def cross_validate(
 ) -> CrossValidation:
     """Trains once for each fold on the others, and judges on it.
 
-    Folds have equal shares of each class (Kohavi 1995, "A Study of Cross-Validation and Bootstrap for Accuracy
-    Estimation and Model Selection"). The standard deviation between folds understates the uncertainty of the
-    mean a little, because their training sets overlap (Bengio and Grandvalet 2004).
+    Folds have equal shares of each class (Kohavi 1995, "A Study of Cross-Validation and Bootstrap for
+    Accuracy Estimation and Model Selection"). The standard deviation between folds understates the
+    uncertainty of the mean a little, because their training sets overlap (Bengio and Grandvalet 2004).
 
     Args:
         train: From training examples, held-out ones and the number of the fold to metrics; it begins with

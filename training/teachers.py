@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,11 +60,14 @@ def forward(
     model: Any, batch: Mapping[str, torch.Tensor], *, hidden: bool = False, attentions: bool = False
 ) -> Answers:
     """Runs a model of transformers."""
-    options: dict[str, Any] = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    result = model(
-        **inputs, output_hidden_states=hidden or None, output_attentions=attentions or None, **options
-    )
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    if hidden:
+        inputs["output_hidden_states"] = True
+    if attentions:
+        inputs["output_attentions"] = True
+    result = model(**inputs)
     logits = getattr(result, "logits", None)
     states = tuple(getattr(result, "hidden_states", None) or ())
     if logits is None and not hidden:
