@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.folding import constants_as_tensors, fold_constants, local_rules
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
     only_small_constants,
@@ -35,41 +36,6 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
         for node in model.graph.all_nodes()
     )
     return dict(counts.most_common())
-
-
-def _local_rules(opset: int) -> list[Any]:
-    """The default rules of onnxscript, without those that end in several nodes or need a later operator set.
-
-    The matcher tries all pairs of nodes of the graph for a pattern with two ends, for each node: 60 s for
-    the 4,500 nodes of a small decoder, where the other 45 rules together take 2 s.
-    """
-    from onnxscript import rewriter
-
-    # There is no public name for the default rules, only functions that apply all of them.
-    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
-    # It writes the attribute allowzero, whatever the operator set.
-    return [_Gated(rule) for rule in rules if opset >= 14 or rule.name != "MaterializeReshapeShape"]
-
-
-class _Gated:
-    """A rule that is only tried on nodes of the operator that its pattern ends in.
-
-    The matcher sets up a match for each pair of rule and node before it looks at the operator, which was
-    most of the time of this pass.
-    """
-
-    def __init__(self, rule: Any) -> None:
-        self._rule = rule
-        identifier = rule._target_pattern.output_node.op_identifier()
-        self._op_type = identifier[1] if identifier is not None else None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rule, name)
-
-    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
-        if self._op_type is not None and node.op_type != self._op_type:
-            return None
-        return self._rule.try_rewrite(model, graph, node, **options)
 
 
 class Cleanup(GraphPass):
@@ -103,11 +69,9 @@ class Cleanup(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Cleans up until nothing changes any more."""
-        from onnxscript import rewriter
-
         before, initializers = operator_counts(model), len(model.graph.initializers)
         interface, state = signature(model), Fingerprint(model)
-        rules = rewriter.RewriteRuleSet(_local_rules(model.opset_imports.get("", 0)))
+        rules = local_rules(model.opset_imports.get("", 0))
         rounds = 0
         for _ in range(_ROUNDS):
             self._round(model, rules)
@@ -131,22 +95,23 @@ class Cleanup(GraphPass):
         )
 
     def _round(self, model: ir.Model, rules: Any) -> None:
-        from onnxscript import optimizer
-
         # Constants become initializers, so that equal ones can be found and stored once.
         lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-        ir.passes.Sequential(common.InlinePass(), lift)(model)
+        if model.functions:
+            common.InlinePass()(model)
+        lift(model)
         with only_small_constants(model, max_elements=self.max_input_elements, keep=_normalized(model)):
             with splits_left_alone():
-                optimizer.fold_constants_ir(
+                fold_constants(
                     model,
-                    onnx_shape_inference=True,
-                    input_size_limit=self.max_input_elements,
-                    output_size_limit=self.max_output_elements,
+                    max_input_elements=self.max_input_elements,
+                    max_output_elements=self.max_output_elements,
                     should_fold=self._should_fold,
                 )
             release_dead_users(model)
             rules.apply_to_model(model)
+            if model.opset_imports.get("", 0) < 12:
+                constants_as_tensors(model)
         ir.passes.Sequential(
             common.RemoveUnusedNodesPass(),
             lift,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import typing
 from collections.abc import Iterator, Mapping
@@ -133,8 +135,9 @@ class GraphPass(ir.passes.InPlacePass):
         names = _tensor_names(model)
         committed = False
         try:
-            trial = _copy(model)
-            changes = self.apply(trial)
+            with _without_garbage_collection():
+                trial = _copy(model)
+                changes = self.apply(trial)
             if changes.count:
                 _commit(model, trial)
                 committed = True
@@ -161,6 +164,21 @@ class GraphPass(ir.passes.InPlacePass):
             got=_root_cause(error),
             remedy="The model is unchanged; leave the pass out, or report this with the model",
         )
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keeps Python from searching the graph for cycles again and again while it grows.
+
+    A graph is one large cycle: nothing of it can go before all of it can, and each search visits all of it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _plain(value: Any, kind: Any) -> Any:

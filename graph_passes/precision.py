@@ -210,7 +210,8 @@ def complete_types(model: ir.Model, name: str) -> None:
     """Every value gets an element type: from ONNX, or for operators of ONNX Runtime from their operands."""
     missing = any(value.dtype is None for node in model.graph for value in node.outputs)
     if missing and any(node.domain in _DEFAULT_DOMAINS for node in model.graph):
-        common.ShapeInferencePass()(model)
+        # Without the data of shapes: ONNX fails on some graphs with branches when it follows them.
+        common.ShapeInferencePass(data_prop=False)(model)
     for node in model.graph:
         for value in node.outputs:
             if value.dtype is not None or not (value.uses() or value.is_graph_output()):

@@ -66,10 +66,16 @@ class Fingerprint:
         documentation = (node.doc_string, tuple(sorted(node.metadata_props.items())))
         return node.op_identifier(), node.version, inputs, outputs, attributes, documentation
 
-    def _value(self, value: ir.Value) -> tuple[Any, ...]:
-        number = self._numbers.setdefault(value, len(self._numbers))
+    def _value(self, value: ir.Value) -> Any:
+        number = self._numbers.get(value)
+        if number is not None:
+            # It is described where it is met first.
+            return number
+        number = self._numbers[value] = len(self._numbers)
         constant = self._tensor(value.const_value) if value.is_initializer() else None
-        return number, str(value.type), str(value.shape), constant
+        # Types are compared as text: those of sequences do not compare by content.
+        kind = value.type.dtype if type(value.type) is ir.TensorType else str(value.type)
+        return number, kind, None if value.shape is None else value.shape.dims, constant
 
     def _attribute(self, attribute: ir.Attr) -> Any:
         if attribute.is_ref():
@@ -162,10 +168,12 @@ def only_small_constants(
         if not value.is_graph_input():
             graph.inputs.append(value)
     yield
-    made = [value for value in graph.initializers.values() if value not in hidden]
-    graph.inputs[:] = [value for value in graph.inputs if value not in hidden or value in inputs]
+    # Of so many weights, none may be looked for in a list.
+    made = {value: None for value in graph.initializers.values() if value not in hidden}
+    own, known = set(inputs), set(order)
+    graph.inputs[:] = [value for value in graph.inputs if value not in hidden or value in own]
     graph.initializers.clear()
-    for value in [*(v for v in order if v in hidden or v in made), *(v for v in made if v not in order)]:
+    for value in [*(v for v in order if v in hidden or v in made), *(v for v in made if v not in known)]:
         if value in hidden:
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 continue
