@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.corrections import corrected_onnxscript
 from onnxsmith.graph_passes.folding import constants_as_tensors, fold_constants, local_rules
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
@@ -18,7 +19,6 @@ from onnxsmith.graph_passes.structure import (
     release_dead_users,
     require_signature,
     signature,
-    splits_left_alone,
 )
 
 __all__ = ["Cleanup", "StripMetadata", "operator_counts"]
@@ -101,7 +101,7 @@ class Cleanup(GraphPass):
             common.InlinePass()(model)
         lift(model)
         with only_small_constants(model, max_elements=self.max_input_elements, keep=_normalized(model)):
-            with splits_left_alone():
+            with corrected_onnxscript(model):
                 fold_constants(
                     model,
                     max_input_elements=self.max_input_elements,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -17,14 +16,12 @@ __all__ = [
     "release_dead_users",
     "require_signature",
     "signature",
-    "splits_left_alone",
 ]
 
 # Tensors up to this size are compared by content, larger ones by identity: weights are not read for this.
 _SMALL_ELEMENTS = 1024
 # Wider than the tolerances of onnxscript's constant patterns.
 _ZERO, _ONE = 1e-7, 1e-4
-_PATCH_LOCK = threading.Lock()
 
 
 class Fingerprint:
@@ -189,21 +186,3 @@ def _hide(value: ir.Value, max_elements: int) -> bool:
         return False
     number = float(tensor.numpy().item())
     return 0 < abs(number) < _ZERO or 0 < abs(number - 1) < _ONE
-
-
-@contextlib.contextmanager
-def splits_left_alone() -> Iterator[None]:
-    """Keeps SplitToSequence as it is while onnxscript folds.
-
-    Its rule for that operator fails where the size of the parts is a number that is not known yet.
-    """
-    from onnxscript.optimizer import _constant_folding
-
-    evaluators = _constant_folding.registry.op_evaluators
-    with _PATCH_LOCK:
-        kept = evaluators.pop(("", "SplitToSequence"), None)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                evaluators["", "SplitToSequence"] = kept
