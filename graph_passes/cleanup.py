@@ -18,6 +18,7 @@ from onnxsmith.graph_passes.structure import (
     only_small_constants,
     release_dead_users,
     require_signature,
+    restore_outputs,
     signature,
 )
 
@@ -72,6 +73,7 @@ class Cleanup(GraphPass):
         before, initializers = operator_counts(model), len(model.graph.initializers)
         interface, state = signature(model), Fingerprint(model)
         rules = local_rules(model.opset_imports.get("", 0))
+        renamed = _doubled_names(model)
         rounds = 0
         for _ in range(_ROUNDS):
             self._round(model, rules)
@@ -79,12 +81,13 @@ class Cleanup(GraphPass):
             if state == last:
                 break
             rounds += 1
-        if not rounds:
+        if not rounds and not renamed:
             return Changes()
         require_signature(model, interface, self.name)
         after = operator_counts(model)
         differences = {op: before.get(op, 0) - after.get(op, 0) for op in (*before, *after)}
         count = sum(abs(n) for n in differences.values()) + abs(initializers - len(model.graph.initializers))
+        count += renamed
         return Changes(
             max(1, count),
             {
@@ -95,6 +98,7 @@ class Cleanup(GraphPass):
         )
 
     def _round(self, model: ir.Model, rules: Any) -> None:
+        outputs = [(value.type, value.shape) for value in model.graph.outputs]
         # Constants become initializers, so that equal ones can be found and stored once.
         lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
         if model.functions:
@@ -125,6 +129,7 @@ class Cleanup(GraphPass):
             common.OutputFixPass(),
             common.NameFixPass(),
         )(model)
+        restore_outputs(model.graph, outputs)
 
     def _should_fold(self, node: ir.Node) -> bool | None:
         """False for what must not be computed; None leaves the decision to onnxscript."""
@@ -140,6 +145,15 @@ class Cleanup(GraphPass):
         if any(size is not None and size > self.max_output_elements for size in sizes):
             return False
         return False if None in sizes and node.op_type in _GROWING else None
+
+
+def _doubled_names(model: ir.Model) -> int:
+    """How many nodes need a new name: ONNX Runtime refuses two of one name in one graph."""
+    doubled = 0
+    for graph in model.graphs():
+        names = [node.name for node in graph if node.name]
+        doubled += len(names) - len(set(names))
+    return doubled
 
 
 def _static_size(value: ir.Value) -> int | None:

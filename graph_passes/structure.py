@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ __all__ = [
     "only_small_constants",
     "release_dead_users",
     "require_signature",
+    "restore_outputs",
     "signature",
 ]
 
@@ -117,6 +118,20 @@ def release_dead_users(model: ir.Model) -> None:
         for node, index in list(value.uses()):
             if node not in alive:
                 node.replace_input_with(index, None)
+
+
+def restore_outputs(graph: ir.Graph, known: Sequence[tuple[ir.TypeProtocol | None, ir.Shape | None]]) -> None:
+    """Gives outputs types and ranks again: a value that takes an output's place may have none.
+
+    Args:
+        graph: Its outputs are still those that they were, by number and meaning.
+        known: Type and shape of each, from before.
+    """
+    for value, (kind, shape) in zip(graph.outputs, known, strict=True):
+        if value.type is None:
+            value.type = kind
+        if value.shape is None and shape is not None:
+            value.shape = shape.copy()
 
 
 def require_signature(model: ir.Model, expected: tuple[Any, ...], name: str) -> None:

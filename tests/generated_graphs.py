@@ -80,6 +80,7 @@ class Case:
 
         Its shape inference takes some sums of shapes for sums of their elements.
         """
+        onnx.checker.check_model(ir.to_proto(self.model))
         try:
             return run(without_node_names(self.model), self.feeds)
         except Exception as error:
@@ -446,8 +447,8 @@ class _Builder:
             inside.outputs[0].name = self.name("body")
         outputs = [again.outputs[0], added.outputs[0], collected.outputs[0]]
         outputs[0].type, outputs[0].shape = given[1].type, ir.Shape([])
-        for output in outputs[1:]:
-            output.type = given[2].type
+        for inside in (given[2], *outputs[1:]):
+            inside.type, inside.shape = given[2].type, ir.Shape([None] * one.array.ndim)
         body = ir.Graph(
             given,
             outputs,

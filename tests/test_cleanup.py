@@ -95,6 +95,26 @@ def test_no_attribute_that_the_operator_set_lacks() -> None:
     cleaned(text, {"x": X[0], "z": X[0]})
 
 
+def test_outputs_keep_their_ranks() -> None:
+    """The first of two equal nodes takes the place of the second, whose result is an output."""
+    text = (
+        HEAD + "g (float[a, b] x, int64[1] s) => (float[c] y, float[d, b] z) "
+        "{ u = Reshape(x, s) y = Reshape(x, s) z = Neg(x) }"
+    )
+    model = graph(text)
+    Cleanup()(model)
+    onnx.checker.check_model(ir.to_proto(model))
+    assert [str(value.shape) for value in model.graph.outputs] == ["[c]", "[d,b]"]
+
+
+def test_nodes_of_one_name_get_names_of_their_own() -> None:
+    model = graph(HEAD + "g (float[2, 4] x) => (float[2, 4] y) { [a] h = Neg(x) [a] y = Exp(h) }")
+    assert Cleanup()(model).modified
+    assert len({node.name for node in model.graph}) == 2
+    run(model, {"x": X})
+    assert not Cleanup()(model).modified
+
+
 def test_no_form_of_a_constant_that_the_operator_set_lacks() -> None:
     """onnxscript writes value_ints, which came with operator set 12."""
     text = (
