@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["Activations", "PassContext", "Probe", "context_of", "in_context"]
+__all__ = ["Activations", "PassContext", "Probe", "Timings", "context_of", "in_context"]
 
 _KEY = "onnxsmith.context"
 
@@ -29,6 +29,9 @@ Probe = Callable[[ir.Model, int], AbstractContextManager[Callable[[Feeds], list[
 What it gives runs all of them, with inputs besides, and returns the first output of each.
 """
 
+Timings = Callable[[ir.Model], Mapping[str, float]]
+"""Runs a model, a decoder with one token, and gives the milliseconds of each node by its name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PassContext:
@@ -38,12 +41,14 @@ class PassContext:
         gguf: The GGUF file that the weights were read from.
         activations: Runs the model on calibration data.
         probe: Runs the model on some of it again and again.
+        timings: Measures the nodes of a model.
         calibration: What that data is, for the manifest.
     """
 
     gguf: Path | None = None
     activations: Activations | None = None
     probe: Probe | None = None
+    timings: Timings | None = None
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -32,6 +32,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",
         "mixed_precision": "onnxsmith.graph_passes.mixed_precision:MixedPrecision",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
+        "quantize_cache": "onnxsmith.graph_passes.cache_bits:QuantizeCache",
         "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
         "quantize_mixed": "onnxsmith.graph_passes.mixed:QuantizeMixed",
         "quantize_static": "onnxsmith.graph_passes.static:QuantizeStatic",

@@ -30,6 +30,8 @@ __all__ = ["CalibrationData", "context_for"]
 
 Feeds = dict[str, npt.NDArray[Any]]
 
+_TIMED_RUNS = 20
+
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationData:
@@ -133,7 +135,28 @@ def context_for(
     ) -> AbstractContextManager[Callable[[Feeds], list[npt.NDArray[Any]]]]:
         return _probe(model, samples, feeds)
 
-    return PassContext(gguf, activations, probe, data.described())
+    def timings(model: ir.Model) -> Mapping[str, float]:
+        return _node_times(model, feeds)
+
+    return PassContext(gguf, activations, probe, timings, data.described())
+
+
+def _node_times(
+    model: ir.Model, feeds: Callable[[Sequence[TensorSpec]], Iterator[Feeds]]
+) -> dict[str, float]:
+    """Milliseconds of each node in one call: a decoder's with one token, another model's with a sample."""
+    from onnxsmith.runtime import OrtSession
+    from onnxsmith.runtime.samples import decoder_feeds
+
+    package = ModelPackage({"calibration": Component(model)})
+    with OrtSession(package, name="calibration") as session:
+        batch = next(feeds(session.inputs), None)
+        if batch is None:
+            raise BadInputError("calibration", got="data without a sample", expected="at least one")
+        if session.cache:
+            batch = decoder_feeds(session.inputs, batch["input_ids"][:, :1])
+        profile = session.profile(batch, runs=_TIMED_RUNS)
+    return {node.name: node.time_us / max(node.calls, 1) / 1e3 for node in profile.nodes}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -12,6 +12,26 @@ from onnxsmith.runtime.samples import Case
 from onnxsmith.runtime.session import Array, Session
 
 __all__ = ["compare_sessions", "reference_outputs"]
+
+
+def _as_codes(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A cache in floats as the codes that a session with a cache in 8 bits takes."""
+    scales = session.cache_scales
+    return {
+        name: np.clip(np.rint(array / scales[name]), -128, 127).astype(np.int8)
+        if name in scales and array.dtype.kind == "f"
+        else array
+        for name, array in feeds.items()
+    }
+
+
+def _as_floats(session: Session, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What the codes of a cache in 8 bits stand for."""
+    scales = session.cache_scales
+    return {
+        name: array.astype(np.float32) * scales[name] if name in scales and array.dtype == np.int8 else array
+        for name, array in outputs.items()
+    }
 
 
 def reference_outputs(reference: Session, cases: Iterable[Case]) -> list[tuple[Case, dict[str, Array]]]:
@@ -57,7 +77,7 @@ def compare_sessions(
     for case, outputs in () if error else expected:
         feeds = {name: value for name, value in case.feeds.items() if name in wanted}
         try:
-            got = candidate.run(feeds, shared)
+            got = _as_floats(candidate, candidate.run(_as_codes(candidate, feeds), shared))
         except (FeedError, ModelFileError) as refusal:
             error = f"case '{case.name}': {refusal}"
             break

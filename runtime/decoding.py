@@ -229,7 +229,7 @@ def _shares(session: Session) -> bool:
     sized = all(
         spec.shape is not None and len(spec.shape) >= 3 and isinstance(spec.shape[-1], int) for spec in specs
     )
-    return sized and all(s.dtype in ("float32", "float16") for s in specs) and session.shares_cache
+    return sized and all(s.dtype in ("float32", "float16", "int8") for s in specs) and session.shares_cache
 
 
 def open_decoder(session: Session, *, capacity: int = 0) -> Decoder:

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from onnxsmith.errors import UnknownNameError
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["GraphFile"]
+
+Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass
@@ -33,6 +38,8 @@ class GraphFile:
         limits: For integer inputs, one above the highest valid value.
         shares_cache: See ``cache_is_shareable``.
         needs_folding: See ``scales_are_computed``.
+        cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with; see
+            ``cache_scales_of``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -42,6 +49,7 @@ class GraphFile:
     limits: Mapping[str, int]
     shares_cache: bool = False
     needs_folding: bool = False
+    cache_scales: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     temporary: Path | None = None
 
     @classmethod
@@ -66,6 +74,7 @@ class GraphFile:
         graph = cls(
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
+            cache_scales_of(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -100,6 +109,7 @@ class GraphFile:
             "limits": dict(self.limits),
             "shares_cache": self.shares_cache,
             "needs_folding": self.needs_folding,
+            "cache_scales": {name: scale.tolist() for name, scale in self.cache_scales.items()},
         }
 
     @classmethod
@@ -119,7 +129,28 @@ class GraphFile:
             plain["limits"],
             plain["shares_cache"],
             plain["needs_folding"],
+            {name: np.array(scale, np.float32) for name, scale in plain["cache_scales"].items()},
         )
+
+
+def cache_scales_of(model: ir.Model) -> dict[str, Array]:
+    """Input and output names of a KV cache in 8 bits to the scale of its codes.
+
+    It is what GroupQueryAttention has for them: one number, or one for each head and channel.
+    """
+    found: dict[str, Array] = {}
+    for node in model.graph:
+        if node.op_type != "GroupQueryAttention" or len(node.inputs) < 14:
+            continue
+        for past, present, scale in ((3, 1, 12), (4, 2, 13)):
+            value, cache = node.inputs[scale], node.inputs[past]
+            if value is None or cache is None or value.const_value is None:
+                continue
+            if cache.dtype is not None and cache.dtype.name == "INT8":
+                array = np.asarray(value.const_value.numpy(), np.float32)
+                for name in (cache.name, node.outputs[present].name):
+                    found[name or ""] = array
+    return found
 
 
 def scales_are_computed(model: ir.Model) -> bool:

@@ -104,6 +104,7 @@ class OrtSession(Session):
         self.outputs = self._graph.outputs
         self.limits = self._graph.limits
         self.shares_cache = self._graph.shares_cache
+        self.cache_scales = self._graph.cache_scales
 
     @property
     def ort_session(self) -> Any:

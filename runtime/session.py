@@ -27,12 +27,14 @@ class Session(abc.ABC):
         outputs: The outputs that ``run`` returns.
         provider: Where it runs: ``torch`` or an execution provider of ONNX Runtime.
         name: For messages and reports.
+        cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     provider: str
     name: str
+    cache_scales: Mapping[str, Array] = {}
 
     @property
     def cache(self) -> tuple[CachePair, ...]:

@@ -48,6 +48,7 @@ class WorkerSession(Session):
             else GraphFile.of(package, component=component, name=name)
         )
         self.inputs, self.outputs = self._graph.inputs, self._graph.outputs
+        self.cache_scales = self._graph.cache_scales
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")

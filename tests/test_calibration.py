@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -200,3 +201,101 @@ evaluation: {{perplexity: {{data: {evaluation}}}}}
 def test_the_evaluation_text_is_no_calibration_data(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"calibration\.data: the text of evaluation\.perplexity"):
         load_recipe(recipe(tmp_path, "text.txt", "text.txt"))
+
+
+def deep(layers: int) -> ir.Model:
+    """More weights than there are groups, of which the last ones hardly matter."""
+    random = np.random.default_rng(3)
+    lines, given = [], {}
+    for number in range(layers):
+        before = "x" if number == 0 else f"h{number - 1}"
+        lines.append(f"[up.{number}] u{number} = MatMul({before}, up.{number}.weight)")
+        lines.append(f"r{number} = Relu(u{number})")
+        lines.append(f"[down.{number}] d{number} = MatMul(r{number}, down.{number}.weight)")
+        lines.append(f"s{number} = Mul(d{number}, part{number})")
+        lines.append(f"h{number} = Add({before}, s{number})")
+        for name in ("up", "down"):
+            given[f"{name}.{number}.weight"] = random.standard_normal((64, 64)).astype(np.float32) / 8
+        given[f"part{number}"] = np.array(1.0 if number < layers // 2 else 0.02, np.float32)
+    lines.append(f"y = Identity(h{layers - 1})")
+    text = "\n".join(line.replace(".weight", "_weight") for line in lines)
+    weights = {name.replace(".weight", "_weight").replace(".", "_"): array for name, array in given.items()}
+    for name in list(given):
+        text = text.replace(
+            name.replace(".weight", "_weight"), name.replace(".weight", "_weight").replace(".", "_")
+        )
+    text = re.sub(r"\[(\w+)\.(\d+)\]", r"[\1_\2]", text)
+    head = '<ir_version: 9, opset_import: ["": 18]> g (float[b, s, 64] x) => (float[b, s, 64] y) {'
+    return graph(f"{head}\n{text}\n}}", **weights)
+
+
+def test_one_run_of_attribution_and_some_groups_find_what_matters(data: Path) -> None:
+    model = deep(20)
+    package = ModelPackage({"model": Component(model)})
+    context = context_for(None, package, CalibrationData(str(data), samples=4))
+    runs: list[int] = []
+
+    @contextmanager
+    def counted(trial: ir.Model, samples: int) -> Iterator[Any]:
+        assert context.probe is not None
+        with context.probe(trial, samples) as run:
+            yield lambda more: (runs.append(1), run(more))[1]
+
+    def details(**options: Any) -> dict[str, Any]:
+        fresh = deep(20)
+        in_context(fresh, dataclasses.replace(context, probe=counted))
+        return QuantizeMixed(accuracy_level=1, **options)(fresh).changes.details
+
+    found = details(max_divergence=2e-3)
+    # 40 weights; two kinds in twelve parts each, and the sets that were tried.
+    assert len(found["groups"]) == 24 and len(runs) <= 24 + 3 + 8
+    bits = [found["layers"][f"{kind}_{n}_weight"]["bits"] for n in range(20) for kind in ("up", "down")]
+    assert np.mean(bits[20:]) < 5 < np.mean(bits[:20])
+    assert found["divergence"] <= 2e-3 < found["divergence_all_low_bits"]
+    assert all(entry["low_bits_output_error"] > 0 for entry in found["layers"].values())
+    runs.clear()
+    exact = details(max_divergence=2e-3, sensitivity="each")
+    assert len(runs) > 40
+    # A run for each weight finds hardly more to save.
+    assert found["megabytes"] < 1.1 * exact["megabytes"]
+
+
+def test_a_loss_in_percent_is_a_divergence(data: Path) -> None:
+    details, _ = quantized(max_loss_pct=0.05)
+    assert details["divergence"] <= np.log1p(0.0005)
+    assert details["loss_pct"] == pytest.approx(100 * np.expm1(details["divergence"]))
+    assert details == quantized(max_divergence=float(np.log1p(0.0005)))[0]
+    with pytest.raises(BadInputError, match="quantize_mixed: no budget; expected one of max_loss_pct"):
+        QuantizeMixed(max_loss_pct=0)
+
+
+def test_a_latency_is_measured_node_by_node(data: Path) -> None:
+    """Where few bits of a weight are said to be slow, it keeps its 8."""
+    times = {"first_low_nbits": 0.1, "first_nbits": 1.0, "second_low_nbits": 2.0, "second_nbits": 1.0,
+             "last_low_nbits": 0.2, "last_low_nbits_sum": 0.2, "last_nbits": 1.0}  # fmt: skip
+
+    def timings(model: ir.Model) -> dict[str, float]:
+        names = {node.name for node in model.graph}
+        assert {"first_low_nbits", "first_nbits", "last_low_nbits_sum"} <= names
+        return times
+
+    def found(latency: float) -> dict[str, Any]:
+        model = graph(TEXT, **weights())
+        in_context(model, PassContext(probe=probe, timings=timings))
+        return QuantizeMixed(accuracy_level=1, latency_ms=latency)(model).changes.details
+
+    details = found(2.5)
+    assert {n: e["bits"] for n, e in details["layers"].items()} == {"w1": 8, "w2": 8, "w3": 4}
+    assert details["latency_all_8_bits_ms"] == 3.0 and details["latency_ms"] == pytest.approx(2.4)
+    assert {n: e["bits"] for n, e in found(1.6)["layers"].items()} == {"w1": 4, "w2": 8, "w3": 4}
+    with pytest.raises(PreconditionError, match=r"1\.5 ms at best.*expected at most 1 ms"):
+        found(1.0)
+
+
+def test_latency_on_this_machine(data: Path) -> None:
+    package = ModelPackage({"model": Component(graph(TEXT, **weights()))})
+    context = context_for(None, package, CalibrationData(str(data), samples=2))
+    assert context.timings is not None
+    times = context.timings(graph(TEXT, **weights()))
+    # The last one is fused with what scales it.
+    assert {"first", "second"} <= set(times) and min(times.values()) >= 0

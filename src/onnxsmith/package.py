@@ -176,7 +176,7 @@ class ModelPackage:
                 if node.op_type in _BLOCK_QUANTIZED:
                     attribute = node.attributes.get("bits")
                     bits.add(4 if attribute is None else attribute.as_int())
-                elif node.op_type in _INTEGER_OPERATORS:
+                elif node.op_type in _INTEGER_OPERATORS or "kv_cache_bit_width" in node.attributes:
                     bits.add(8)
             for value in component.model.graph.initializers.values():
                 if (
