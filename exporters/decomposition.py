@@ -1,8 +1,9 @@
-"""Leaves out torch.onnx's second tracing where a program needs none.
+"""Leaves out what torch.onnx does in vain: a second and a third tracing, and reading its own source code.
 
 torch.onnx decomposes what torch.export traced by tracing it again, which takes longer than the first time.
 It is needed for operators without an ONNX form and for operators that change their arguments. Most decoders
-have neither, apart from conversions that are simple to write down.
+have neither, apart from conversions that are simple to write down. Then it runs the program once more to find
+operators that mix element types, which can be seen without running it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["decomposed_where_needed", "without_autocast"]
+__all__ = ["decomposed_where_needed", "operators_listed_quickly", "without_autocast"]
 
 
 @contextlib.contextmanager
@@ -20,6 +21,7 @@ def decomposed_where_needed() -> Iterator[None]:
     """While open, torch.onnx decomposes only the programs that need it."""
     _fx_passes: Any = importlib.import_module("torch.onnx._internal.exporter._fx_passes")
     original = _fx_passes.decompose_with_registry
+    original_promotion = _fx_passes.insert_type_promotion_nodes
 
     def decompose(exported: Any, registry: Any) -> Any:
         if not _is_ready(exported, registry):
@@ -28,11 +30,48 @@ def decomposed_where_needed() -> Iterator[None]:
             _write_conversions(module)
         return exported
 
+    def promote(module: Any) -> None:
+        if any(_needs_promotion(one) for one in module.modules()):
+            original_promotion(module)
+
     _fx_passes.decompose_with_registry = decompose
+    _fx_passes.insert_type_promotion_nodes = promote
     try:
         yield
     finally:
         _fx_passes.decompose_with_registry = original
+        _fx_passes.insert_type_promotion_nodes = original_promotion
+
+
+@contextlib.contextmanager
+def operators_listed_quickly() -> Iterator[None]:
+    """While open, torch.onnx's list of operators is made without parsing the source of each of them.
+
+    onnxscript parses a function when it is asked for its domain, which torch.onnx does not use.
+    """
+    listing: Any = importlib.import_module("onnxscript._framework_apis.torch_2_5")
+    registration: Any = importlib.import_module("onnxscript.function_libs.torch_lib.registration")
+
+    def get_torchlib_ops() -> list[Any]:
+        importlib.import_module("onnxscript.function_libs.torch_lib.ops")
+        return [
+            listing._OnnxFunctionMeta(
+                qualified_name=name, function=function, domain="", name=function.name, is_complex=is_complex
+            )
+            for name, overloads in registration.default_registry.items()
+            if not name.startswith("internal::")
+            for functions, is_complex in ((overloads.overloads, False), (overloads.complex, True))
+            for function in functions
+        ]
+
+    # A stand-in of torch's for the module, which imports it at first use: what is set here goes before.
+    registering: Any = importlib.import_module("torch.onnx._internal.exporter._registration")
+    apis = registering.onnxscript_apis
+    apis.get_torchlib_ops = get_torchlib_ops
+    try:
+        yield
+    finally:
+        del apis.get_torchlib_ops
 
 
 @contextlib.contextmanager
@@ -86,6 +125,39 @@ def _is_ready(exported: Any, registry: Any) -> bool:
             elif target._schema.is_mutable or not registry.is_registered(target):
                 return False
     return True
+
+
+def _needs_promotion(module: Any) -> bool:
+    """Whether an operator of the program mixes element types, by the rules that torch.onnx goes by."""
+    import torch
+
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    promotion: Any = importlib.import_module("torch.onnx._internal.fx.passes.type_promotion")
+    types: Any = importlib.import_module("torch.onnx._internal.fx.type_utils")
+    table = promotion.TypePromotionTable()
+
+    def differs(value: Any, dtype: Any) -> bool:
+        if dtype is None:
+            return False
+        if isinstance(value, (tuple, list)):
+            return any(differs(one, dtype) for one in value)
+        if isinstance(value, torch.Tensor):
+            return bool(value.dtype != dtype)
+        known = types.from_scalar_type_to_torch_dtype(type(value))
+        return known is None or bool(known != dtype)
+
+    for node in module.graph.nodes:
+        rule = promotion.get_type_promotion_rule(node, table) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+        wanted = rule.preview_type_promotion(args, kwargs)
+        if any(differs(value, wanted.args_dtypes.get(i)) for i, value in enumerate(args)):
+            return True
+        if any(differs(value, wanted.kwargs_dtypes.get(name)) for name, value in kwargs.items()):
+            return True
+    return False
 
 
 def _write_conversions(module: Any) -> None:

@@ -243,7 +243,9 @@ def _recorder(
 ) -> Any:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_flatten, tree_leaves
+
+    plain = (bool, int, float, str, torch.dtype, torch.device, type(None))
+    symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
     class Recorder(TorchDispatchMode):
         def __init__(self) -> None:
@@ -258,6 +260,8 @@ def _recorder(
             self.made: dict[int, tuple[int | None, int]] = {}
             self.kept: list[Any] = list(tensors.values())
             self.symbols: dict[str, int] = {}
+            # What an operator gave for arguments of these sizes: the layers repeat each other.
+            self.known: dict[Any, tuple[type | None, list[Any]]] = {}
             self.past = {}
             for name, tensor in tensors.items():
                 if name.startswith("past_key_values."):
@@ -267,19 +271,44 @@ def _recorder(
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             kwargs = kwargs or {}
-            leaves, form = tree_flatten((args, kwargs))
-            described = tuple(self.describe(leaf) for leaf in leaves)
-            result = func(*args, **kwargs)
+            described = (self.describe(args), self.describe(kwargs) if kwargs else ())
+            result = self.result(func, args, kwargs)
             sizes = []
-            for tensor in tree_leaves(result):
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, torch.Tensor):
                     if id(tensor) not in self.made and not self.is_input(tensor):
                         self.made[id(tensor)] = (self.current, len(self.kept))
                         self.kept.append(tensor)
                     sizes.append((self.describe(tensor), tensor.dtype, *map(self.describe, tensor.shape)))
             if self.current is not None:
-                self.logs[self.current].append((str(func), str(form), described, tuple(sizes)))
+                self.logs[self.current].append((func, described, tuple(sizes)))
             return result
+
+        def result(self, func: Any, args: Any, kwargs: Any) -> Any:
+            """What an operator gives; tensors without data are made anew where their sizes are known."""
+            given: list[Any] = []
+            key = (func, _sizes(args, given), _sizes(kwargs, given) if kwargs else ())
+            if not all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_meta for x in given):
+                return func(*args, **kwargs)
+            try:
+                found = self.known.get(key)
+            except TypeError:
+                # An argument of a kind that has no hash.
+                return func(*args, **kwargs)
+            if found is None:
+                result = func(*args, **kwargs)
+                sequence = type(result) if type(result) in (tuple, list) else None
+                every = result if sequence else (result,)
+                if given and all(
+                    type(x) is torch.Tensor and x.is_meta and not any(x is y for y in given) for x in every
+                ):
+                    self.known[key] = (sequence, [(x.shape, x.stride(), x.dtype) for x in every])
+                return result
+            sequence, forms = found
+            new = [
+                torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms
+            ]
+            return sequence(new) if sequence else new[0]
 
         def is_input(self, tensor: Any) -> bool:
             return id(tensor) in owners or id(tensor) in self.past or tensor is self.hidden
@@ -287,11 +316,16 @@ def _recorder(
         def describe(self, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return self.describe_tensor(value)
-            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            if isinstance(value, plain):
+                # With the type: 1, 1.0 and True are equal.
+                return (type(value), value)
+            if isinstance(value, (tuple, list)):
+                return (type(value), *map(self.describe, value))
+            if isinstance(value, dict):
+                return (dict, *((str(key), self.describe(one)) for key, one in value.items()))
+            if isinstance(value, symbolic):
                 # Sizes that depend on data have a new name in each layer.
                 return ("symbol", self.symbols.setdefault(str(value), len(self.symbols)))
-            if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-                return repr(value)
             return (
                 str(value)
                 if isinstance(value, (torch.layout, torch.memory_format))
@@ -331,8 +365,7 @@ def _recorder(
             if not isinstance(hidden, torch.Tensor) or (index and hidden is not self.last):
                 raise NotAlikeError(f"layer {index} does not take what the layer before it returns")
             self.current, self.hidden, self.start, self.symbols = index, hidden, len(self.kept), {}
-            leaves, form = tree_flatten((args, options))
-            self.logs[index].append((str(form), tuple(map(self.describe, leaves))))
+            self.logs[index].append((self.describe(args), self.describe(options)))
 
         def leave(self, index: int, result: Any) -> None:
             values = result if isinstance(result, tuple) else (result,)
@@ -354,6 +387,20 @@ def _recorder(
                     raise NotAlikeError(f"{name} does not come from its layer")
 
     return Recorder()
+
+
+def _sizes(value: Any, tensors: list[Any]) -> Any:
+    """An argument with sizes and element types in the place of its tensors, which are added to a list."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return (value.shape, value.stride(), value.dtype, value.storage_offset()) if value.is_meta else None
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_sizes(one, tensors) for one in value))
+    if isinstance(value, dict):
+        return (dict, *((key, _sizes(one, tensors)) for key, one in value.items()))
+    return (type(value), value)
 
 
 @contextlib.contextmanager

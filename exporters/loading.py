@@ -24,6 +24,7 @@ from onnxsmith.exporters.stored_weights import (
     safetensors_weights,
     skeleton,
 )
+from onnxsmith.exporters.transformers_import import import_transformers
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -180,7 +181,7 @@ def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) 
 def _load_hugging_face(
     source: ModelSource, *, task: str | None, dtype: torch.dtype, lazy: bool
 ) -> LoadedModel:
-    transformers = require("transformers", purpose=f"loading {source.text}")
+    transformers = import_transformers(purpose=f"loading {source.text}")
     where = str(source.path) if source.path else source.target
     options: dict[str, Any] = {"trust_remote_code": False}
     if source.path:
@@ -262,7 +263,7 @@ def _task_of(source: ModelSource, config: Any) -> str:
 
 def _loaders(task: str, config: Any) -> list[tuple[Any, tuple[str, ...]]]:
     """The classes that load a task, each with the architectures that it makes of this configuration."""
-    transformers = require("transformers", purpose="loading a model")
+    transformers = import_transformers(purpose="loading a model")
     names = TASKS[task][0]
     found = []
     for name in (names,) if isinstance(names, str) else names:
@@ -283,7 +284,7 @@ def _auto_class(task: str, config: Any) -> Any:
 
 
 def _tokenizer_files(source: ModelSource, where: str, options: Mapping[str, Any]) -> dict[str, bytes]:
-    transformers = require("transformers", purpose=f"loading {source.text}")
+    transformers = import_transformers(purpose=f"loading {source.text}")
     files: dict[str, bytes] = {}
     if not source.path or any((source.path / name).exists() for name in _TOKENIZER_FILES):
         with _quiet(), _readable(source):
@@ -331,7 +332,7 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
     from onnxsmith.exporters.gguf_tokenizer import build_tokenizer, special_token_ids
     from onnxsmith.gguf_file import GgufFile
 
-    transformers = require("transformers", purpose=f"loading {source.text}")
+    transformers = import_transformers(purpose=f"loading {source.text}")
     require("accelerate", purpose=f"loading {source.text}")
     assert source.path is not None
     # The header is read and bounded, and the tokenizer rebuilt and checked, before any weight is: both

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
-from onnxsmith.exporters.decomposition import decomposed_where_needed, without_autocast
+from onnxsmith.exporters.decomposition import (
+    decomposed_where_needed,
+    operators_listed_quickly,
+    without_autocast,
+)
 from onnxsmith.exporters.recurrent import recurrent_operators
 from onnxsmith.package import TensorSpec
 
@@ -76,6 +80,7 @@ def trace(
             torch.no_grad(),
             without_autocast(),
             decomposed_where_needed(),
+            operators_listed_quickly(),
             recurrent_operators(module),
         ):
             exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)

@@ -1,0 +1,60 @@
+"""Imports transformers without scikit-learn and SciPy, of which it takes two functions that we never call."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from onnxsmith.errors import require
+
+__all__ = ["import_transformers"]
+
+# Modules of transformers, with what they take of which heavy module: assisted generation asks for a receiver
+# operating characteristic, the loss of object detectors for an assignment. Together 1.5 s of an export.
+_TAKEN: Mapping[str, tuple[str, str]] = {
+    "transformers.loss.loss_for_object_detection": ("scipy.optimize", "linear_sum_assignment"),
+    "transformers.generation.candidate_generator": ("sklearn.metrics", "roc_curve"),
+}
+
+
+def import_transformers(*, purpose: str) -> Any:
+    """The module transformers, with its classes of models.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
+    transformers = require("transformers", purpose=purpose)
+    for module, (heavy, function) in _TAKEN.items():
+        if module not in sys.modules:
+            # Another series of transformers may not have the module.
+            with _in_the_place_of(heavy, function), contextlib.suppress(ImportError):
+                importlib.import_module(module)
+    return transformers
+
+
+@contextlib.contextmanager
+def _in_the_place_of(heavy: str, function: str) -> Iterator[None]:
+    """While open, imports of a module get one whose function imports the real one when it is called."""
+    if heavy in sys.modules or importlib.util.find_spec(heavy.partition(".")[0]) is None:
+        yield
+        return
+    stand_in = types.ModuleType(heavy)
+    vars(stand_in)[function] = _imported_later(heavy, function)
+    sys.modules[heavy] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(heavy) is stand_in:
+            del sys.modules[heavy]
+
+
+def _imported_later(heavy: str, function: str) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(heavy), function)(*args, **options)
+
+    return call
