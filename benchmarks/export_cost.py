@@ -21,10 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DEPTH = """
-import sys, time
+import gc, sys, time
 import torch, transformers
 from onnxsmith.exporters import LoadedModel, export, torch_program
+from onnxsmith.pipeline.exporting import LayerCleanup
 from onnxsmith.source import ModelSource, SourceKind
+
+# As the command line sets it.
+gc.set_threshold(100_000, 10, 10)
 
 def cost(layers):
     config = transformers.LlamaConfig(
@@ -35,7 +39,7 @@ def cost(layers):
     loaded = LoadedModel(model, ModelSource(SourceKind.FACTORY, "depth"), "text-generation", {}, {})
     program = torch_program(loaded)
     began = time.process_time()
-    export(loaded, program)
+    export(loaded, program, tidy=LayerCleanup())
     return time.process_time() - began
 
 cost(2)

@@ -7,7 +7,7 @@ traces that to a ``ModelPackage``. Every step can be called alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, UnknownNameError
@@ -76,6 +76,7 @@ def export(
     attention: str = "auto",
     opset: int | None = None,
     tracing: str = "auto",
+    tidy: Callable[[ir.Model], ir.Model] | None = None,
 ) -> ModelPackage:
     """Exports a loaded model. Weights are shared with the PyTorch model, not copied.
 
@@ -88,6 +89,8 @@ def export(
         opset: Version of the ONNX operator set; torch's default where None.
         tracing: How decoders are traced: ``layers`` (one layer of each kind, copied), ``whole`` or ``auto``
             (layers where possible).
+        tidy: Cleans a graph. Called with a decoder's graph while it has one layer of each kind, whose weights
+            look like inputs then; not called where a decoder is traced as a whole.
 
     Raises:
         ExportError: torch cannot trace it, or its attention cannot be represented.
@@ -109,7 +112,9 @@ def export(
     details: dict[str, Any] = {}
     for name, one in programs.items():
         if loaded.task == TEXT_GENERATION:
-            model, details = trace_decoder(loaded, one, attention=attention, opset=opset, tracing=tracing)
+            model, details = trace_decoder(
+                loaded, one, attention=attention, opset=opset, tracing=tracing, tidy=tidy
+            )
         else:
             model = _trace_plain(one, opset)
             if one.details:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
+from onnxsmith.exporters.decomposition import without_memory_of_operators
 from onnxsmith.exporters.known_values import experts_unrolled
 from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, on_meta, shortened
 from onnxsmith.exporters.rotary import stateless_rotary
-from onnxsmith.exporters.stitching import stitch
+from onnxsmith.exporters.stitching import stitch, tidied
 from onnxsmith.exporters.stored_weights import stand_ins
 from onnxsmith.exporters.tracing import line_of, trace, weight_tensor
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
@@ -109,6 +110,7 @@ def trace_decoder(
     attention: str = "auto",
     opset: int | None = None,
     tracing: str = "auto",
+    tidy: Callable[[ir.Model], ir.Model] | None = None,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """Exports a decoder.
 
@@ -120,6 +122,7 @@ def trace_decoder(
         opset: Version of the ONNX operator set.
         tracing: ``layers`` traces one layer of each kind and copies it, ``whole`` traces all of them;
             ``auto`` is ``layers`` where the model can be taken apart.
+        tidy: Cleans the graph that has one layer of each kind.
 
     Returns:
         The graph, and what was decided, for the manifest.
@@ -128,23 +131,30 @@ def trace_decoder(
         ExportError: It cannot be traced, or ``fused`` cannot represent its attention, or it cannot be taken
             apart for ``layers``.
     """
+    options: dict[str, Any] = {"attention": attention, "opset": opset, "tracing": tracing, "tidy": tidy}
     if loaded.weights is None:
-        return _trace_decoder(loaded, program, attention=attention, opset=opset, tracing=tracing)
+        return _trace_decoder(loaded, program, **options)
     with stand_ins(loaded.module):
-        model, details = _trace_decoder(loaded, program, attention=attention, opset=opset, tracing=tracing)
+        model, details = _trace_decoder(loaded, program, **options)
     loaded.weights.bind(model, loaded.module)
     return model, details
 
 
 def _trace_decoder(
-    loaded: LoadedModel, program: TorchProgram, *, attention: str, opset: int | None, tracing: str
+    loaded: LoadedModel,
+    program: TorchProgram,
+    *,
+    attention: str,
+    opset: int | None,
+    tracing: str,
+    tidy: Callable[[ir.Model], ir.Model] | None,
 ) -> tuple[ir.Model, dict[str, Any]]:
     with experts_unrolled(loaded.module.config):
         details: dict[str, Any] = {"attention": "standard"}
         if attention in ("auto", "fused"):
             try:
                 with fused_attention(loaded.module) as traces:
-                    road = _Road(loaded.module, program, opset, traces)
+                    road = _Road(loaded.module, program, opset, traces, tidy)
                     model, traced = road.trace(tracing)
             except ExportError as error:
                 if attention == "fused":
@@ -152,7 +162,7 @@ def _trace_decoder(
                 details["why_not_fused"] = str(error)
             else:
                 return model, {"attention": "GroupQueryAttention"} | traced
-        model, traced = _Road(loaded.module, program, opset, None).trace(tracing)
+        model, traced = _Road(loaded.module, program, opset, None, tidy).trace(tracing)
         return model, details | traced
 
 
@@ -164,6 +174,7 @@ class _Road:
     program: TorchProgram
     opset: int | None
     traces: list[AttentionTrace] | None
+    tidy: Callable[[ir.Model], ir.Model] | None = None
 
     def trace(self, tracing: str) -> tuple[ir.Model, dict[str, Any]]:
         count = sum(spec.name.startswith("past_key_values.") for spec in self.program.inputs) // 2
@@ -197,8 +208,10 @@ class _Road:
             inputs=tuple(filter(kept, program.inputs)),
             outputs=tuple(filter(kept, program.outputs)),
         )
-        with shortened(self.model, kinds):
+        with shortened(self.model, kinds), without_memory_of_operators():
             model = trace(part, self.module(kinds.distinct), opset=self.opset)
+        if self.tidy is not None:
+            model = tidied(model, kinds, self.tidy)
         stitch(model, kinds, program.inputs, program.outputs, lambda name: weight_tensor(named[name], name))
         return model, {"tracing": "layers", "layers_traced": len(kinds.distinct), "layers": count}
 

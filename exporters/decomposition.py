@@ -13,7 +13,12 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["decomposed_where_needed", "operators_listed_quickly", "without_autocast"]
+__all__ = [
+    "decomposed_where_needed",
+    "operators_listed_quickly",
+    "without_autocast",
+    "without_memory_of_operators",
+]
 
 
 @contextlib.contextmanager
@@ -72,6 +77,17 @@ def operators_listed_quickly() -> Iterator[None]:
         yield
     finally:
         del apis.get_torchlib_ops
+
+
+@contextlib.contextmanager
+def without_memory_of_operators() -> Iterator[None]:
+    """While open, torch.export does not keep what operators gave for arguments of some sizes.
+
+    Keeping it takes longer than computing it again, unless a model repeats itself: a single layer does not.
+    """
+    config: Any = importlib.import_module("torch._dynamo.config")
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -244,7 +244,8 @@ def _recorder(
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    plain = (bool, int, float, str, torch.dtype, torch.device, type(None))
+    plain = frozenset({bool, int, float, str, torch.dtype, torch.device, type(None)})
+    bare = (torch.Tensor, torch.nn.Parameter)
     symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
     class Recorder(TorchDispatchMode):
@@ -270,59 +271,78 @@ def _recorder(
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
-            kwargs = kwargs or {}
-            described = (self.describe(args), self.describe(kwargs) if kwargs else ())
-            result = self.result(func, args, kwargs)
-            sizes = []
-            for tensor in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(tensor, torch.Tensor):
-                    if id(tensor) not in self.made and not self.is_input(tensor):
-                        self.made[id(tensor)] = (self.current, len(self.kept))
-                        self.kept.append(tensor)
-                    sizes.append((self.describe(tensor), tensor.dtype, *map(self.describe, tensor.shape)))
+            form: list[Any] = []
+            given: list[Any] = []
+            self.take_apart(args, form, given)
+            if kwargs:
+                self.take_apart(kwargs, form, given)
+            described = (func, tuple(form))
+            names = tuple(map(self.describe_tensor, given))
+            result, results = self.result(func, args, kwargs or {}, described, given)
             if self.current is not None:
-                self.logs[self.current].append((func, described, tuple(sizes)))
+                self.logs[self.current].append((described, names, results))
             return result
 
-        def result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def take_apart(self, value: Any, form: list[Any], found: list[Any]) -> None:
+            """Adds an argument to a form, in which tensors are left out and added to a list instead."""
+            kind = type(value)
+            if kind in plain:
+                # With the type: 1, 1.0 and True are equal.
+                form.append((kind, value))
+            elif isinstance(value, torch.Tensor):
+                form.append(torch.Tensor)
+                found.append(value)
+            elif kind in (tuple, list, torch.Size, dict):
+                form.append((kind, len(value)))
+                for one in value:
+                    if kind is dict:
+                        form.append(str(one))
+                        one = value[one]  # the value in the place of its key
+                    self.take_apart(one, form, found)
+            else:
+                form.append(self.describe(value))
+
+        def result(self, func: Any, args: Any, kwargs: Any, described: Any, given: list[Any]) -> Any:
             """What an operator gives; tensors without data are made anew where their sizes are known."""
-            given: list[Any] = []
-            key = (func, _sizes(args, given), _sizes(kwargs, given) if kwargs else ())
-            if not all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.is_meta for x in given):
-                return func(*args, **kwargs)
-            try:
-                found = self.known.get(key)
-            except TypeError:
-                # An argument of a kind that has no hash.
-                return func(*args, **kwargs)
-            if found is None:
-                result = func(*args, **kwargs)
-                sequence = type(result) if type(result) in (tuple, list) else None
-                every = result if sequence else (result,)
-                if given and all(
-                    type(x) is torch.Tensor and x.is_meta and not any(x is y for y in given) for x in every
-                ):
-                    self.known[key] = (sequence, [(x.shape, x.stride(), x.dtype) for x in every])
-                return result
-            sequence, forms = found
-            new = [
-                torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms
-            ]
-            return sequence(new) if sequence else new[0]
+            key = None
+            if given and all(type(x) in bare and x.is_meta for x in given):
+                sizes = tuple((x.shape, x.stride(), x.dtype, x.storage_offset()) for x in given)
+                key = (described, sizes)
+                known = self.known.get(key)
+                if known is not None:
+                    sequence, forms = known
+                    new = []
+                    for size, stride, dtype in forms:
+                        tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+                        self.keep(tensor)
+                        new.append(tensor)
+                    return (sequence(new) if sequence else new[0]), self.sizes(new)
+            result = func(*args, **kwargs)
+            sequence = type(result) if type(result) in (tuple, list) else None
+            every = list(result) if sequence else [result]
+            if key is not None and all(
+                type(x) is torch.Tensor and x.is_meta and not any(x is y for y in given) for x in every
+            ):
+                self.known[key] = (sequence, [(x.shape, x.stride(), x.dtype) for x in every])
+            tensors = [x for x in every if isinstance(x, torch.Tensor)]
+            for tensor in tensors:
+                if id(tensor) not in self.made and not self.is_input(tensor):
+                    self.keep(tensor)
+            return result, self.sizes(tensors)
+
+        def keep(self, tensor: Any) -> None:
+            self.made[id(tensor)] = (self.current, len(self.kept))
+            self.kept.append(tensor)
+
+        def sizes(self, tensors: list[Any]) -> Any:
+            return tuple((self.describe_tensor(x), x.dtype, *map(self.describe, x.shape)) for x in tensors)
 
         def is_input(self, tensor: Any) -> bool:
             return id(tensor) in owners or id(tensor) in self.past or tensor is self.hidden
 
         def describe(self, value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return self.describe_tensor(value)
-            if isinstance(value, plain):
-                # With the type: 1, 1.0 and True are equal.
-                return (type(value), value)
-            if isinstance(value, (tuple, list)):
-                return (type(value), *map(self.describe, value))
-            if isinstance(value, dict):
-                return (dict, *((str(key), self.describe(one)) for key, one in value.items()))
+            if type(value) is int:
+                return value
             if isinstance(value, symbolic):
                 # Sizes that depend on data have a new name in each layer.
                 return ("symbol", self.symbols.setdefault(str(value), len(self.symbols)))
@@ -365,7 +385,10 @@ def _recorder(
             if not isinstance(hidden, torch.Tensor) or (index and hidden is not self.last):
                 raise NotAlikeError(f"layer {index} does not take what the layer before it returns")
             self.current, self.hidden, self.start, self.symbols = index, hidden, len(self.kept), {}
-            self.logs[index].append((self.describe(args), self.describe(options)))
+            form: list[Any] = []
+            given: list[Any] = []
+            self.take_apart((args, options), form, given)
+            self.logs[index].append((tuple(form), *map(self.describe_tensor, given)))
 
         def leave(self, index: int, result: Any) -> None:
             values = result if isinstance(result, tuple) else (result,)
@@ -374,7 +397,7 @@ def _recorder(
                 raise NotAlikeError(f"layer {index} returns more than the hidden state")
             if values[0] is self.hidden or self.length not in (-1, length):
                 raise NotAlikeError(f"layer {index} returns something else than the others")
-            self.logs[index].append(self.describe(values[0]))
+            self.logs[index].append(self.describe_tensor(values[0]))
             self.current, self.done, self.last, self.length = None, index, values[0], length
 
         def finish(self, outputs: Mapping[str, Any]) -> None:
@@ -387,20 +410,6 @@ def _recorder(
                     raise NotAlikeError(f"{name} does not come from its layer")
 
     return Recorder()
-
-
-def _sizes(value: Any, tensors: list[Any]) -> Any:
-    """An argument with sizes and element types in the place of its tensors, which are added to a list."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return (value.shape, value.stride(), value.dtype, value.storage_offset()) if value.is_meta else None
-    if isinstance(value, (tuple, list)):
-        return (type(value), *(_sizes(one, tensors) for one in value))
-    if isinstance(value, dict):
-        return (dict, *((key, _sizes(one, tensors)) for key, one in value.items()))
-    return (type(value), value)
 
 
 @contextlib.contextmanager

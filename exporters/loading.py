@@ -219,7 +219,11 @@ def _skeleton(auto: Any, config: Any, dtype: torch.dtype) -> Any | None:
     """A decoder without weights; None where transformers quantises or converts it while loading."""
     if getattr(config, "quantization_config", None) is not None:
         return None
-    module = skeleton(lambda: auto.from_config(config, dtype=dtype))
+    modeling: Any = importlib.import_module("transformers.modeling_utils")
+    # transformers 4 makes up weights when it builds a module; 5 computes buffers there as well.
+    without_weights = getattr(modeling, "no_init_weights", contextlib.nullcontext)
+    with without_weights():
+        module = skeleton(lambda: auto.from_config(config, dtype=dtype))
     if module is not None:
         module.tie_weights()
         module.config.dtype = dtype

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from onnxsmith.package import TensorSpec
 
-__all__ = ["stitch"]
+__all__ = ["stitch", "tidied"]
 
 # torch's names of sizes that it does not know before it runs.
 _DATA_SIZE = re.compile(r"\bu\d+\b")
@@ -78,6 +78,36 @@ def stitch(
     _remove_markers(graph, templates, entered, hidden)
     _order_outputs(graph, outputs)
     model.opset_imports.pop(MARKER_DOMAIN, None)
+
+
+def tidied(model: ir.Model, kinds: LayerKinds, tidy: Callable[[ir.Model], ir.Model]) -> ir.Model:
+    """Cleans the graph of the shortened decoder.
+
+    Meanwhile the weights of its layers look like inputs: what is computed from a layer's weights, or shared
+    because two weights are equal, would be wrong in the copies.
+
+    Args:
+        model: The graph with one layer of each kind.
+        kinds: Which layer is like which.
+        tidy: Gives the clean graph.
+    """
+    graph = model.graph
+    prefixes = tuple(kinds.prefix(layer) for layer in kinds.distinct)
+    held = {
+        name: value.const_value for name, value in graph.initializers.items() if name.startswith(prefixes)
+    }
+    for name in held:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    model = tidy(model)
+    graph = model.graph
+    for value in [value for value in graph.inputs if value.name in held]:
+        graph.inputs.remove(value)
+        if value.uses():
+            value.const_value = held[value.name or ""]
+            graph.register_initializer(value)
+    return model
 
 
 def _template(model: ir.Model, kinds: LayerKinds, layer: int) -> _Template:

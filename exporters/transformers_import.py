@@ -15,9 +15,9 @@ from onnxsmith.errors import require
 __all__ = ["import_transformers"]
 
 # Modules of transformers, with what they take of which heavy module: assisted generation asks for a receiver
-# operating characteristic, the loss of object detectors for an assignment. Together 1.5 s of an export.
+# operating characteristic, losses of object detectors for an assignment. Together 1.5 s of an export.
 _TAKEN: Mapping[str, tuple[str, str]] = {
-    "transformers.loss.loss_for_object_detection": ("scipy.optimize", "linear_sum_assignment"),
+    "transformers.loss.loss_utils": ("scipy.optimize", "linear_sum_assignment"),
     "transformers.generation.candidate_generator": ("sklearn.metrics", "roc_curve"),
 }
 

@@ -22,7 +22,7 @@ from onnxsmith.graph_passes.structure import (
     signature,
 )
 
-__all__ = ["Cleanup", "StripMetadata", "operator_counts"]
+__all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts"]
 
 # Folding uncovers rewrites and rewrites uncover folding. Two rounds have been seen to be enough.
 _ROUNDS = 8
@@ -37,6 +37,23 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
         for node in model.graph.all_nodes()
     )
     return dict(counts.most_common())
+
+
+def folds_anything(model: ir.Model, *, max_input_elements: int = 1024) -> bool:
+    """Whether a node has nothing but small constants as inputs, so that folding could take it away."""
+    return any(
+        bool(node.inputs)
+        and all(
+            value is None
+            or (
+                value.const_value is not None
+                and not value.is_graph_input()
+                and value.const_value.size <= max_input_elements
+            )
+            for value in node.inputs
+        )
+        for node in model.graph
+    )
 
 
 class Cleanup(GraphPass):

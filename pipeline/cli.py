@@ -6,6 +6,7 @@ input; 3 something that this environment lacks; 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -36,6 +37,8 @@ from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 
 __all__ = ["app", "main"]
 
+_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+
 app = typer.Typer(
     name="onnxsmith",
     help="PyTorch models become fast, small, checked ONNX deployments.",
@@ -54,6 +57,9 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     end_on_signals()
+    # A command makes objects by the million and few of them in cycles: with Python's own threshold of 700,
+    # one second in ten is spent on looking for those.
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
     app()
     sys.exit(0)
 
@@ -149,6 +155,12 @@ def export(
             metavar="auto|fused|standard", help="Decoders: GroupQueryAttention or ONNX operators only."
         ),
     ] = "auto",
+    tracing: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|layers|whole", help="Decoders: one layer of each kind, copied, or all layers."
+        ),
+    ] = "auto",
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before accepting.")
     ] = True,
@@ -157,12 +169,13 @@ def export(
 ) -> None:
     """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted."""
     from onnxsmith.pipeline.console import emit_json, progress_for
-    from onnxsmith.pipeline.operations import export_model
+    from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export
 
     known("--exporter", exporter, ("auto", "torch"), kind="exporter")
     known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
+    known("--tracing", tracing, ("auto", "layers", "whole"), kind="tracing")
     package, comparison = export_model(
         source,
         output,
@@ -170,6 +183,7 @@ def export(
         dtype=dtype,
         attention=attention,
         opset=opset,
+        tracing=tracing,
         verify=verify,
         force=force,
         progress=progress_for(),

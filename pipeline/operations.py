@@ -3,160 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.comparison import Comparison, Tolerance, tolerance_for
-from onnxsmith.errors import BadInputError, CheckFailedError
+from onnxsmith.errors import BadInputError
 from onnxsmith.onnx_file import weight_bytes
 from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.artifact import write_manifest
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
-from onnxsmith.pipeline.references import compare_package, open_programs, open_reference
+from onnxsmith.pipeline.references import compare_package, open_reference
 from onnxsmith.pipeline.staging import check_destination, require_space, staged_directory
 from onnxsmith.pipeline.stepwise import StepVerifier
 from onnxsmith.progress import Progress
-from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes import PassSpec
 
 __all__ = [
     "compare_models",
-    "export_model",
     "inspect_model",
     "optimize_model",
 ]
-
-
-def export_model(
-    source: str,
-    destination: Path,
-    *,
-    task: str | None = None,
-    dtype: str = "float32",
-    attention: str = "auto",
-    opset: int | None = None,
-    verify: bool = True,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> tuple[ModelPackage, Comparison | None]:
-    """Exports a PyTorch model to an artifact, and compares it with the PyTorch model before it is accepted.
-
-    Args:
-        source: See ``ModelSource.parse``. An ONNX model is cleaned, and compared with what it was.
-        destination: Where the artifact is to be.
-        task: A task of ``onnxsmith.exporters.TASKS``; found from the model where None.
-        dtype: The element type of the weights.
-        attention: See ``onnxsmith.exporters.export``.
-        opset: Version of the ONNX operator set; torch's default where None.
-        verify: Whether to compare. Without, the manifest says that nothing was compared.
-        force: Whether an artifact that is there may be replaced.
-        progress: Who listens.
-
-    Raises:
-        CheckFailedError: The ONNX model does not compute what the PyTorch model does; nothing was written.
-        OnnxsmithError: It could not be done.
-    """
-    from onnxsmith.exporters import export, load_torch, torch_programs
-    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
-    from onnxsmith.runtime import OrtBackend
-
-    progress = progress or Progress()
-    check_destination(destination, force=force)
-    parsed = ModelSource.parse(source)
-    if not parsed.is_torch:
-        return _adopt_onnx(parsed, destination, verify=verify, force=force, progress=progress)
-    with progress.step("load"):
-        loaded = load_torch(parsed, task=task, dtype=dtype, lazy=True)
-    require_space(
-        destination.resolve().parent,
-        sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
-        purpose=f"export of {source}",
-    )
-    with progress.step("export"):
-        programs = torch_programs(loaded)
-        package = export(loaded, programs, attention=attention, opset=opset)
-    with progress.step("clean up"):
-        package = run_passes(package, make_passes(PRESETS["clean"]))
-    comparison = None
-    with staged_directory(destination, force=force) as staging:
-        save_package(package, staging)
-        if verify:
-            with progress.step("compare"), open_programs(programs, name=source) as reference:
-                expected = reference.expected(candidates=[package])
-                comparison = compare_package(
-                    reference,
-                    expected,
-                    package,
-                    OrtBackend(),
-                    tolerance=tolerance_for(package.precision),
-                    name=source,
-                )
-            if not comparison.passed:
-                raise CheckFailedError(
-                    f"export of {source}",
-                    got=comparison.reason,
-                    expected="what PyTorch computes",
-                    remedy="Nothing was written. Keep it all the same with --no-verify, and look at it with "
-                    "`onnxsmith compare`",
-                )
-        write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
-    return package, comparison
-
-
-def _adopt_onnx(
-    source: ModelSource, destination: Path, *, verify: bool, force: bool, progress: Progress
-) -> tuple[ModelPackage, Comparison | None]:
-    """Makes an artifact of an ONNX model of any origin, compared with that model."""
-    from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
-    from onnxsmith.runtime import OrtBackend
-
-    assert source.path is not None
-    with progress.step("load"):
-        before = load_package(source.path)
-    size = sum(weight_bytes(c.model) for c in before.components.values())
-    require_space(destination.resolve().parent, size, purpose=f"export of {source.text}")
-    with progress.step("clean up"):
-        package = run_passes(before, make_passes(PRESETS["clean"]))
-    package.source = package.source or {"kind": str(source.kind), "text": source.text}
-    comparison = None
-    with staged_directory(destination, force=force) as staging:
-        save_package(package, staging)
-        if verify:
-            with progress.step("compare"), open_reference(str(source.path)) as reference:
-                comparison = compare_package(
-                    reference,
-                    reference.expected(candidates=[package]),
-                    package,
-                    OrtBackend(),
-                    tolerance=tolerance_for(package.precision),
-                    name=source.text,
-                )
-            if not comparison.passed:
-                raise CheckFailedError(
-                    f"export of {source.text}",
-                    got=comparison.reason,
-                    expected="what the given model computes",
-                )
-        write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
-    return package, comparison
-
-
-def _summary(comparison: Comparison | None) -> dict[str, Any]:
-    if comparison is None:
-        return {"verified": False}
-    worst = comparison.worst
-    return {
-        "verified": True,
-        "passed": comparison.passed,
-        "tensors": len(comparison.tensors),
-        "tolerance": dataclasses.asdict(comparison.tolerance),
-        "worst": None if worst is None else dataclasses.asdict(worst),
-    }
 
 
 def optimize_model(

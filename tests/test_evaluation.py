@@ -23,7 +23,7 @@ from onnxsmith.package import ModelPackage
 from onnxsmith.pipeline.cli import app
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.evaluation import evaluate_model
-from onnxsmith.pipeline.operations import export_model
+from onnxsmith.pipeline.exporting import export_model
 from onnxsmith.pipeline.task_runs import RunSettings, _answers
 from onnxsmith.runtime import OrtSession, perplexity
 

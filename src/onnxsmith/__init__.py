@@ -24,14 +24,10 @@ if TYPE_CHECKING:
     from onnxsmith.pipeline.bisecting import bisect_models
     from onnxsmith.pipeline.doctor import diagnose
     from onnxsmith.pipeline.evaluation import evaluate_model
+    from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.pipeline.measuring import bench_models, sweep
-    from onnxsmith.pipeline.operations import (
-        compare_models,
-        export_model,
-        inspect_model,
-        optimize_model,
-    )
+    from onnxsmith.pipeline.operations import compare_models, inspect_model, optimize_model
     from onnxsmith.pipeline.packing import package_model
     from onnxsmith.pipeline.recipe import Recipe, load_recipe
     from onnxsmith.pipeline.run import run_recipe
@@ -94,7 +90,7 @@ _HOMES: Mapping[str, str] = {
     "compare_models": "onnxsmith.pipeline.operations",
     "diagnose": "onnxsmith.pipeline.doctor",
     "export": "onnxsmith.exporters",
-    "export_model": "onnxsmith.pipeline.operations",
+    "export_model": "onnxsmith.pipeline.exporting",
     "generate_text": "onnxsmith.pipeline.generation",
     "generate_texts": "onnxsmith.pipeline.generation",
     "inspect_model": "onnxsmith.pipeline.operations",

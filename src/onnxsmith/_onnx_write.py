@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,13 @@ def _copy_external(tensor: ir.ExternalTensor, file: Any) -> None:
         ) from error
 
 
-def _bytes_of(tensor: Any) -> bytes:
+def _bytes_of(tensor: Any) -> bytes | memoryview:
+    """What is written; without a copy where the tensor lies in memory as ONNX wants it."""
     try:
+        if sys.byteorder == "little" and tensor.dtype.itemsize >= 1:
+            array = tensor.numpy()
+            if array.flags.c_contiguous and array.nbytes == tensor.nbytes:
+                return memoryview(array.reshape(-1).view("uint8"))
         return bytes(tensor.tobytes())
     except OSError as error:
         # Kept apart from an OSError of the destination.
@@ -143,7 +149,7 @@ def _in_memory(tensor: Any) -> Any:
         _copy_external(tensor, buffer)
         proto.raw_data = buffer.getvalue()
     else:
-        proto.raw_data = _bytes_of(tensor)
+        proto.raw_data = bytes(_bytes_of(tensor))
     _require_length(tensor, len(proto.raw_data))
     return onnx_ir.serde.deserialize_tensor(proto)
 
