@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -11,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +182,11 @@ def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) 
 def _load_hugging_face(
     source: ModelSource, *, task: str | None, dtype: torch.dtype, lazy: bool
 ) -> LoadedModel:
-    transformers = import_transformers(purpose=f"loading {source.text}")
     where = str(source.path) if source.path else source.target
     options: dict[str, Any] = {"trust_remote_code": False}
+    stored = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.bin")]) if source.path else []
+    entries = _file_entries_begun(stored)
+    transformers = import_transformers(purpose=f"loading {source.text}")
     if source.path:
         options["local_files_only"] = True
     elif source.revision:
@@ -208,8 +211,7 @@ def _load_hugging_face(
     files = _tokenizer_files(source, where, options) | {"config.json": _config_json(module)}
     provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}
     if source.path:
-        stored = sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.bin")])
-        provenance["files"] = [_file_entry(path) for path in stored]
+        provenance["files"] = entries()
     else:
         provenance["revision"] = getattr(config, "_commit_hash", None) or source.revision
     return LoadedModel(module, source, task, files, provenance, weights=weights)
@@ -395,6 +397,14 @@ def _json_bytes(value: Any) -> bytes:
 
 def _file_entry(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _file_entries_begun(paths: Sequence[Path]) -> Callable[[], list[dict[str, Any]]]:
+    """Hashes files in a thread, while transformers is imported; what it returns waits for the thread."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    entries = [pool.submit(_file_entry, path) for path in paths]
+    pool.shutdown(wait=False)
+    return lambda: [entry.result() for entry in entries]
 
 
 def file_sha256(path: Path) -> str:

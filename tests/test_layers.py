@@ -12,8 +12,9 @@ import pytest
 from onnxsmith.comparison import TOLERANCES
 from onnxsmith.errors import ExportError, UnknownNameError
 from onnxsmith.exporters import LoadedModel, export, torch_program
-from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+from onnxsmith.graph_passes import PRESETS, make_passes, operator_counts, run_passes
 from onnxsmith.package import ModelPackage
+from onnxsmith.pipeline.exporting import LayerCleanup
 from onnxsmith.runtime import OrtSession, TorchSession, cases_for, compare_sessions, reference_outputs
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -88,6 +89,28 @@ def test_copied_layers_equal_layers_that_were_traced(windows: LoadedModel, atten
         cases = reference_outputs(reference, list(cases_for(reference, limits=program.limits)))
         with OrtSession(run_passes(copied, make_passes(PRESETS[presets])), threads=1) as candidate:
             comparison = compare_sessions(reference, candidate, cases, tolerance=tolerance)
+    assert comparison.passed, comparison.reason
+
+
+@pytest.mark.parametrize(("kind", "folds"), [("Gemma3Text", True), ("Llama", False)])
+def test_layers_that_are_cleaned_before_they_are_copied(windows: LoadedModel, kind: str, folds: bool) -> None:
+    """Gemma adds one to the weights of its norms, which is folded: layer by layer, not once for all."""
+    model = windows if folds else loaded(kind, num_hidden_layers=3)
+    program = torch_program(model)
+    cleanup = LayerCleanup()
+    package = cleanup.finish(export(model, program, attention="fused", tidy=cleanup))
+    names = [step.name for step in package.steps]
+    assert names[:2] == ["export", "cleanup"]
+    assert names.count("cleanup") == 1 + folds
+    whole = run_passes(
+        export(model, program, attention="fused", tracing="whole"), make_passes(PRESETS["clean"])
+    )
+    assert weights(package) == weights(whole)
+    assert operator_counts(package.main.model) == operator_counts(whole.main.model)
+    reference = TorchSession(program)
+    cases = reference_outputs(reference, list(cases_for(reference, limits=program.limits, samples=4)))
+    with OrtSession(package, threads=1) as session:
+        comparison = compare_sessions(reference, session, cases, tolerance=TOLERANCES["float32"])
     assert comparison.passed, comparison.reason
 
 
