@@ -138,8 +138,8 @@ def _encoder(book: Results, notes: Mapping[str, str], settings: Mapping[str, Any
     lines = [
         "Latency of a batch of so many tokens, without padding; x is how many times as fast as ONNX Runtime "
         "on optimum's export. Cosine of mean-pooled embeddings to PyTorch's, and accuracy of a linear probe "
-        f"that was fitted on PyTorch's, on {_first(quality, 'held_out', 0)} labelled snippets of movie reviews "
-        "in padded batches.",
+        f"that was fitted on PyTorch's, on {_first(quality, 'held_out', 0)} labelled snippets of movie "
+        "reviews in padded batches.",
         "",
         *_table([*head, "cosine", "lowest", "accuracy", "MB", "peak MB", ""], rows),
     ]
