@@ -9,11 +9,11 @@ from typing import Any
 
 from onnxsmith.pipeline._report_numbers import as_given, finite, number, part
 
-__all__ = ["bars", "error_by_depth", "scatter", "timeline"]
+__all__ = ["Axis", "bars", "error_by_depth", "scatter", "timeline"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Maps values to positions, linearly or by their logarithm."""
 
     low: float
@@ -23,6 +23,7 @@ class _Axis:
     logarithmic: bool = False
 
     def at(self, value: float) -> float:
+        """The position of a value."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -115,13 +116,13 @@ def scatter(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]])
     if len(items) < 2:
         return None
     width, height = 440, 300
-    x_axis = _Axis(0.0, max(m.size or 0.0 for m in items) * 1.08, 44, width - 12)
+    x_axis = Axis(0.0, max(m.size or 0.0 for m in items) * 1.08, 44, width - 12)
     low, high = min(m.low for m in items), max(m.high for m in items)
     if high / low > 8:
-        y_axis = _Axis(low / 1.3, high * 1.3, height - 40, 12, logarithmic=True)
+        y_axis = Axis(low / 1.3, high * 1.3, height - 40, 12, logarithmic=True)
     else:
         margin = max((high - low) * 0.12, high * 0.01)
-        y_axis = _Axis(max(low - margin, 0.0), high + margin, height - 40, 12)
+        y_axis = Axis(max(low - margin, 0.0), high + margin, height - 40, 12)
     places = [(x_axis.at(m.size or 0.0), y_axis.at(m.value)) for m in items]
     taken = [(x - 7.0, y - 7.0, x + 7.0, y + 7.0) for x, y in places]
     points = []
@@ -186,7 +187,7 @@ def bars(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) ->
         return None
     width, row, left = 440, 46, 1.0
     # The label of a bar stands right of its whisker; the longest must fit.
-    axis = _Axis(0.0, max(m.high for m in items), left, width - 58)
+    axis = Axis(0.0, max(m.high for m in items), left, width - 58)
     drawn = [
         {
             "name": m.name,
@@ -231,8 +232,8 @@ def error_by_depth(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     high = max(errors, default=1.0) * 2
     # What is exact, or nearly, stands on the axis.
     low = max(min(errors, default=1e-3) / 2, high * 1e-9)
-    y_axis = _Axis(low, high, height - 30, 16, logarithmic=True)
-    x_axis = _Axis(0.0, max((t["depth"] for t in tensors), default=0) or 1.0, 52, width - 12)
+    y_axis = Axis(low, high, height - 30, 16, logarithmic=True)
+    x_axis = Axis(0.0, max((t["depth"] for t in tensors), default=0) or 1.0, 52, width - 12)
 
     def at(value: float) -> float:
         return 8.0 if not math.isfinite(value) else y_axis.at(max(value, low))

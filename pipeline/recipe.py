@@ -6,15 +6,16 @@ in ``docs/recipe.schema.json``, for editors.
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic_core import PydanticCustomError
 
 from onnxsmith.pipeline._recipe_text import RecipeText
+from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
+from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
+from onnxsmith.pipeline.training_recipe import TrainingSpec
 
 __all__ = [
     "BenchmarkSpec",
@@ -31,13 +32,6 @@ __all__ = [
 ]
 
 
-def _broken_rule(at: tuple[str | int, ...], got: str, expected: str) -> PydanticCustomError:
-    """A rule about several keys that does not hold; ``at`` is the key to blame, below the model."""
-    return PydanticCustomError(
-        "rule", "{got}; expected {expected}", {"at": at, "got": got, "expected": expected}
-    )
-
-
 # What a budget or a choice is measured by.
 _MEASURED_BY: Mapping[str, str] = {
     "perplexity": "perplexity",
@@ -46,24 +40,9 @@ _MEASURED_BY: Mapping[str, str] = {
     "f1_drop_points": "task",
     "metric_drop_points": "task",
     "latency_ms": "benchmark",
+    "latency_vs_original": "benchmark",
     "peak_rss_mb": "benchmark",
 }
-
-
-class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _no_boolean_numbers(cls, data: Any) -> Any:
-        for name, field in cls.model_fields.items():
-            kinds = {field.annotation, *typing.get_args(field.annotation)}
-            # pydantic takes true for the number 1.
-            if kinds & {int, float} and isinstance(data, dict) and isinstance(data.get(name), bool):
-                raise _broken_rule((name,), str(data[name]).lower(), "a number")
-        return data
 
 
 class ExportSpec(_Model):
@@ -159,7 +138,7 @@ class TaskSpec(_Model):
     """A file or data set, as for `onnxsmith evaluate`; relative to the recipe."""
     metrics: tuple[str, ...] = ()
     """Names of metrics; the usual ones of the task where empty."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = pydantic.Field(default={})
     """What a column is for to its name, where that is not the usual one."""
     split: str = "test"
     """Of a Hugging Face data set."""
@@ -199,7 +178,7 @@ class Budgets(_Model):
     """What a variant must keep to be chosen."""
 
     perplexity_increase_pct: float | None = None
-    """Highest increase of perplexity over torch, in percent."""
+    """Highest increase of perplexity over torch, or the original, in percent."""
     kl_to_reference: float | None = pydantic.Field(default=None, ge=0)
     """Highest mean KL divergence from torch's predictions, in nats."""
     size_mb: float | None = pydantic.Field(default=None, gt=0)
@@ -208,10 +187,12 @@ class Budgets(_Model):
     """Highest median of one call; for decoders of one decoded token."""
     peak_rss_mb: float | None = pydantic.Field(default=None, gt=0)
     """Highest peak of resident memory of a process that runs the variant."""
+    latency_vs_original: float | None = pydantic.Field(default=None, gt=0)
+    """Highest latency as a part of that of the original, which is made with the first variant's passes."""
     f1_drop_points: float | None = None
-    """Points of F1 (macro average, or of answers) that may be lost against torch."""
-    metric_drop_points: dict[str, float] = {}
-    """Name of a metric to the points that may be lost against torch."""
+    """Points of F1 (macro average, or of answers) that may be lost against torch, or the original."""
+    metric_drop_points: dict[str, float] = pydantic.Field(default={})
+    """Name of a metric to the points that may be lost against torch, or the original."""
 
     def limits(self) -> dict[str, float]:
         """The budgets that are set, with one for each metric: ``accuracy_drop_points``."""
@@ -230,6 +211,8 @@ class Recipe(_Model):
     """A Hugging Face directory or hub id, a .gguf file, package.module:factory, or pkg:package/file."""
     task: str | None = None
     """The task; found from the model where absent."""
+    training: TrainingSpec | None = None
+    """Steps between loading and exporting: fine-tune, prune, distil."""
     export: ExportSpec = ExportSpec()
     variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
     calibration: CalibrationSpec | None = None
@@ -260,6 +243,7 @@ class Recipe(_Model):
                 "the text of evaluation.perplexity",
                 "another one, or nothing is measured",
             )
+        self._check_training()
         budgets = self.budgets.model_dump(exclude_none=True, exclude_defaults=True)
         needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
         needs.append((self.choose, ("choose",)))
@@ -268,6 +252,26 @@ class Recipe(_Model):
             if part and getattr(self.evaluation, part) is None:
                 raise _broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
         return self
+
+    def _check_training(self) -> None:
+        scored = self.evaluation
+        if self.training is None:
+            if self.budgets.latency_vs_original is not None:
+                raise _broken_rule(("budgets", "latency_vs_original"), "no training", "steps that compress")
+            return
+        tested = [part.data for part in (scored.task, scored.perplexity) if part is not None]
+        for name in ("data", "validation", "unlabelled"):
+            if getattr(self.training, name) in tested:
+                raise _broken_rule(
+                    ("training", name), "what is evaluated on", "other data, or nothing is measured"
+                )
+        compresses = any(step.compresses for step in self.training.steps)
+        if self.budgets.latency_vs_original is not None and not compresses:
+            raise _broken_rule(
+                ("budgets", "latency_vs_original"),
+                "no step that compresses",
+                "prune, distill or quantization",
+            )
 
 
 def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:

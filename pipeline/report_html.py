@@ -25,6 +25,7 @@ from onnxsmith.pipeline._report_numbers import (
     percent,
     setting,
 )
+from onnxsmith.pipeline._training_charts import loss_curves, training_table
 
 __all__ = ["render_html"]
 
@@ -99,6 +100,10 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "scatter": scatter(report["reference"], variants),
         "bars": bars(report["reference"], variants),
         "timeline": timeline(report["steps"]),
+        "training": training_table(report.get("training")),
+        "taught": (report.get("training") or {}).get("data"),
+        "curves": loss_curves(report.get("training")),
+        "original": report.get("original"),
         "dash": DASH,
     }
 

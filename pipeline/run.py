@@ -13,6 +13,7 @@ from onnxsmith.pipeline.choosing import choose
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import Report, write_report
 from onnxsmith.pipeline.staging import check_destination, check_report_place, staged_directory
+from onnxsmith.pipeline.training_run import checkpoint_directory
 from onnxsmith.pipeline.variant_making import Made, passes_of
 from onnxsmith.pipeline.workbench import Workbench
 from onnxsmith.progress import Progress
@@ -52,7 +53,14 @@ def run_recipe(
     check_destination(destination, force=force)
     check_report_place(failed)
     source = ModelSource.parse(recipe.source, base=base)
-    with Workbench(recipe, source, base=base, verify_each=verify_each, progress=progress) as bench:
+    with Workbench(
+        recipe,
+        source,
+        base=base,
+        verify_each=verify_each,
+        progress=progress,
+        checkpoints=checkpoint_directory(destination),
+    ) as bench:
         report = _new_report(recipe, source, bench, command)
         try:
             with staged_directory(destination, force=force) as staging:
@@ -77,6 +85,7 @@ def run_recipe(
             # Else it would seem that this run failed.
             check_report_place(failed)
             shutil.rmtree(failed, ignore_errors=True)
+            bench.finish()
     return report
 
 
@@ -137,6 +146,8 @@ def _judge_all(bench: Workbench, report: Report, work: Path) -> Made | None:
                 agrees = comparison is not None and comparison["passed"]
                 step.advance(note=f"{variant.report.name}: {'agrees' if agrees else 'differs'}")
         report.reference |= bench.time(made)
+    report.training = bench.training
+    report.original = bench.original.report if bench.original is not None else None
     entry, report.verdict = choose(report.variants, recipe)
     if entry is None:
         return None

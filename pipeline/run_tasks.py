@@ -47,6 +47,16 @@ class TaskMeasure:
         )
         self._task = ""
         self._expected: Outcome | None = None
+        self._original: Outcome | None = None
+
+    def original(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures the model before it was made smaller: from now on, differences are to it.
+
+        Raises:
+            BadInputError: Nobody knows how to evaluate this task.
+        """
+        self._original = self._run(task, session, files)
+        return self._judged("original", session.provider, self._original, None)
 
     def reference(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Measures torch; name of a metric to value and interval.
@@ -54,23 +64,35 @@ class TaskMeasure:
         Raises:
             BadInputError: Nobody knows how to evaluate this task.
         """
+        self._expected = self._run(task, session, files)
+        return self._judged("torch", session.provider, self._expected, self._original)
+
+    def variant(self, name: str, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures a variant; with the difference of each metric to the original, or to torch without one."""
+        outcome = self._run(self._task, session, files)
+        return self._judged(name, session.provider, outcome, self._original or self._expected)
+
+    def _run(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> Outcome:
         if task is None or task not in TASK_RUNS:
             raise BadInputError(
                 "evaluation.task", got=f"a model for {task or 'no known task'}",
                 expected=f"one for {', '.join(TASK_RUNS)}", remedy="Leave evaluation.task out of the recipe",
             )  # fmt: skip
         self._task = task
-        self._expected = run_task(task, session, files, self._data, self._settings)
-        return self._judged("torch", session.provider, self._expected, None)
-
-    def variant(self, name: str, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
-        """Measures a variant; with the difference of each metric to torch."""
-        outcome = run_task(self._task, session, files, self._data, self._settings)
-        return self._judged(name, session.provider, outcome, self._expected)
+        return run_task(task, session, files, self._data, self._settings)
 
     def _judged(self, name: str, provider: str, outcome: Outcome, against: Outcome | None) -> dict[str, Any]:
         result = judge(
-            name, provider, self._task, self._data, outcome, self._metrics, against, "torch", 1000, self._seed
+            name,
+            provider,
+            self._task,
+            self._data,
+            outcome,
+            self._metrics,
+            against,
+            "original" if self._original is not None else "torch",
+            1000,
+            self._seed,
         ).to_json()
         return {
             metric: values | ({"difference": result["differences"][metric]} if against else {})
@@ -87,6 +109,7 @@ def budget_values(entry: VariantReport) -> Mapping[str, float | None]:
         "perplexity_increase_pct": entry.perplexity_increase_pct,
         "kl_to_reference": entry.kl_to_reference,
         "latency_ms": bench["latency_ms"]["p50"] if bench.get("latency_ms") else None,
+        "latency_vs_original": bench.get("latency_vs_original"),
         "peak_rss_mb": bench.get("peak_rss_mb"),
     } | _drops(entry.task_metrics)
 
