@@ -16,6 +16,8 @@ _FUSED: tuple[PassSpec, ...] = (
     ("cleanup", {}),
     ("fuse_transformer", {}),
     ("fuse_attention", {}),
+    ("fuse_silu", {}),
+    ("fold_embedding_scale", {}),
     ("flatten_attention", {}),
 )
 _ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
@@ -86,6 +88,8 @@ REASONS: Mapping[str, str] = {
     "cleanup": "before fusion: patterns are written for graphs without no-ops and computed constants",
     "fuse_transformer": "before quantization, which keeps MatMul and replaces its weight",
     "fuse_attention": "what fuse_transformer does not recognise: attention in graphs of other exporters",
+    "fuse_silu": "after cleanup, which takes away what stands between Sigmoid and Mul",
+    "fold_embedding_scale": "before quantization, so that the scaled table is what gets quantized",
     "flatten_attention": "after fusion has made RotaryEmbedding of the nodes between the axes' swaps",
     "split_skip_layer_norm": "after fusion, which made them: on CPUs two operators are faster",
     "rotary_in_attention": "after flatten_attention, whose flat operands it needs",

@@ -361,13 +361,14 @@ def test_a_real_export_becomes_what_one_would_write_by_hand(exported: ir.Model) 
     before = run(model, given)
     for name in ("transpose_weights", "cleanup", "fuse_transformer"):
         load_pass(name).create({})(model)
-    for name in ("flatten_attention", "rotary_in_attention", "pack_projections"):
+    for name in ("fuse_silu", "flatten_attention", "rotary_in_attention", "pack_projections"):
         outcome = load_pass(name).create({})(model)
         assert outcome.modified
         assert not outcome.changes.skipped
     assert_same(before, run(model, given), rtol=1e-5)
     counts = operator_counts(model)
     assert counts["com.microsoft.GroupQueryAttention"] == 2
+    assert counts["com.microsoft.QuickGelu"] == 2
     # Of each layer: packed projections, output, gate, up, down; angles and head once.
     assert counts["MatMul"] == 2 * 5 + 2
     assert "Transpose" not in counts
