@@ -44,7 +44,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Where those environments are, and a Vulkan without a GPU for WebGPU.
 APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
 
-.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes docs wheel clean
+.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes bench-peers docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,13 @@ bench: $(READY)  ## the main benchmark
 
 bench-passes: $(READY) $(PEERS)/.optimizers  ## graph passes beside onnxslim, onnxsim and others
 	$(OFFLINE) $(BIN)/python benchmarks/passes.py --peers $(PEERS)/bin/python
+
+# Each peer in an environment of its own, below BENCH_PEERS. What is measured already is not measured again.
+BENCH_PEERS ?= .venv-peers
+BENCH_ARGS ?=
+
+bench-peers: $(READY)  ## us beside other people's converters and runtimes: docs/benchmarks.md
+	$(OFFLINE) $(BIN)/python benchmarks/peers.py --environments $(BENCH_PEERS) $(BENCH_ARGS)
 
 # An environment of their own: their dependencies are no business of ours.
 $(PEERS)/.optimizers:

@@ -32,7 +32,7 @@ from onnxsmith.source import ModelSource, SourceKind
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "TASKS", "LoadedModel", "file_sha256", "load_torch"]
+__all__ = ["DTYPES", "TASKS", "LoadedModel", "config_json", "file_sha256", "load_torch"]
 
 # Task -> (the transformers classes that load it, the architecture suffix that implies it). Most architectures
 # stand in the tables of these classes; suffixes are for those that do not. The first task that fits is taken.
@@ -208,7 +208,7 @@ def _load_hugging_face(
             )
         _refuse_missing(source, info, expected=f"a checkpoint for {task}")
     assert module is not None
-    files = _tokenizer_files(source, where, options) | {"config.json": _config_json(module)}
+    files = _tokenizer_files(source, where, options) | {"config.json": config_json(module)}
     provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}
     if source.path:
         provenance["files"] = entries()
@@ -370,7 +370,7 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
         config.bos_token_id, config.eos_token_id = ids["bos"], ids["eos"]
         config.pad_token_id = ids["pad"] if ids["pad"] is not None else ids["eos"]
     files = saved_files(tokenizer) | {
-        "config.json": _config_json(module),
+        "config.json": config_json(module),
         "generation_config.json": _json_bytes(module.generation_config.to_diff_dict()),
     }
     provenance = {
@@ -383,7 +383,8 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
     return LoadedModel(module, source, TEXT_GENERATION, files, provenance, weights=weights)
 
 
-def _config_json(module: Any) -> bytes:
+def config_json(module: Any) -> bytes:
+    """The configuration of a model of transformers, without what only this machine knows."""
     config = json.loads(module.config.to_json_string(use_diff=True))
     for key in ("_name_or_path", "_attn_implementation_autoset"):
         config.pop(key, None)

@@ -10,46 +10,60 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["BlockTarget", "add_node", "block_means", "constant", "lazy", "reshape", "spread", "unused"]
+__all__ = ["BlockTarget", "add_node", "block_sums", "constant", "lazy", "reshape", "spread", "unused"]
 
 _DOMAIN = "com.microsoft"
 
 
 @dataclasses.dataclass
 class BlockTarget:
-    """The graph that is written to, the names in it, and the block means of activations that it has."""
+    """The graph that is written to, the names in it, and the block sums of activations that it has."""
 
     graph: ir.Graph
     accuracy_level: int
     taken: set[str]
-    means: dict[tuple[ir.Value, int], ir.Value] = dataclasses.field(default_factory=dict)
+    sums: dict[tuple[ir.Value, int], tuple[ir.Value, float]] = dataclasses.field(default_factory=dict)
 
 
-def block_means(into: BlockTarget, x: ir.Value, columns: int, block_size: int) -> ir.Value:
-    """The mean of each block of the last axis: (..., K) -> (..., K / block)."""
-    name, dtype = f"{x.name}_means_{block_size}", x.dtype or ir.DataType.FLOAT
+def block_sums(into: BlockTarget, x: ir.Value, columns: int, block_size: int) -> tuple[ir.Value, float]:
+    """The sum of each block of the last axis, but for a factor: (..., K) -> (..., K / block)."""
+    name, dtype = f"{x.name}_sums_{block_size}", x.dtype or ir.DataType.FLOAT
     producer = x.producer()
     # At once after what makes it, so that it stands before everything that reads it.
     beside, after = (into.graph[0], False) if producer is None else (producer, True)
-    attributes: dict[str, Any]
-    # The one operator with a kernel for it takes three axes, in float32.
-    if x.shape is not None and x.shape.rank() == 3 and dtype == ir.DataType.FLOAT:
-        attributes = {"kernel_shape": [block_size], "strides": [block_size]}
-        return add_node(into, beside, "AveragePool", [x], attributes, name, dtype, after=after)
+    if x.shape is not None and dtype == ir.DataType.FLOAT:
+        # A tenth of what AveragePool takes for a prompt, and a third of a product with ones.
+        leading = x.shape.rank() - 1
+        blocks = (*[0] * leading, columns // block_size, block_size)
+        shape = _shared(into, np.array(blocks, np.int64), f"blocks_{leading}_{columns}_{block_size}")
+        axes = _shared(into, np.array([leading + 1], np.int64), f"axis_{leading + 1}")
+        parts = add_node(into, beside, "Reshape", [x, shape], {}, f"{name}_blocks", dtype, after=after)
+        split = parts.producer() if after else beside
+        assert split is not None
+        sums = add_node(into, split, "ReduceSum", [parts, axes], {"keepdims": 0}, name, dtype, after=after)
+        return sums, 1.0
+    # In float16 means, whose sums might be too large.
     inputs, attributes = (
         [x, spread(into, columns, block_size, dtype)],
         {"transB": 1, "alpha": 1 / block_size},
     )
-    return add_node(into, beside, "FusedMatMul", inputs, attributes, name, dtype, domain=_DOMAIN, after=after)
+    means = add_node(
+        into, beside, "FusedMatMul", inputs, attributes, name, dtype, domain=_DOMAIN, after=after
+    )
+    return means, float(block_size)
 
 
 def spread(into: BlockTarget, columns: int, block_size: int, dtype: ir.DataType) -> ir.Value:
     """(blocks, K), 1 where a column is in a block: repeats a value to a block, or sums a block to a value."""
-    name = f"spread_{columns}_{block_size}_{dtype.name.lower()}"
-    if name in into.graph.initializers:
-        return into.graph.initializers[name]
     array = np.repeat(np.eye(columns // block_size, dtype=dtype.numpy()), block_size, axis=1)
-    return constant(into, array, name)
+    return _shared(into, array, f"spread_{columns}_{block_size}_{dtype.name.lower()}")
+
+
+def _shared(into: BlockTarget, array: npt.NDArray[Any], name: str) -> ir.Value:
+    """One constant for all weights of a graph."""
+    key = f"onnxsmith_{name}"
+    known = into.graph.initializers.get(key)
+    return known if known is not None else constant(into, array, key)
 
 
 def add_node(

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxsmith.graph_passes.block_nodes import (
     BlockTarget,
     add_node,
-    block_means,
+    block_sums,
     constant,
     lazy,
     reshape,
@@ -405,11 +405,12 @@ def _shifted(into: BlockTarget, node: ir.Node, offsets: ir.Value, columns: int, 
     product.name = unused(into, f"{name}_codes")
     dtype = activation.dtype or ir.DataType.FLOAT
     key = (activation, block_size)
-    if key not in into.means:
-        into.means[key] = block_means(into, activation, columns, block_size)
-    attributes = {"transB": 1, "alpha": float(block_size)}
+    if key not in into.sums:
+        into.sums[key] = block_sums(into, activation, columns, block_size)
+    sums, factor = into.sums[key]
+    attributes = {"transB": 1, "alpha": factor}
     shift = add_node(
-        into, node, "FusedMatMul", [into.means[key], offsets], attributes, f"{name}_offset", dtype,
+        into, node, "FusedMatMul", [sums, offsets], attributes, f"{name}_offset", dtype,
         domain=_DOMAIN, after=True,
     )  # fmt: skip
     maker = shift.producer()

@@ -56,7 +56,7 @@ class SetAccuracyLevel(GraphPass):
 class RepackBlocks(GraphPass):
     """Stores blocks without a fast kernel in ONNX Runtime in a form that has one; nothing is rounded.
 
-    Float zero points become symmetric codes beside a product of block means, see ``block_operators``. Codes
+    Float zero points become symmetric codes beside a product of block sums, see ``block_operators``. Codes
     of 2 bits in blocks of 16 become codes of 4 bits.
     """
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from onnxsmith.pipeline._recipe_text import RecipeText
-from onnxsmith.pipeline.recipe_model import RecipeModel, broken_rule
-from onnxsmith.pipeline.tuning_space import TuneSpec
+from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
+from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
+from onnxsmith.pipeline.training_recipe import TrainingSpec
 
 __all__ = [
     "BenchmarkSpec",
@@ -38,13 +39,13 @@ _MEASURED_BY: Mapping[str, str] = {
     "kl_to_reference": "perplexity",
     "f1_drop_points": "task",
     "metric_drop_points": "task",
-    "metric_drop_pct": "task",
     "latency_ms": "benchmark",
+    "latency_vs_original": "benchmark",
     "peak_rss_mb": "benchmark",
 }
 
 
-class ExportSpec(RecipeModel):
+class ExportSpec(_Model):
     """How the model becomes ONNX."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -61,7 +62,7 @@ PassEntry = Annotated[
 ]
 
 
-class Variant(RecipeModel):
+class Variant(_Model):
     """One thing to make of the exported model."""
 
     name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64)]
@@ -75,11 +76,11 @@ class Variant(RecipeModel):
     def _one_of(self) -> Variant:
         if (self.preset is None) == (self.passes is None):
             got = "neither preset nor passes" if self.preset is None else "both preset and passes"
-            raise broken_rule((), got, "one of them")
+            raise _broken_rule((), got, "one of them")
         for number, entry in enumerate(self.passes or ()):
             if isinstance(entry, dict) and len(entry) != 1:
                 got = f"an entry with {len(entry)} names"
-                raise broken_rule(("passes", number), got, "a name, or one name with its parameters")
+                raise _broken_rule(("passes", number), got, "a name, or one name with its parameters")
         return self
 
     def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
@@ -99,23 +100,14 @@ class Variant(RecipeModel):
         return [(e, {}) if isinstance(e, str) else next(iter(e.items())) for e in entries]
 
 
-def _check_share(share: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= share[0] < share[1] <= 1:
-        raise broken_rule((), f"from {share[0]:g} to {share[1]:g}", "two numbers from 0 to 1 that increase")
-    return share
-
-
-Share = Annotated[tuple[float, float], pydantic.AfterValidator(_check_share)]
-
-
-class ComparisonSpec(RecipeModel):
+class ComparisonSpec(_Model):
     """Every variant against torch, output by output."""
 
     samples: int | None = pydantic.Field(default=None, ge=1)
     """Number of cases; all kinds (lengths, batches, padding, cache) where absent."""
 
 
-class PerplexitySpec(RecipeModel):
+class PerplexitySpec(_Model):
     """How well the variants predict a text (decoders)."""
 
     data: str
@@ -124,11 +116,9 @@ class PerplexitySpec(RecipeModel):
     """Tokens used, from the beginning."""
     window: int = pydantic.Field(default=512, ge=2)
     """Tokens in a window; each window starts from an empty cache."""
-    share: Share = (0.0, 1.0)
-    """Part of these tokens that is used, from and to, as shares of the whole; cut between windows."""
 
 
-class BenchmarkSpec(RecipeModel):
+class BenchmarkSpec(_Model):
     """How fast the variants are."""
 
     prompt_tokens: int = pydantic.Field(default=128, ge=1)
@@ -141,7 +131,7 @@ class BenchmarkSpec(RecipeModel):
     """Also measure torch."""
 
 
-class TaskSpec(RecipeModel):
+class TaskSpec(_Model):
     """How good the variants are at what the model is for, on labelled data."""
 
     data: str
@@ -154,8 +144,6 @@ class TaskSpec(RecipeModel):
     """Of a Hugging Face data set."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Rows used, from the beginning; all where absent."""
-    share: Share = (0.0, 1.0)
-    """Part of these rows that is used, from and to, as shares of the whole; shuffled first if not all."""
     batch: int = pydantic.Field(default=16, ge=1)
     """Rows at once."""
     max_length: int | None = pydantic.Field(default=None, ge=2)
@@ -166,7 +154,7 @@ class TaskSpec(RecipeModel):
     """Rows that a probe on features is trained on."""
 
 
-class Evaluation(RecipeModel):
+class Evaluation(_Model):
     """What is measured of each variant."""
 
     comparison: ComparisonSpec = ComparisonSpec()
@@ -175,7 +163,7 @@ class Evaluation(RecipeModel):
     benchmark: BenchmarkSpec | None = BenchmarkSpec()
 
 
-class CalibrationSpec(RecipeModel):
+class CalibrationSpec(_Model):
     """What passes that look at activations run the model on."""
 
     data: str
@@ -186,11 +174,11 @@ class CalibrationSpec(RecipeModel):
     """Longest sample of a text: decoders take pieces of this length, other models lines."""
 
 
-class Budgets(RecipeModel):
+class Budgets(_Model):
     """What a variant must keep to be chosen."""
 
     perplexity_increase_pct: float | None = None
-    """Highest increase of perplexity over torch, in percent."""
+    """Highest increase of perplexity over torch, or the original, in percent."""
     kl_to_reference: float | None = pydantic.Field(default=None, ge=0)
     """Highest mean KL divergence from torch's predictions, in nats."""
     size_mb: float | None = pydantic.Field(default=None, gt=0)
@@ -199,26 +187,20 @@ class Budgets(RecipeModel):
     """Highest median of one call; for decoders of one decoded token."""
     peak_rss_mb: float | None = pydantic.Field(default=None, gt=0)
     """Highest peak of resident memory of a process that runs the variant."""
+    latency_vs_original: float | None = pydantic.Field(default=None, gt=0)
+    """Highest latency as a part of that of the original, which is made with the first variant's passes."""
     f1_drop_points: float | None = None
-    """Points of F1 (macro average, or of answers) that may be lost against torch."""
+    """Points of F1 (macro average, or of answers) that may be lost against torch, or the original."""
     metric_drop_points: dict[str, float] = pydantic.Field(default={})
-    """Name of a metric to the points that may be lost against torch."""
-    metric_drop_pct: dict[str, float] = pydantic.Field(default={})
-    """Name of a metric to the percents of torch's value that may be lost."""
+    """Name of a metric to the points that may be lost against torch, or the original."""
 
     def limits(self) -> dict[str, float]:
         """The budgets that are set, with one for each metric: ``accuracy_drop_points``."""
-        found: dict[str, float] = {}
-        for key, value in self.model_dump(exclude_none=True).items():
-            # `metric_drop_points: {accuracy: 1}` is `accuracy_drop_points`.
-            suffix = key.removeprefix("metric")
-            found |= (
-                {f"{name}{suffix}": limit for name, limit in value.items()} if suffix != key else {key: value}
-            )
-        return found
+        single = self.model_dump(exclude_none=True, exclude={"metric_drop_points"})
+        return single | {f"{name}_drop_points": limit for name, limit in self.metric_drop_points.items()}
 
 
-class Recipe(RecipeModel):
+class Recipe(_Model):
     """A source, what to make of it, and what must hold."""
 
     schema_version: Literal[1]
@@ -229,11 +211,10 @@ class Recipe(RecipeModel):
     """A Hugging Face directory or hub id, a .gguf file, package.module:factory, or pkg:package/file."""
     task: str | None = None
     """The task; found from the model where absent."""
+    training: TrainingSpec | None = None
+    """Steps between loading and exporting: fine-tune, prune, distil."""
     export: ExportSpec = ExportSpec()
-    variants: tuple[Variant, ...] = ()
-    """What to make, each by itself. At least one, but for recipes that are only tuned."""
-    tune: TuneSpec | None = None
-    """What `onnxsmith tune` searches; `onnxsmith run` does not look at it."""
+    variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
     calibration: CalibrationSpec | None = None
     provider: str = "cpu"
     """The execution provider that the variants run on: a name, with options ``name:key=value,...`` too."""
@@ -249,32 +230,48 @@ class Recipe(RecipeModel):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if not self.variants and self.tune is None:
-            raise broken_rule(("variants",), "no variant", "at least one, or a key tune")
         names = [variant.name for variant in self.variants]
         for number, name in enumerate(names):
             if name in names[:number]:
-                raise broken_rule(
+                raise _broken_rule(
                     ("variants", number, "name"), f"a second variant named {name!r}", "unique names"
                 )
         scored = self.evaluation.perplexity
         if self.calibration and scored and self.calibration.data == scored.data:
-            raise broken_rule(
+            raise _broken_rule(
                 ("calibration", "data"),
                 "the text of evaluation.perplexity",
                 "another one, or nothing is measured",
             )
+        self._check_training()
         budgets = self.budgets.model_dump(exclude_none=True, exclude_defaults=True)
-        needs: list[tuple[str, tuple[str | int, ...]]] = [(name, ("budgets", name)) for name in budgets]
+        needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
         needs.append((self.choose, ("choose",)))
-        for number, name in enumerate(self.tune.objectives if self.tune else ()):
-            needs.append((name, ("tune", "objectives", number)))
         for measured, at in needs:
-            suffix = measured.rpartition("_drop_")[2]
-            part = _MEASURED_BY.get(measured, "task" if suffix in ("points", "pct") else None)
+            part = _MEASURED_BY.get(measured)
             if part and getattr(self.evaluation, part) is None:
-                raise broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
+                raise _broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
         return self
+
+    def _check_training(self) -> None:
+        scored = self.evaluation
+        if self.training is None:
+            if self.budgets.latency_vs_original is not None:
+                raise _broken_rule(("budgets", "latency_vs_original"), "no training", "steps that compress")
+            return
+        tested = [part.data for part in (scored.task, scored.perplexity) if part is not None]
+        for name in ("data", "validation", "unlabelled"):
+            if getattr(self.training, name) in tested:
+                raise _broken_rule(
+                    ("training", name), "what is evaluated on", "other data, or nothing is measured"
+                )
+        compresses = any(step.compresses for step in self.training.steps)
+        if self.budgets.latency_vs_original is not None and not compresses:
+            raise _broken_rule(
+                ("budgets", "latency_vs_original"),
+                "no step that compresses",
+                "prune, distill or quantization",
+            )
 
 
 def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:

@@ -104,12 +104,13 @@ class Report:
     recipe: dict[str, Any]
     steps: list[StepTiming] = dataclasses.field(default_factory=list)
     reference: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
     variants: list[VariantReport] = dataclasses.field(default_factory=list)
     chosen: str | None = None
     verdict: str = ""
     generation: dict[str, Any] | None = None
     artifact: dict[str, Any] | None = None
-    tuning: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.datasets import load_dataset
@@ -40,8 +37,6 @@ class TaskMeasure:
         self._data = load_dataset(
             spec.data, columns=spec.columns, split=spec.split, limit=spec.limit, base=base
         )
-        if spec.share != (0.0, 1.0):
-            self._data = self._data.take(_share_of(len(self._data), spec.share))
         self._metrics, self._seed = spec.metrics, recipe.seed
         self._settings = RunSettings(
             batch=spec.batch,
@@ -52,6 +47,16 @@ class TaskMeasure:
         )
         self._task = ""
         self._expected: Outcome | None = None
+        self._original: Outcome | None = None
+
+    def original(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures the model before it was made smaller: from now on, differences are to it.
+
+        Raises:
+            BadInputError: Nobody knows how to evaluate this task.
+        """
+        self._original = self._run(task, session, files)
+        return self._judged("original", session.provider, self._original, None)
 
     def reference(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Measures torch; name of a metric to value and interval.
@@ -59,33 +64,35 @@ class TaskMeasure:
         Raises:
             BadInputError: Nobody knows how to evaluate this task.
         """
+        self._expected = self._run(task, session, files)
+        return self._judged("torch", session.provider, self._expected, self._original)
+
+    def variant(self, name: str, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Measures a variant; with the difference of each metric to the original, or to torch without one."""
+        outcome = self._run(self._task, session, files)
+        return self._judged(name, session.provider, outcome, self._original or self._expected)
+
+    def _run(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> Outcome:
         if task is None or task not in TASK_RUNS:
             raise BadInputError(
                 "evaluation.task", got=f"a model for {task or 'no known task'}",
                 expected=f"one for {', '.join(TASK_RUNS)}", remedy="Leave evaluation.task out of the recipe",
             )  # fmt: skip
         self._task = task
-        self._expected = run_task(task, session, files, self._data, self._settings)
-        return self._judged("torch", session.provider, self._expected, None)
-
-    @property
-    def expected(self) -> tuple[str, Outcome]:
-        """The task, and what torch said; see ``recall``."""
-        assert self._expected is not None, "torch was not measured"
-        return self._task, self._expected
-
-    def recall(self, task: str, expected: Outcome) -> None:
-        """Takes what torch said of these rows in another process."""
-        self._task, self._expected = task, expected
-
-    def variant(self, name: str, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
-        """Measures a variant; with the difference of each metric to torch."""
-        outcome = run_task(self._task, session, files, self._data, self._settings)
-        return self._judged(name, session.provider, outcome, self._expected)
+        return run_task(task, session, files, self._data, self._settings)
 
     def _judged(self, name: str, provider: str, outcome: Outcome, against: Outcome | None) -> dict[str, Any]:
         result = judge(
-            name, provider, self._task, self._data, outcome, self._metrics, against, "torch", 1000, self._seed
+            name,
+            provider,
+            self._task,
+            self._data,
+            outcome,
+            self._metrics,
+            against,
+            "original" if self._original is not None else "torch",
+            1000,
+            self._seed,
         ).to_json()
         return {
             metric: values | ({"difference": result["differences"][metric]} if against else {})
@@ -102,20 +109,9 @@ def budget_values(entry: VariantReport) -> Mapping[str, float | None]:
         "perplexity_increase_pct": entry.perplexity_increase_pct,
         "kl_to_reference": entry.kl_to_reference,
         "latency_ms": bench["latency_ms"]["p50"] if bench.get("latency_ms") else None,
+        "latency_vs_original": bench.get("latency_vs_original"),
         "peak_rss_mb": bench.get("peak_rss_mb"),
     } | _drops(entry.task_metrics)
-
-
-def _share_of(count: int, share: tuple[float, float]) -> list[int]:
-    """The rows of a share, in the order of the data. Which rows those are depends on their number alone."""
-    order = np.random.default_rng(0).permutation(count)
-    begin, end = (round(edge * count) for edge in share)
-    if begin == end:
-        raise BadInputError(
-            "evaluation.task", got=f"{count} rows, and none from {share[0]:.0%} to {share[1]:.0%}",
-            expected="at least one in each part", remedy="Give more rows, or take fewer folds",
-        )  # fmt: skip
-    return sorted(int(row) for row in order[begin:end])
 
 
 def _drops(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
@@ -125,12 +121,6 @@ def _drops(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
         for name, values in (metrics or {}).items()
         if "difference" in values
     }
-    for name, values in (metrics or {}).items():
-        if "difference" in values:
-            difference = values["difference"]
-            reference = values["value"] - difference["value"]
-            lost = math.copysign(difference["value"], difference["drop_points"])
-            found[f"{name}_drop_pct"] = 100 * lost / abs(reference) if reference else None
     for name in _F1:
         if f"{name}_drop_points" in found:
             found.setdefault("f1_drop_points", found[f"{name}_drop_points"])

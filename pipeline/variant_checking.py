@@ -18,7 +18,7 @@ from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe
 from onnxsmith.pipeline.references import Reference, checked_placement, open_programs
 from onnxsmith.pipeline.run_tasks import TaskMeasure
 from onnxsmith.pipeline.staging import require_space
-from onnxsmith.pipeline.texts import load_text, share_bounds, text_sha256
+from onnxsmith.pipeline.texts import load_text, text_sha256
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.pipeline.variant_making import Made, error_text
 from onnxsmith.progress import Progress
@@ -71,6 +71,35 @@ class VariantChecker:
         self.tasks = TaskMeasure(recipe, base) if recipe.evaluation.task else None
         spec = recipe.evaluation.perplexity
         self.text = load_text(spec.data, base=base) if spec else ""
+        self._original_perplexity: float | None = None
+
+    def ask_original(self, programs: Mapping[str, TorchProgram], package: ModelPackage) -> dict[str, Any]:
+        """Asks the model before it was made smaller, to which differences and budgets will be.
+
+        Args:
+            programs: The model.
+            package: Its tokenizer and configuration files are used.
+
+        Returns:
+            What it scored, for the report.
+        """
+        from onnxsmith.runtime import perplexity
+
+        found: dict[str, Any] = {"task_metrics": None, "perplexity": None}
+        program, name = next(iter(programs.values())), next(iter(programs))
+        spec = self.recipe.evaluation.perplexity
+        if self.tasks is None and spec is None:
+            return found
+        with open_programs(programs) as reference:
+            session = reference.sessions[name]
+            if self.tasks is not None:
+                found["task_metrics"] = self.tasks.original(program.task, session, package.files)
+            if spec is not None:
+                tokens = self._tokens(spec, package, program.limits["input_ids"])
+                result = perplexity(session, tokens, window=spec.window)
+                self._original_perplexity = result.value
+                found["perplexity"] = dataclasses.asdict(result)
+        return found
 
     @contextlib.contextmanager
     def open(
@@ -147,6 +176,8 @@ class VariantChecker:
                     entry.kl_to_reference = scored.kl_to_reference
                     entry.top1_agreement = scored.top1_agreement
                     entry.perplexity_increase_pct = scored.increase_pct
+                    if self._original_perplexity is not None:
+                        entry.perplexity_increase_pct = 100 * (scored.value / self._original_perplexity - 1)
                 if self.tasks is not None:
                     entry.task_metrics = self.tasks.variant(entry.name, sessions[name], package.files)
         except LackingError:
@@ -164,7 +195,7 @@ class VariantChecker:
                 got=f"its tokenizer gives id {ids.max()}",
                 expected=f"below {limit}, the vocabulary",
             )
-        return ids[slice(*share_bounds(len(ids), spec.share, spec.window))]
+        return ids
 
 
 def described(recipe: Recipe, programs: Mapping[str, TorchProgram]) -> dict[str, Any]:
@@ -172,7 +203,7 @@ def described(recipe: Recipe, programs: Mapping[str, TorchProgram]) -> dict[str,
     # What components share counts once.
     parameters = {id(p): p for program in programs.values() for p in program.module.parameters()}
     return {
-        "name": f"torch {recipe.export.dtype}",
+        "name": f"torch {recipe.export.dtype}{', trained' if recipe.training else ''}",
         "perplexity": None,
         "prefill_tokens_per_s": None,
         "decode_tokens_per_s": None,

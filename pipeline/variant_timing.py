@@ -21,6 +21,7 @@ def time_variants(
     recipe: Recipe,
     *,
     progress: Progress,
+    original: Made | None = None,
 ) -> dict[str, Any]:
     """Adds to the reports of variants how fast they are. One that cannot be measured gets an error.
 
@@ -29,6 +30,7 @@ def time_variants(
         programs: PyTorch, measured beside them if the recipe wants it.
         recipe: How.
         progress: Who listens.
+        original: The model before it was made smaller, to which the variants' latency is compared.
 
     Returns:
         Medians of PyTorch, for the report; empty where it was not measured.
@@ -45,6 +47,8 @@ def time_variants(
         return {}
     settings = BenchSettings(**spec.model_dump(exclude={"reference"}), seed=recipe.seed)
     candidates = [Candidate(v.report.name, v.directory, recipe.provider) for v in made]
+    if original is not None:
+        candidates.append(Candidate("original", original.directory, recipe.provider))
     if spec.reference:
         candidates.append(Candidate("torch", program=next(iter(programs.values()))))
     with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
@@ -57,6 +61,11 @@ def time_variants(
         )
     # Not looked up by name: a variant may be called torch too.
     torch_result = results.pop() if spec.reference else None
+    original_result = results.pop() if original is not None else None
+    base_ms = None
+    if original is not None and original_result is not None and not original_result.error:
+        original.report.bench = original_result.to_json()
+        base_ms = original_result.latency_ms.p50 if original_result.latency_ms else None
     for variant, result in zip(made, results, strict=True):
         if result.error:
             variant.report.error = result.error
@@ -66,6 +75,8 @@ def time_variants(
         if torch_result is not None and torch_result.latency_ms and result.latency_ms:
             ratio = torch_result.latency_ms.p50 / result.latency_ms.p50
         variant.report.bench["decode_vs_reference"] = ratio
+        if base_ms and result.latency_ms:
+            variant.report.bench["latency_vs_original"] = result.latency_ms.p50 / base_ms
     if torch_result is None:
         return {}
     plain = torch_result.to_json()

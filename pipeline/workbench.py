@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from onnxsmith.errors import SourceError
+from onnxsmith.errors import SourceError, require
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.choosing import hold_budgets
+from onnxsmith.pipeline.originals import Original
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import VariantReport
 from onnxsmith.pipeline.staging import require_space
 from onnxsmith.pipeline.step_log import StepLog
 from onnxsmith.pipeline.stepwise import StepVerifier
+from onnxsmith.pipeline.training_run import TrainingRun
 from onnxsmith.pipeline.variant_checking import OpenReference, VariantChecker, described
 from onnxsmith.pipeline.variant_making import Made, VariantMaker, passes_of
 from onnxsmith.pipeline.variant_timing import time_variants
@@ -47,6 +50,8 @@ class Workbench:
         backend: What the variants run on.
         log: The steps so far, with their times.
         provenance: Files with hashes, architecture, parameters; empty before ``load``.
+        training: What the steps of training did; None where the recipe has none.
+        original: The model before it was made smaller; None where no step did that.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Workbench:
         base: Path | None = None,
         verify_each: bool = False,
         progress: Progress | None = None,
+        checkpoints: Path | None = None,
     ) -> None:
         """Reads the data that the recipe names.
 
@@ -66,6 +72,7 @@ class Workbench:
             base: The directory that relative paths of the recipe start from.
             verify_each: Check the model after each pass; a pass that breaks it fails its variant, by name.
             progress: Who listens.
+            checkpoints: Where training keeps its state, so that it goes on if it is killed.
 
         Raises:
             SourceError: A source that is no PyTorch model.
@@ -82,6 +89,9 @@ class Workbench:
         self.log = StepLog(progress)
         self.backend = OrtBackend(recipe.provider)
         self.provenance: dict[str, Any] = {}
+        self.training: dict[str, Any] | None = None
+        self.original: Original | None = None
+        self._training = TrainingRun(recipe, base=base, checkpoints=checkpoints) if recipe.training else None
         self._checker = VariantChecker(recipe, self.backend, base=base)
         self._calibration = CalibrationData.of(recipe.calibration, base=base)
         self._verify = StepVerifier() if verify_each else None
@@ -118,11 +128,18 @@ class Workbench:
 
         recipe = self.recipe
         with self.log.step("load") as step:
-            loaded = load_torch(self.source, task=recipe.task, dtype=recipe.export.dtype, lazy=True)
+            dtype = recipe.export.dtype if self._training is None else "float32"
+            loaded = load_torch(self.source, task=recipe.task, dtype=dtype, lazy=self._training is None)
             self.provenance = loaded.provenance
             step.note = (
                 f"{self.provenance['architecture']}, {self.provenance['parameters'] / 1e6:.1f} M parameters"
             )
+        trained = None
+        if self._training is not None:
+            trained = self._training.apply(loaded, self.log)
+            loaded, self.training = trained.model, trained.report
+            self.provenance = loaded.provenance
+            loaded.module.to(getattr(require("torch", purpose="training"), recipe.export.dtype))
         size = sum(p.numel() * p.element_size() for p in loaded.module.parameters())
         require_space(work, size * (variants + 1), purpose=f"variants of {recipe.name}")
         if loaded.task != TEXT_GENERATION and recipe.evaluation.perplexity is not None:
@@ -136,6 +153,15 @@ class Workbench:
                 loaded, self._programs, attention=recipe.export.attention, opset=recipe.export.opset
             )
             step.note = exported.steps[-1].details.get("attention", "")
+        if trained is not None:
+            exported = dataclasses.replace(exported, steps=(*trained.records, *exported.steps))
+            if trained.original is not None:
+                first = passes_of(recipe.variants[0].specs())
+                self.original = Original.of(
+                    trained.original, recipe, work.with_name("original"), first,
+                    context=lambda package: context_for(self.source, package, self._calibration),
+                    provider=self.backend.name, progress=self.log,
+                )  # fmt: skip
         self._work, self._exported = work, exported
         self._maker = VariantMaker(
             exported,
@@ -165,6 +191,8 @@ class Workbench:
         """PyTorch, open until the bench is closed, and what it said; asked at the first call."""
         assert self._work is not None, "the model was not loaded"
         if self._reference is None:
+            if self.original is not None:
+                self.original.ask(self._checker.ask_original, self.log)
             self._reference = self._stack.enter_context(
                 self._checker.open(self._programs, self._exported, self._work, self.log)
             )
@@ -176,7 +204,17 @@ class Workbench:
 
     def time(self, variants: Sequence[Made]) -> dict[str, Any]:
         """Measures how fast variants are, in turn, and PyTorch beside them; see ``time_variants``."""
-        return time_variants(variants, self._programs, self.recipe, progress=self.log)
+        original = self.original
+        made = original.made if original is not None and original.made and not original.made.failed else None
+        found = time_variants(variants, self._programs, self.recipe, progress=self.log, original=made)
+        if original is not None:
+            original.timed()
+        return found
+
+    def finish(self) -> None:
+        """Lets go of what a run that is killed would go on with: the artifact is there."""
+        if self._training is not None:
+            self._training.finish()
 
     def judge(self, name: str, specs: Iterable[PassSpec], *, timed: bool = True) -> VariantReport:
         """Makes, checks and measures one variant, and holds the budgets against it.

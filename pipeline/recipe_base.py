@@ -1,4 +1,4 @@
-"""What all parts of a recipe have in common: strict models, and rules that name the key to blame."""
+"""What all parts of a recipe have in common."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def broken_rule(at: tuple[str | int, ...], got: str, expected: str) -> PydanticC
 
 
 class RecipeModel(pydantic.BaseModel):
-    """A part of a recipe: an unknown key is an error, and nothing changes after it was read."""
+    """Refuses keys that nobody knows, and is not changed once it was read."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

