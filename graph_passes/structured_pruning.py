@@ -14,6 +14,7 @@ The scores (see ``docs/pruning.md``), with W what reads a unit, c its columns of
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -47,8 +48,10 @@ _NEEDS_DATA = ("wanda", "hessian")
 
 
 class _PruneUnits(GraphPass):
-    kind: ClassVar[UnitKind]
-    what: ClassVar[str]
+    @property
+    @abc.abstractmethod
+    def kind(self) -> UnitKind:
+        """What goes."""
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class _PruneUnits(GraphPass):
             shown = "; ".join(f"{name}: {why}" for name, why in list(changes.skipped.items())[:3])
             raise PreconditionError(
                 f"pass {self.name}",
-                got=f"no {self.what} that can be removed" + (f" ({shown})" if shown else ""),
+                got=f"no {self.kind} that can be removed" + (f" ({shown})" if shown else ""),
                 expected="at least two of them in some layer",
                 remedy="Prune before quantization, on a graph that cleanup has run on",
             )
@@ -202,8 +205,11 @@ class PruneHeads(_PruneUnits):
 
     name: ClassVar[str] = "prune_heads"
     summary: ClassVar[str] = "remove attention heads; projections and the KV cache shrink"
-    kind: ClassVar[UnitKind] = "heads"
-    what: ClassVar[str] = "heads"
+
+    @property
+    def kind(self) -> UnitKind:
+        """What goes."""
+        return "heads"
 
 
 class PruneNeurons(_PruneUnits):
@@ -211,8 +217,11 @@ class PruneNeurons(_PruneUnits):
 
     name: ClassVar[str] = "prune_neurons"
     summary: ClassVar[str] = "remove neurons of MLPs with their gates; the matrices shrink"
-    kind: ClassVar[UnitKind] = "neurons"
-    what: ClassVar[str] = "neurons"
+
+    @property
+    def kind(self) -> UnitKind:
+        """What goes."""
+        return "neurons"
 
 
 class PruneChannels(_PruneUnits):
@@ -220,5 +229,8 @@ class PruneChannels(_PruneUnits):
 
     name: ClassVar[str] = "prune_channels"
     summary: ClassVar[str] = "remove channels of convolutions; kernels shrink through residuals and norms"
-    kind: ClassVar[UnitKind] = "channels"
-    what: ClassVar[str] = "channels"
+
+    @property
+    def kind(self) -> UnitKind:
+        """What goes."""
+        return "channels"
