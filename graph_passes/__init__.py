@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.environment import give_back_memory
 from onnxsmith.graph_passes.presets import PRESETS, PassSpec
 from onnxsmith.graph_passes.registry import PASSES, load_pass, make_passes, pass_names
 from onnxsmith.package import ModelPackage, StepRecord
@@ -73,6 +74,7 @@ def run_passes(
                 outcome = one(component.model)
             finally:
                 in_context(component.model, None)
+                give_back_memory()
             changes = getattr(outcome, "changes", None)
             if outcome.modified:
                 component.path = None

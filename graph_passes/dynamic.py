@@ -19,6 +19,7 @@ from onnxsmith.graph_passes.integer_operators import (
 )
 from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["QuantizeDynamic", "quantize_embeddings", "refuse_nothing"]
 
@@ -93,6 +94,7 @@ class QuantizeDynamic(GraphPass):
                 )  # fmt: skip
                 entry["weight_error"] = weight_error(one, made)
                 weights[key] = store_weight(writer, one, made)
+                drop_pages(one.source.const_value)
             right, right_scale, right_zero = weights[key]
             layers[one.label] = entry
             base = f"{one.label}_int8" if one.node.name else f"{one.node.outputs[0].name}_int8"

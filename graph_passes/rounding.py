@@ -15,6 +15,7 @@ from onnxsmith.graph_passes.block_operators import BlockFormat, SharedWeight
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import Activations
 from onnxsmith.graph_passes.gptq import gptq_blocks, output_error, second_moments
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["NEEDS_DATA", "Choice", "Rounding", "calibrated", "entry_of", "method_for", "relative_error"]
 
@@ -65,6 +66,7 @@ class Rounding:
         rows = choice.weight.rows()
         blocks = _quantized(rows, choice, self._steps, self._importance)
         choice.entry["weight_error"] = relative_error(rows, blocks)
+        drop_pages(choice.weight.tensor)
         return blocks
 
 
@@ -119,6 +121,7 @@ def _gptq(choice: Choice, moments: Floats, search_steps: int) -> QuantizedBlocks
     )  # fmt: skip
     choice.entry["weight_error"] = relative_error(rows, blocks)
     choice.entry["output_error"] = output_error(rows, dequantize_blocks(blocks), moments)
+    drop_pages(choice.weight.tensor)
     return blocks
 
 

@@ -17,28 +17,27 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.awq import divide_activation
 from onnxsmith.graph_passes.context import Activations, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
-from onnxsmith.graph_passes.dynamic import quantize_embeddings, refuse_nothing, store_weight, weight_error
+from onnxsmith.graph_passes.convolutions import (
+    Convolution,
+    find_convolutions,
+    ranges_needed,
+)
+from onnxsmith.graph_passes.dynamic import quantize_embeddings, refuse_nothing, weight_error
 from onnxsmith.graph_passes.integer_operators import (
-    GraphWriter,
-    IntegerWeight,
     LinearNode,
     find_linear_nodes,
     integer_weight,
 )
+from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.observers import Channels, Observer, Range
 from onnxsmith.graph_passes.packed_attention import open_attention
-from onnxsmith.graph_passes.weights import constant_of
+from onnxsmith.graph_passes.static_writer import ACTIVATION_TYPES, StaticWriter
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["QuantizeStatic"]
 
 Floats = npt.NDArray[np.float32]
 
-_TYPES: Mapping[str, tuple[ir.DataType, int, int]] = {
-    "uint8": (ir.DataType.UINT8, 0, 255),
-    "int8": (ir.DataType.INT8, -128, 127),
-    "uint16": (ir.DataType.UINT16, 0, 65535),
-    "int16": (ir.DataType.INT16, -32768, 32767),
-}
 _STRENGTHS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75)
 
 
@@ -140,12 +139,17 @@ class QuantizeStatic(GraphPass):
         """
         kept = open_attention(model)
         linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        convolutions = self._convolutions(model, skipped)
         skipped |= kept
-        refuse_nothing(self.name, linear, skipped)
+        if not any(one.is_conv for one in convolutions):
+            refuse_nothing(self.name, linear, skipped)
         layers: dict[str, dict[str, Any]] = {
             one.label: {"shape": list(one.shape), "method": "static"} for one in linear
         }
-        details: dict[str, Any] = {"integer": len(linear)}
+        details: dict[str, Any] = {
+            "integer": len(linear),
+            "convolutions": sum(one.is_conv for one in convolutions),
+        }
         means: dict[str, npt.NDArray[np.float64]] = {}
         groups: dict[ir.Value, list[LinearNode]] = {}
         for one in linear:
@@ -165,12 +169,14 @@ class QuantizeStatic(GraphPass):
                     remedy="Give --calibration-data, or the key calibration of the recipe, or table=FILE",
                 )
             factors, means = self._smooth(model, groups, activations, layers)
-            found = self._measure(model, linear, activations)
+            found = self._measure(model, linear, convolutions, activations)
             details["calibration"] = dict(context_of(model).calibration)
-        writer = _Writer(model, self)
+        writer = StaticWriter(model, self)
+        layers |= writer.convolutions(convolutions, lambda value: self._range(value.name or "", found))
         for one in linear:
             x = one.activation
-            wide = self._range(x.name or "", found)
+            known = writer.known(x)
+            wide = known or self._range(x.name or "", found)
             weight = integer_weight(
                 one.columns(), per_channel=self.per_channel, symmetric=self.symmetric,
                 reduce_range=self.reduce_range,
@@ -189,6 +195,7 @@ class QuantizeStatic(GraphPass):
             if self.form == "qoperator":
                 out = self._range(one.node.outputs[0].name or "", found)
             writer.write(one, weight, wide, out, shift)
+            drop_pages(one.source.const_value)
         details |= {"layers": layers, "ranges": {name: r.to_json() for name, r in found.items()}}
         details["factors"] = {name: [float(f"{x:.7g}") for x in value] for name, value in factors.items()}
         layers |= quantize_embeddings(model, self.skip_nodes, skipped) if self.embeddings else {}
@@ -208,7 +215,7 @@ class QuantizeStatic(GraphPass):
             Factors by the name of the activation that was scaled, and the means of the channels by the name
             of what is then multiplied.
         """
-        if self.smoothing == "none" and not self.strengths and not self.bias_correction:
+        if not groups or (self.smoothing == "none" and not self.strengths and not self.bias_correction):
             return {}, {}
         channels = {value.name or "": Channels(users[0].shape[1]) for value, users in groups.items()}
         for batch in activations(model, list(channels)):
@@ -229,6 +236,8 @@ class QuantizeStatic(GraphPass):
             for one in users:
                 layers[one.label] |= {"smoothing": strength, "scaling": how}
             means[users[0].activation.name or ""] = seen.mean / scale
+            for source in sources:
+                drop_pages(source.const_value)
         return factors, means
 
     @staticmethod
@@ -253,7 +262,7 @@ class QuantizeStatic(GraphPass):
         Rounding an activation with step d adds an error of d * d / 12 to each channel, and rounding a weight
         adds its own, weighted by the channel's mean square.
         """
-        levels = _TYPES[self.activations][2] - _TYPES[self.activations][1]
+        levels = ACTIVATION_TYPES[self.activations][2] - ACTIVATION_TYPES[self.activations][1]
         largest = np.maximum(seen.largest, np.float32(1e-6))
         ceiling = np.maximum(np.max([np.abs(w).max(1) for w in weights], axis=0), np.float32(1e-6))
         best = (0.0, np.ones_like(largest))
@@ -280,19 +289,34 @@ class QuantizeStatic(GraphPass):
         return best
 
     def _measure(
-        self, model: ir.Model, linear: Sequence[LinearNode], activations: Activations
+        self,
+        model: ir.Model,
+        linear: Sequence[LinearNode],
+        convolutions: Sequence[Convolution],
+        activations: Activations,
     ) -> dict[str, Range]:
         observers = {one.activation.name or "": Observer() for one in linear}
+        observers |= {name: Observer() for name in ranges_needed(convolutions)}
         if self.form == "qoperator":
             observers |= {one.node.outputs[0].name or "": Observer() for one in linear}
         for batch in activations(model, list(observers)):
             for name, observer in observers.items():
                 observer.update(batch[name])
-        levels = _TYPES[self.activations][2] - _TYPES[self.activations][1] + 1
+        levels = ACTIVATION_TYPES[self.activations][2] - ACTIVATION_TYPES[self.activations][1] + 1
         return {
             name: observer.range(self.calibration, percentile=self.percentile, levels=levels)
             for name, observer in observers.items()
         }
+
+    def _convolutions(self, model: ir.Model, skipped: dict[str, str]) -> list[Convolution]:
+        if self.activations.endswith("16"):
+            # ONNX Runtime has no integer convolution for 16 bits; the reason why they stay is there already.
+            return []
+        found, reasons = find_convolutions(model, self.skip_nodes)
+        for one in found:
+            skipped.pop(label(one.node), None)
+        skipped |= reasons
+        return found if any(one.is_conv for one in found) else []
 
     def _range(self, name: str, found: Mapping[str, Range]) -> Range:
         for pattern, (low, high) in self.ranges.items():
@@ -307,136 +331,6 @@ class QuantizeStatic(GraphPass):
         return found[name]
 
 
-class _Writer:
-    def __init__(self, model: ir.Model, settings: QuantizeStatic) -> None:
-        self._writer = GraphWriter(model)
-        self._settings = settings
-        self._weights: dict[tuple[str, bool], tuple[ir.Value, ir.Value, ir.Value]] = {}
-        self._codes: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
-        self._domain = ""
-        if settings.activations.endswith("16") and model.opset_imports.get("", 0) < 21:
-            # ONNX has 16 bits from opset 21 on, ONNX Runtime's own operators always.
-            self._domain = "com.microsoft"
-            model.opset_imports.setdefault(self._domain, 1)
-
-    def write(
-        self,
-        one: LinearNode,
-        weight: IntegerWeight,
-        wide: Range,
-        out: Range | None,
-        shift: npt.NDArray[np.float64] | None,
-    ) -> None:
-        writer, node = self._writer, one.node
-        base = f"{node.name or node.outputs[0].name}_int8"
-        key = (one.source.name or "", one.is_transposed)
-        if key not in self._weights:
-            self._weights[key] = store_weight(writer, one, weight)
-        codes, scale, zero = self._weights[key]
-        bias = one.bias
-        left = self._quantized(one.activation, wide)
-        if self._settings.form == "integer":
-            follower = None if bias is not None else bias_after(node)
-            bias = bias if follower is None else follower[1]
-            inputs = [left[0], codes, left[1], scale, left[2], zero]
-            if bias is not None:
-                inputs.append(bias)
-            if shift is not None and bias is None:
-                inputs.append(writer.constant(shift.astype(np.float32), f"{base}_correction"))
-            elif shift is not None:
-                inputs[-1] = self._shifted(bias, shift, base)
-            (result,) = writer.add(node, "MatMulIntegerToFloat", inputs, base, domain="com.microsoft")
-            writer.graph.opset_imports.setdefault("com.microsoft", 1)
-            writer.replace(node, result)
-            if follower is not None:
-                writer.replace(follower[0], result)
-            return
-        if out is None:
-            kept = self._dequantize(node, left, f"{left[0].name}_float")
-            attributes = {"axis": 1} if weight.scales.ndim else {}
-            (right,) = writer.add(
-                node, "DequantizeLinear", [codes, scale, zero], f"{base}_weight", attributes=attributes
-            )
-            (result,) = writer.add(node, "MatMul", [kept, right], base)
-        else:
-            scale_out, zero_out = self._parameters(out, base)
-            (product,) = writer.add(
-                node, "QLinearMatMul", [*left, codes, scale, zero, scale_out, zero_out], base,
-                (_TYPES[self._settings.activations][0],),
-            )  # fmt: skip
-            result = self._dequantize(node, (product, scale_out, zero_out), f"{base}_result")
-        if bias is not None:
-            (result,) = writer.add(node, "Add", [result, bias], f"{base}_sum")
-        if shift is not None and not _into_bias(node, shift):
-            correction = writer.constant(shift.astype(np.float32), f"{base}_correction")
-            (result,) = writer.add(node, "Add", [result, correction], f"{base}_corrected")
-        writer.replace(node, result)
-
-    def _shifted(self, bias: ir.Value | None, shift: npt.NDArray[np.float64], base: str) -> ir.Value:
-        tensor = constant_of(bias)
-        assert tensor is not None
-        return self._writer.constant((tensor.numpy() + shift).astype(np.float32), f"{base}_bias")
-
-    def _parameters(self, wide: Range, name: str) -> tuple[ir.Value, ir.Value]:
-        dtype, bottom, top = _TYPES[self._settings.activations]
-        low, high = wide.low, wide.high
-        if self._settings.activations.startswith("int"):
-            # Around zero: the code 0 is the number 0, and no zero point has to be subtracted.
-            largest = max(-low, high)
-            step, zero = largest / top, 0
-        else:
-            step = (high - low) / (top - bottom)
-            zero = round(bottom - low / step) if step else bottom
-        step = max(step, 1e-30)
-        zero_point = np.array(min(max(zero, bottom), top), dtype.numpy())
-        return (
-            self._writer.constant(np.array(step, np.float32), f"{name}_scale"),
-            self._writer.constant(zero_point, f"{name}_zero_point"),
-        )
-
-    def _quantized(self, x: ir.Value, wide: Range) -> tuple[ir.Value, ir.Value, ir.Value]:
-        if x not in self._codes:
-            scale, zero = self._parameters(wide, f"{x.name}_activation")
-            beside, after = self._writer.beside(x)
-            (codes,) = self._writer.add(
-                beside, "QuantizeLinear", [x, scale, zero], f"{x.name}_codes",
-                (_TYPES[self._settings.activations][0],), domain=self._domain, after=after,
-            )  # fmt: skip
-            self._codes[x] = (codes, scale, zero)
-        return self._codes[x]
-
-    def _dequantize(self, beside: ir.Node, codes: tuple[ir.Value, ir.Value, ir.Value], name: str) -> ir.Value:
-        (value,) = self._writer.add(beside, "DequantizeLinear", codes, name, domain=self._domain)
-        return value
-
-
-def _into_bias(node: ir.Node, shift: npt.NDArray[np.float64]) -> bool:
-    """Adds a correction to the bias that follows a node, where there is one of its own."""
-    found = bias_after(node)
-    if found is None:
-        return False
-    bias = found[1]
-    tensor = bias.const_value
-    if tensor is None or len(bias.uses()) != 1 or bias.is_graph_output():
-        return False
-    bias.const_value = ir.tensor((tensor.numpy() + shift).astype(tensor.dtype.numpy()), name=bias.name)
-    return True
-
-
-def bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The Add of a constant vector that is all that reads a node's output, and the vector."""
-    output = node.outputs[0]
-    uses = list(output.uses())
-    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
-        return None
-    add, index = uses[0]
-    bias = add.inputs[1 - index]
-    tensor = constant_of(bias)
-    if bias is None or tensor is None or not bias.is_initializer() or len(tensor.shape) != 1:
-        return None
-    return (add, bias) if tensor.size > 1 and tensor.dtype == ir.DataType.FLOAT else None
-
-
 def _scale_rows(source: ir.Value, factors: Floats, is_transposed: bool) -> None:
     """Multiplies what each channel is multiplied with; read when it is needed."""
     tensor = source.const_value
@@ -444,7 +338,9 @@ def _scale_rows(source: ir.Value, factors: Floats, is_transposed: bool) -> None:
     shape = (1, -1) if is_transposed else (-1, 1)
 
     def compute() -> ir.TensorProtocol:
-        return ir.Tensor(tensor.numpy() * factors.reshape(shape), dtype=tensor.dtype, name=source.name)
+        scaled = tensor.numpy() * factors.reshape(shape)
+        drop_pages(tensor)
+        return ir.Tensor(scaled, dtype=tensor.dtype, name=source.name)
 
     source.const_value = ir.LazyTensor(
         compute, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=source.name

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = [
     "PACKED_FROM",
@@ -188,7 +189,9 @@ class TransposeWeights(GraphPass):
 
 def _transposed(tensor: ir.TensorProtocol, shape: ir.Shape, name: str | None) -> ir.LazyTensor:
     def compute() -> ir.TensorProtocol:
-        return ir.Tensor(_turned(tensor.numpy()), dtype=tensor.dtype, name=name)
+        turned = _turned(tensor.numpy())
+        drop_pages(tensor)
+        return ir.Tensor(turned, dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
 
@@ -213,6 +216,8 @@ def joined_weights(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -
 
     def compute() -> ir.TensorProtocol:
         joined = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
+        for tensor in kept:
+            drop_pages(tensor)
         return ir.Tensor(joined, dtype=kept[0].dtype, name=name)
 
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxsmith.environment import give_back_memory
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.package import Component, ModelPackage, TensorSpec, cache_pairs
 from onnxsmith.pipeline.texts import load_text, text_sha256
@@ -205,6 +206,7 @@ def _run(
             found = session.run(batch, inner) if inner else {}
             yield {name: found[name] if name in found else batch[name] for name in names}
             count += 1
+    give_back_memory()
     if not count:
         raise BadInputError("calibration", got="data without a sample", expected="at least one")
 

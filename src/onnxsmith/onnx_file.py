@@ -11,6 +11,7 @@ https://github.com/onnx/onnx/blob/main/docs/ExternalData.md.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 import tempfile
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_model",
+    "drop_pages",
     "load_model",
     "save_model",
     "weight_bytes",
@@ -180,6 +182,17 @@ def check_model(path: Path) -> None:
         raise ModelFileError(
             str(path), got=f"onnx.checker refuses the model: {root_cause(error)}", expected="a valid model"
         ) from error
+
+
+def drop_pages(tensor: ir.TensorProtocol | None) -> None:
+    """Gives back the memory of a tensor that is mapped from a file; what is read again is mapped again.
+
+    Without it everything that was ever read counts as memory of this process, until the system needs it.
+    """
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, mmap.mmap) and hasattr(raw, "madvise"):
+        with contextlib.suppress(OSError, ValueError):
+            raw.madvise(mmap.MADV_DONTNEED)
 
 
 def weight_bytes(model: ir.Model) -> int:
