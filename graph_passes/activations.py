@@ -75,8 +75,8 @@ def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> None:
     graph.insert_before(product, fused)
     made, output = fused.outputs[0], product.outputs[0]
     made.type, made.shape = output.type or x.type, output.shape
-    if output.is_graph_output():
-        made.name, output.name = output.name, f"{output.name}_unfused"
+    # The name stays, so that tensors of the two graphs can be compared.
+    made.name, output.name = output.name, f"{output.name}_unfused"
     output.replace_all_uses_with(made, replace_graph_outputs=True)
 
 

@@ -95,7 +95,7 @@ def _fold(graph: ir.Graph, gather: ir.Node, product: ir.Node, scale: ir.TensorPr
     graph.register_initializer(value)
     gather.replace_input_with(0, value)
     output = product.outputs[0]
-    if output.is_graph_output():
-        rows.name, output.name = output.name, f"{output.name}_scaled"
+    # The name of what has this value now, so that tensors of the two graphs can be compared.
+    rows.name, output.name = output.name, f"{output.name}_scaled"
     rows.type, rows.shape = output.type or rows.type, output.shape or rows.shape
     output.replace_all_uses_with(rows, replace_graph_outputs=True)

@@ -18,6 +18,8 @@ __all__ = ["audit_weights"]
 # at most half a step, and a scale that was searched for may cut the largest off by some more.
 _MAX_ROUNDING: Mapping[int, float] = {2: 0.9, 4: 0.5, 8: 0.1}
 _MAX_FLOAT = 0.02
+# Of what the graph computes from constants: a cast, a product and a sum.
+_MAX_DEPTH = 4
 # Rows that are unpacked at a time.
 _ROWS = 2048
 
@@ -70,8 +72,8 @@ def _far(one: Array, two: Array) -> float:
 
 
 def _audit_blocks(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
-    packed = node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0]
-    if packed is None or not packed.name or packed.const_value is None:
+    packed = _stored(node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0])
+    if packed is None or not packed.name:
         return ""
     expected = weight(packed.name)
     if expected is None or expected.ndim != 2:
@@ -128,24 +130,23 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
 def _unpacked(node: ir.Node, bits: int) -> Iterator[tuple[int, Array]]:
     """The weights of some rows at a time, as (rows, blocks * block size)."""
     matmul = node.op_type == "MatMulNBits"
-    tensors = [None if v is None or v.const_value is None else v.const_value for v in node.inputs]
-    if matmul:
-        packed, scales = tensors[1], tensors[2]
-        zero_points = tensors[3] if len(tensors) > 3 else None
-    else:
-        packed, scales = tensors[0], tensors[2]
-        zero_points = tensors[3] if len(tensors) > 3 else None
-    if packed is None or scales is None:
+    inputs = [*node.inputs, None, None]
+    stored = _stored(inputs[1] if matmul else inputs[0])
+    scales, zero_points = _computed(inputs[2]), _computed(inputs[3])
+    if stored is None or stored.const_value is None or scales is None:
+        return
+    if zero_points is None and inputs[3] is not None:
         return
     block = _integer(node, "block_size", 32 if matmul else 128)
-    data: Any = packed.numpy()
+    data: Any = stored.const_value.numpy()
     if data.dtype != np.uint8:
         return
     rows = data.shape[0]
     data = data.reshape(rows, -1)
-    scale = np.asarray(scales.numpy()).reshape(rows, -1)
-    points: Any = None if zero_points is None else np.asarray(zero_points.numpy()).reshape(rows, -1)
+    scale = scales.reshape(rows, -1)
+    points: Any = None if zero_points is None else zero_points.reshape(rows, -1)
     blocks = scale.shape[1]
+    added = _added_to_blocks(node, (rows, blocks))
     for start in range(0, rows, _ROWS):
         part = slice(start, min(start + _ROWS, rows))
         integers = _levels(data[part], bits)[:, : blocks * block]
@@ -158,7 +159,63 @@ def _unpacked(node: ir.Node, bits: int) -> Iterator[tuple[int, Array]]:
         width = integers.shape[1]
         offset = offset if np.ndim(offset) == 0 else offset[:, :width]
         steps = np.repeat(scale[part].astype(np.float32), block, axis=1)[:, :width]
-        yield start, (integers - offset) * steps
+        weights = (integers - offset) * steps
+        if added is not None:
+            weights += np.repeat(added[part].astype(np.float32), block, axis=1)[:, :width]
+        yield start, weights
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is, seen in another shape where it is a Reshape of one."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Reshape":
+        value = node.inputs[0]
+    return value if value is not None and value.is_initializer() and value.const_value is not None else None
+
+
+def _computed(value: ir.Value | None, depth: int = 0) -> Array | None:
+    """The array that a value always is, also where the graph casts, adds or multiplies constants; or None."""
+    if value is None or value.is_graph_input():
+        return None
+    if value.const_value is not None:
+        return np.asarray(value.const_value.numpy())
+    node = value.producer()
+    if node is None or depth > _MAX_DEPTH or node.domain not in ("", "ai.onnx"):
+        return None
+    parts = [_computed(one, depth + 1) for one in node.inputs]
+    known = [part for part in parts if part is not None]
+    if not parts or len(known) != len(parts):
+        return None
+    if node.op_type == "Cast" and value.dtype is not None:
+        return known[0].astype(value.dtype.numpy())
+    if node.op_type == "Constant" or len(known) != 2:
+        return None
+    if node.op_type == "Add":
+        return np.asarray(known[0] + known[1])
+    return np.asarray(known[0] * known[1]) if node.op_type == "Mul" else None
+
+
+def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
+    """What is added to each weight of a block where the graph multiplies blocks and offsets apart.
+
+    ``MatMulNBits(x) + block_sums(x) @ offsets.T``, or for rows that are looked up,
+    ``GatherBlockQuantized(i) + Gather(offsets, i) @ spread``.
+    """
+    for user, _ in node.outputs[0].uses():
+        if user.op_type != "Add":
+            continue
+        others = [value for value in user.inputs if value is not None and value is not node.outputs[0]]
+        product = others[0].producer() if others else None
+        if product is None or product.op_type not in ("MatMul", "FusedMatMul"):
+            continue
+        if node.op_type == "GatherBlockQuantized":
+            rows = product.inputs[0].producer() if product.inputs[0] is not None else None
+            found = _computed(rows.inputs[0]) if rows is not None and rows.op_type == "Gather" else None
+        else:
+            found = _computed(product.inputs[1])
+        if found is not None and found.ndim == 2:
+            return found if found.shape == shape else found.T if found.T.shape == shape else None
+    return None
 
 
 def _levels(packed: Array, bits: int) -> Array:

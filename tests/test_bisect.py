@@ -449,12 +449,22 @@ def test_blocks_with_offsets_apart_are_one_weight(
     save_package(package.derive(), tmp_path / "int4")
     result = bisect_models(str(tiny_artifact_dir), tmp_path / "int4", samples=3, threads=1)
     assert result.passed, result.verdict
+    assert not any(blame.detail for blame in result.blamed)
+    for number, (part, fault) in enumerate(FAULTS_OF_BLOCKS.items()):
 
-    def change(model: Any) -> str:
-        edit(model, f"{DOWN}_scales", lambda scales: scales.reshape(-1).__setitem__(13, scales.max() * 30))
-        [user] = [node.name for node in model.graph.node if f"{DOWN}_q4" in node.input]
-        return str(user)
+        def change(model: Any, part: str = part, fault: Callable[[Any], None] = fault) -> str:
+            edit(model, f"{DOWN}_{part}", fault)
+            [user] = [node.name for node in model.graph.node if f"{DOWN}_q4" in node.input]
+            return str(user)
 
-    node = planted(tmp_path / "int4", tmp_path / "faulty", change)
-    result = bisect_models(str(tiny_artifact_dir), tmp_path / "faulty", samples=2, threads=1)
-    assert [blame.node for blame in result.suspects] == [node], result.verdict
+        node = planted(tmp_path / "int4", tmp_path / f"faulty{number}", change)
+        result = bisect_models(str(tiny_artifact_dir), tmp_path / f"faulty{number}", samples=2, threads=1)
+        assert [blame.node for blame in result.suspects] == [node], result.verdict
+        assert f"of {DOWN}_q4 wrong" in result.suspects[0].detail
+
+
+FAULTS_OF_BLOCKS: Mapping[str, Callable[[Any], None]] = {
+    "scales": lambda scales: scales.reshape(-1).__setitem__(13, scales.max() * 30),
+    "minimums": lambda minimums: minimums.reshape(-1).__setitem__(13, np.abs(minimums).max() * 5),
+    "q4": lambda codes: codes.reshape(-1).__setitem__(slice(16, 32), 255 - codes.reshape(-1)[16:32]),
+}
