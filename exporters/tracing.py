@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -295,11 +295,12 @@ def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:
 def _silence() -> Iterator[None]:
     """Keeps the exporter's chatter off the terminal; failures come as exceptions."""
     # torch prints the graph so far to standard error when a branch depends on a value.
-    exporting = sys.modules.get("torch.export._trace")
+    exporting = importlib.import_module("torch.export._trace")
     names = (
         "torch.onnx",
         "torch.export",
         "torch._subclasses.fake_tensor",
+        "torch.fx.experimental.symbolic_shapes",
         "onnxscript",
         "onnx_ir",
         "torch.onnx._internal.exporter._registration",
@@ -310,11 +311,9 @@ def _silence() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            if exporting is not None:
-                vars(exporting)["print"] = lambda *_, **__: None
+            vars(exporting)["print"] = lambda *_, **__: None
             yield
     finally:
-        if exporting is not None:
-            vars(exporting).pop("print", None)
+        vars(exporting).pop("print", None)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

@@ -144,7 +144,9 @@ def export(
     task: Annotated[
         str | None, typer.Option(metavar="T", help="The task; found from the model by default.")
     ] = None,
-    exporter: Annotated[str, typer.Option(metavar="auto|torch", help="Which exporter.")] = "auto",
+    exporter: Annotated[
+        str, typer.Option(metavar="auto|torch|optimum", help="auto is torch where it can.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(metavar="D", help="float32, float16 or bfloat16.")] = "float32",
     opset: Annotated[
         int | None, typer.Option(metavar="N", help="Operator set, 18 to 25; torch's default.")
@@ -172,7 +174,7 @@ def export(
     from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export
 
-    known("--exporter", exporter, ("auto", "torch"), kind="exporter")
+    known("--exporter", exporter, ("auto", "torch", "optimum"), kind="exporter")
     known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
     known("--tracing", tracing, ("auto", "layers", "whole"), kind="tracing")
@@ -184,6 +186,7 @@ def export(
         attention=attention,
         opset=opset,
         tracing=tracing,
+        exporter=exporter,
         verify=verify,
         force=force,
         progress=progress_for(),

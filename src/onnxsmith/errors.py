@@ -187,6 +187,7 @@ _INSTALL: Mapping[str, str] = {
     "scipy": "pip install 'onnxsmith[eval]'",
     "sklearn": "pip install 'onnxsmith[eval]'",
     "onnxruntime": "pip install onnxruntime",
+    "optimum": "pip install 'onnxsmith[optimum]'",
 }
 
 
