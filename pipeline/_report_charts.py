@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxsmith.pipeline._report_numbers import as_given, finite, number, part
 
-__all__ = ["Axis", "bars", "error_by_depth", "scatter", "timeline"]
+__all__ = ["Axis", "bars", "error_by_depth", "label_place", "scatter", "timeline"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def scatter(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]])
     for item, (x, y) in zip(items, places, strict=True):
         text = item.name if len(item.name) <= 22 else f"{item.name[:21]}…"
         text = f"✕ {text}" if item.kind == "failed" else text
-        label_x, label_y, anchor = _label_place(x, y, len(text) * 7.2, width, height - 40, taken)
+        label_x, label_y, anchor = label_place(x, y, len(text) * 7.2, width, height - 40, taken)
         top, bottom = y_axis.at(item.high), y_axis.at(item.low)
         points.append(_Point(item.name, item.kind, x, y, top, bottom, label_x, label_y, anchor, text))
     return {
@@ -150,7 +150,7 @@ def scatter(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]])
     }
 
 
-def _label_place(
+def label_place(
     x: float,
     y: float,
     length: float,

@@ -7,10 +7,10 @@ import dataclasses
 import itertools
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationData", "context_for"]
 
 Feeds = dict[str, npt.NDArray[Any]]
+Sample = TypeVar("Sample")
 
 _TIMED_RUNS = 20
 
@@ -45,12 +46,14 @@ class CalibrationData:
         tokens: Longest sample of a text. A decoder's samples are pieces of this length of the whole text,
             any other model's are its lines.
         base: The directory that a relative path starts from.
+        fold: (number, count), to leave one sample of so many out, beginning with that number.
     """
 
     data: str
     samples: int = 128
     tokens: int = 512
     base: Path | None = None
+    fold: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, spec: CalibrationSpec | None, *, base: Path | None) -> CalibrationData | None:
@@ -77,8 +80,8 @@ class CalibrationData:
         """
         if self.data.endswith(".npz"):
             arrays = _arrays(resolve_path(self.data, base=self.base))
-            return lambda inputs: _slices(arrays, inputs, self.samples, self.data)
-        samples = self._token_ids(package)
+            return lambda inputs: self._kept(_slices(arrays, inputs, self.samples, self.data))
+        samples = list(self._kept(self._token_ids(package)))
         return lambda inputs: (_text_feeds(inputs, ids) for ids in samples)
 
     def described(self) -> dict[str, Any]:
@@ -86,7 +89,14 @@ class CalibrationData:
         found: dict[str, Any] = {"data": self.data, "samples": self.samples, "tokens": self.tokens}
         if not self.data.endswith(".npz"):
             found["sha256"] = text_sha256(load_text(self.data, base=self.base))
+        if self.fold is not None:
+            found["fold"] = list(self.fold)
         return found
+
+    def _kept(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for number, sample in enumerate(samples):
+            if self.fold is None or number % self.fold[1] != self.fold[0]:
+                yield sample
 
     def _token_ids(self, package: ModelPackage) -> list[npt.NDArray[np.int64]]:
         from onnxsmith.pipeline.tokenization import PackageTokenizer

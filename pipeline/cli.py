@@ -34,6 +34,7 @@ from onnxsmith.pipeline.doctor_command import DOCTOR_COMMANDS
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
+from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 
 __all__ = ["app", "main"]
 
@@ -307,5 +308,11 @@ def presets(json_target: Json = None) -> None:
         show_presets()
 
 
-for _command in (*JUDGING_COMMANDS, *MEASURING_COMMANDS, *DOCTOR_COMMANDS, *ARTIFACT_COMMANDS):
+for _command in (
+    *JUDGING_COMMANDS,
+    *MEASURING_COMMANDS,
+    *DOCTOR_COMMANDS,
+    *TUNING_COMMANDS,
+    *ARTIFACT_COMMANDS,
+):
     app.command()(_command)

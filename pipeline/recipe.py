@@ -16,6 +16,7 @@ from onnxsmith.pipeline._recipe_text import RecipeText
 from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
 from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
 from onnxsmith.pipeline.training_recipe import TrainingSpec
+from onnxsmith.pipeline.tuning_space import TuneSpec
 
 __all__ = [
     "BenchmarkSpec",
@@ -39,6 +40,7 @@ _MEASURED_BY: Mapping[str, str] = {
     "kl_to_reference": "perplexity",
     "f1_drop_points": "task",
     "metric_drop_points": "task",
+    "metric_drop_pct": "task",
     "latency_ms": "benchmark",
     "latency_vs_original": "benchmark",
     "peak_rss_mb": "benchmark",
@@ -100,6 +102,16 @@ class Variant(_Model):
         return [(e, {}) if isinstance(e, str) else next(iter(e.items())) for e in entries]
 
 
+def _check_share(share: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= share[0] < share[1] <= 1:
+        got = f"from {share[0]:g} to {share[1]:g}"
+        raise _broken_rule((), got, "two numbers from 0 to 1 that increase")
+    return share
+
+
+Share = Annotated[tuple[float, float], pydantic.AfterValidator(_check_share)]
+
+
 class ComparisonSpec(_Model):
     """Every variant against torch, output by output."""
 
@@ -116,6 +128,8 @@ class PerplexitySpec(_Model):
     """Tokens used, from the beginning."""
     window: int = pydantic.Field(default=512, ge=2)
     """Tokens in a window; each window starts from an empty cache."""
+    share: Share = (0.0, 1.0)
+    """Part of these tokens that is used, from and to, as shares of the whole; cut between windows."""
 
 
 class BenchmarkSpec(_Model):
@@ -144,6 +158,8 @@ class TaskSpec(_Model):
     """Of a Hugging Face data set."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Rows used, from the beginning; all where absent."""
+    share: Share = (0.0, 1.0)
+    """Part of these rows that is used, from and to, as shares of the whole; shuffled first if not all."""
     batch: int = pydantic.Field(default=16, ge=1)
     """Rows at once."""
     max_length: int | None = pydantic.Field(default=None, ge=2)
@@ -193,11 +209,20 @@ class Budgets(_Model):
     """Points of F1 (macro average, or of answers) that may be lost against torch, or the original."""
     metric_drop_points: dict[str, float] = pydantic.Field(default={})
     """Name of a metric to the points that may be lost against torch, or the original."""
+    metric_drop_pct: dict[str, float] = pydantic.Field(default={})
+    """Name of a metric to the percents of its value that may be lost against torch, or the original."""
 
     def limits(self) -> dict[str, float]:
         """The budgets that are set, with one for each metric: ``accuracy_drop_points``."""
-        single = self.model_dump(exclude_none=True, exclude={"metric_drop_points"})
-        return single | {f"{name}_drop_points": limit for name, limit in self.metric_drop_points.items()}
+        found: dict[str, float] = {}
+        for key, value in self.model_dump(exclude_none=True).items():
+            # `metric_drop_points: {accuracy: 1}` is `accuracy_drop_points`.
+            suffix = key.removeprefix("metric")
+            if suffix == key:
+                found[key] = value
+            else:
+                found |= {f"{name}{suffix}": limit for name, limit in value.items()}
+        return found
 
 
 class Recipe(_Model):
@@ -214,7 +239,10 @@ class Recipe(_Model):
     training: TrainingSpec | None = None
     """Steps between loading and exporting: fine-tune, prune, distil."""
     export: ExportSpec = ExportSpec()
-    variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
+    variants: tuple[Variant, ...] = ()
+    """What to make, each by itself. At least one, but for recipes that are only tuned."""
+    tune: TuneSpec | None = None
+    """What `onnxsmith tune` searches; `onnxsmith run` does not look at it."""
     calibration: CalibrationSpec | None = None
     provider: str = "cpu"
     """The execution provider that the variants run on: a name, with options ``name:key=value,...`` too."""
@@ -230,6 +258,10 @@ class Recipe(_Model):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if not self.variants and self.tune is None:
+            raise _broken_rule(("variants",), "no variant", "at least one, or a key tune")
+        if self.tune is not None and self.training is not None:
+            raise _broken_rule(("tune",), "a recipe that trains", "the model that training made, as source")
         names = [variant.name for variant in self.variants]
         for number, name in enumerate(names):
             if name in names[:number]:
@@ -245,10 +277,13 @@ class Recipe(_Model):
             )
         self._check_training()
         budgets = self.budgets.model_dump(exclude_none=True, exclude_defaults=True)
-        needs: list[tuple[str, tuple[str, ...]]] = [(name, ("budgets", name)) for name in budgets]
+        needs: list[tuple[str, tuple[str | int, ...]]] = [(name, ("budgets", name)) for name in budgets]
         needs.append((self.choose, ("choose",)))
+        for number, name in enumerate(self.tune.objectives if self.tune else ()):
+            needs.append((name, ("tune", "objectives", number)))
         for measured, at in needs:
-            part = _MEASURED_BY.get(measured)
+            suffix = measured.rpartition("_drop_")[2]
+            part = _MEASURED_BY.get(measured, "task" if suffix in ("points", "pct") else None)
             if part and getattr(self.evaluation, part) is None:
                 raise _broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
         return self

@@ -111,6 +111,7 @@ class Report:
     verdict: str = ""
     generation: dict[str, Any] | None = None
     artifact: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

@@ -25,6 +25,7 @@ from onnxsmith.pipeline._report_numbers import (
     percent,
     setting,
 )
+from onnxsmith.pipeline._report_pareto import tuning_charts
 from onnxsmith.pipeline._training_charts import loss_curves, training_table
 
 __all__ = ["render_html"]
@@ -50,13 +51,17 @@ def render_html(report: Mapping[str, Any]) -> str:
         MissingDependencyError: jinja2 is not installed.
     """
     jinja2 = require("jinja2", purpose="HTML report")
+    folder = importlib.resources.files(__package__)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
     )
     environment.filters.update(FILTERS)
-    source = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     try:
-        page: str = environment.from_string(source).render(report=report, **_view(report))
+        page: str = environment.get_template("report.html.j2").render(report=report, **_view(report))
     except jinja2.UndefinedError as error:
         raise _incomplete(str(error)) from error
     except KeyError as error:
@@ -104,7 +109,27 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "taught": (report.get("training") or {}).get("data"),
         "curves": loss_curves(report.get("training")),
         "original": report.get("original"),
+        "tuning": None if report["tuning"] is None else _tuning_view(report["tuning"]),
         "dash": DASH,
+    }
+
+
+def _tuning_view(tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """A search with its best points first."""
+    trials: Sequence[Mapping[str, Any]] = tuning["trials"]
+    first = tuning["objectives"][0]
+
+    def rank(trial: Mapping[str, Any]) -> tuple[Any, ...]:
+        value = trial["values"].get(first)
+        return (not trial["chosen"], not trial["feasible"], trial["state"] != "complete",
+                not trial["front"], math.inf if value is None else value)  # fmt: skip
+
+    states = [trial["state"] for trial in trials]
+    return {
+        "charts": tuning_charts(tuning),
+        "names": list(dict.fromkeys([*tuning["axes"], *tuning["limits"]])),
+        "trials": sorted(trials, key=rank),
+        **{state: states.count(state) for state in ("complete", "stopped", "failed")},
     }
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from onnxsmith._version import __version__
 from onnxsmith.environment import describe_environment, usable_cpus
+from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.artifact_filling import fill_artifact
 from onnxsmith.pipeline.choosing import choose
 from onnxsmith.pipeline.recipe import Recipe
-from onnxsmith.pipeline.report import Report, write_report
+from onnxsmith.pipeline.report import Report, StepTiming, write_report
 from onnxsmith.pipeline.staging import check_destination, check_report_place, staged_directory
 from onnxsmith.pipeline.training_run import checkpoint_directory
 from onnxsmith.pipeline.variant_making import Made, passes_of
@@ -19,7 +22,11 @@ from onnxsmith.pipeline.workbench import Workbench
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
-__all__ = ["run_recipe"]
+__all__ = ["report_nothing", "run_recipe"]
+
+_UNMEASURED: Mapping[str, None] = dict.fromkeys(
+    ("perplexity", "prefill_tokens_per_s", "decode_tokens_per_s", "latency_ms", "size_mb")
+)
 
 
 def run_recipe(
@@ -30,6 +37,7 @@ def run_recipe(
     force: bool = False,
     command: str = "",
     verify_each: bool = False,
+    tuning: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Does everything that a recipe asks for.
@@ -44,11 +52,17 @@ def run_recipe(
         force: Whether an artifact that is there may be replaced.
         command: The command line, for the report.
         verify_each: Check the model after each pass; a pass that breaks it fails its variant, by name.
+        tuning: For the report, what a search did that led to this recipe.
         progress: Who listens.
 
     Raises:
         OnnxsmithError: The job could not be done; see the classes in ``onnxsmith.errors``.
     """
+    if not recipe.variants:
+        raise BadInputError(
+            f"recipe {recipe.name}: variants", got="none", expected="at least one",
+            remedy="`onnxsmith tune` finds one for recipes with a key tune",
+        )  # fmt: skip
     failed = destination.with_name(f"{destination.name or destination.resolve().name}.failed")
     check_destination(destination, force=force)
     check_report_place(failed)
@@ -61,7 +75,8 @@ def run_recipe(
         progress=progress,
         checkpoints=checkpoint_directory(destination),
     ) as bench:
-        report = _new_report(recipe, source, bench, command)
+        report = _new_report(recipe, source, bench.log.steps, command)
+        report.tuning = tuning
         try:
             with staged_directory(destination, force=force) as staging:
                 # Beside the artifact, so that packing is a rename and not a copy.
@@ -89,11 +104,28 @@ def run_recipe(
     return report
 
 
+def report_nothing(
+    recipe: Recipe,
+    source: ModelSource,
+    destination: Path,
+    *,
+    tuning: dict[str, Any],
+    verdict: str,
+    command: str = "",
+) -> Report:
+    """Leaves the report of a search that found nothing to run in ``<destination>.failed``."""
+    report = _new_report(recipe, source, [], command)
+    report.tuning, report.verdict = tuning, verdict
+    report.reference = {"name": "torch", **_UNMEASURED, **(tuning["reference"] or {})}
+    _write_failed(report, destination.with_name(f"{destination.name}.failed"))
+    return report
+
+
 class _NothingChosenError(Exception):
     """No variant passed; the report says why."""
 
 
-def _new_report(recipe: Recipe, source: ModelSource, bench: Workbench, command: str) -> Report:
+def _new_report(recipe: Recipe, source: ModelSource, steps: list[StepTiming], command: str) -> Report:
     benchmark = recipe.evaluation.benchmark
     environment = describe_environment() | {
         "threads": (benchmark.threads if benchmark else None) or usable_cpus(),
@@ -113,7 +145,7 @@ def _new_report(recipe: Recipe, source: ModelSource, bench: Workbench, command: 
         },
         environment=environment,
         recipe=recipe.model_dump(mode="json"),
-        steps=bench.log.steps,
+        steps=steps,
     )
 
 

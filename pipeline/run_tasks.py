@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.datasets import load_dataset
@@ -37,6 +40,8 @@ class TaskMeasure:
         self._data = load_dataset(
             spec.data, columns=spec.columns, split=spec.split, limit=spec.limit, base=base
         )
+        if spec.share != (0.0, 1.0):
+            self._data = self._data.take(_share_of(len(self._data), spec.share))
         self._metrics, self._seed = spec.metrics, recipe.seed
         self._settings = RunSettings(
             batch=spec.batch,
@@ -81,6 +86,16 @@ class TaskMeasure:
         self._task = task
         return run_task(task, session, files, self._data, self._settings)
 
+    @property
+    def expected(self) -> tuple[str, Outcome]:
+        """The task, and what torch said; see ``recall``."""
+        assert self._expected is not None, "torch was not measured"
+        return self._task, self._expected
+
+    def recall(self, task: str, expected: Outcome) -> None:
+        """Takes what torch said of these rows in another process."""
+        self._task, self._expected = task, expected
+
     def _judged(self, name: str, provider: str, outcome: Outcome, against: Outcome | None) -> dict[str, Any]:
         result = judge(
             name,
@@ -114,6 +129,18 @@ def budget_values(entry: VariantReport) -> Mapping[str, float | None]:
     } | _drops(entry.task_metrics)
 
 
+def _share_of(count: int, share: tuple[float, float]) -> list[int]:
+    """The rows of a share, in the order of the data. Which rows those are depends on their number alone."""
+    order = np.random.default_rng(0).permutation(count)
+    begin, end = (round(edge * count) for edge in share)
+    if begin == end:
+        raise BadInputError(
+            "evaluation.task", got=f"{count} rows, and none from {share[0]:.0%} to {share[1]:.0%}",
+            expected="at least one in each part", remedy="Give more rows, or take fewer folds",
+        )  # fmt: skip
+    return sorted(int(row) for row in order[begin:end])
+
+
 def _drops(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
     """By how many points each metric is worse than torch's, as budgets call it."""
     found: dict[str, float | None] = {
@@ -121,6 +148,12 @@ def _drops(metrics: Mapping[str, Any] | None) -> dict[str, float | None]:
         for name, values in (metrics or {}).items()
         if "difference" in values
     }
+    for name, values in (metrics or {}).items():
+        if "difference" in values:
+            difference = values["difference"]
+            reference = values["value"] - difference["value"]
+            lost = math.copysign(difference["value"], difference["drop_points"])
+            found[f"{name}_drop_pct"] = 100 * lost / abs(reference) if reference else None
     for name in _F1:
         if f"{name}_drop_points" in found:
             found.setdefault("f1_drop_points", found[f"{name}_drop_points"])

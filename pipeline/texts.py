@@ -13,7 +13,7 @@ from typing import Any
 from onnxsmith.errors import BadInputError
 from onnxsmith.source import resolve_path
 
-__all__ = ["load_text", "load_texts", "text_sha256"]
+__all__ = ["load_text", "load_texts", "share_bounds", "text_sha256"]
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -56,6 +56,29 @@ def load_texts(path: Path) -> list[str]:
 def text_sha256(text: str) -> str:
     """The SHA-256 of a text in UTF-8, in hex; it says which text a perplexity belongs to."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def share_bounds(count: int, share: tuple[float, float], window: int) -> tuple[int, int]:
+    """The first token of a share of a text, and the one after its last; cut between windows.
+
+    Args:
+        count: Tokens of the text.
+        share: From and to, as shares of the whole.
+        window: Tokens in a window.
+
+    Raises:
+        BadInputError: There is no window in it.
+    """
+    windows = -(-count // window)
+    begin, end = (min(round(edge * windows) * window, count) for edge in share)
+    if end - begin < 2:
+        raise BadInputError(
+            "evaluation.perplexity",
+            got=f"{count} tokens in {windows} windows, and no window from {share[0]:.0%} to {share[1]:.0%}",
+            expected="at least one in each part",
+            remedy="Take more max_tokens, a shorter window, or fewer folds",
+        )
+    return begin, end
 
 
 def _from_file(path: Path) -> str:

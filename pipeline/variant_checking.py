@@ -18,7 +18,7 @@ from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe
 from onnxsmith.pipeline.references import Reference, checked_placement, open_programs
 from onnxsmith.pipeline.run_tasks import TaskMeasure
 from onnxsmith.pipeline.staging import require_space
-from onnxsmith.pipeline.texts import load_text, text_sha256
+from onnxsmith.pipeline.texts import load_text, share_bounds, text_sha256
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.pipeline.variant_making import Made, error_text
 from onnxsmith.progress import Progress
@@ -195,7 +195,7 @@ class VariantChecker:
                 got=f"its tokenizer gives id {ids.max()}",
                 expected=f"below {limit}, the vocabulary",
             )
-        return ids
+        return ids[slice(*share_bounds(len(ids), spec.share, spec.window))]
 
 
 def described(recipe: Recipe, programs: Mapping[str, TorchProgram]) -> dict[str, Any]:

@@ -35,13 +35,16 @@ def need(package: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert [path.stem for path in RECIPES] == ["factory", "minilm", "smollm2"]
+    assert [path.stem for path in RECIPES] == [
+        "factory", "minilm-tuned", "minilm", "smollm2-tuned", "smollm2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipe_is_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert all(variant.specs() for variant in recipe.variants)
+    assert recipe.variants or recipe.tune
     first = path.read_text(encoding="utf-8").splitlines()[0]
     prefix = "# yaml-language-server: $schema="
     assert first.startswith(prefix)

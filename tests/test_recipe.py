@@ -203,7 +203,7 @@ def test_overrides_reach_every_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("variants=[]", r"--set variants=\[\]: variants: \[\]; expected .*at least 1 item"),
+        ("variants=[]", r"--set variants=\[\]: variants: no variant; expected at least one, or a key tune"),
         ("budgets", r"--set budgets: no key=value; expected for example budgets\.size_mb=100"),
         ("=3", "no key=value"),
         ("budgets.size_mb=[1", r"--set budgets\.size_mb=\[1: the value '\[1'; expected a YAML value"),

