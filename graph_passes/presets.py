@@ -39,6 +39,8 @@ _INT8: PassSpec = (
 _MIXED: PassSpec = ("quantize_mixed", {"max_loss_pct": 1.0})
 _GPU_INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "accuracy_level": 0})
 _WEB_INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "symmetric": True})
+# A byte for each weight more on disk and in memory; prompts in little more than half the time.
+_PROMPTS: PassSpec = ("fast_prompts", {})
 _FINISH: tuple[PassSpec, ...] = (
     ("strip_metadata", {}),
     ("lower_opset", {}),
@@ -62,6 +64,8 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-int8-newest": (*_ON_CPU, *_NEWEST, _INT8, *_FINISH),
     "cpu-int4-newest": (*_ON_CPU, *_NEWEST, _INT4, *_FINISH),
     "cpu-gguf-newest": (*_ON_CPU, *_NEWEST, ("keep_gguf_blocks", {}), *_FINISH),
+    "cpu-int4-fastest": (*_ON_CPU, *_NEWEST, _INT4, _PROMPTS, *_FINISH),
+    "cpu-gguf-fastest": (*_ON_CPU, *_NEWEST, ("keep_gguf_blocks", {}), _PROMPTS, *_FINISH),
 }
 
 PURPOSES: Mapping[str, str] = {
@@ -81,6 +85,8 @@ PURPOSES: Mapping[str, str] = {
     "cpu-int8-newest": "As cpu-int8, and what makes decoders faster but needs ONNX Runtime 1.32.",
     "cpu-int4-newest": "As cpu-int4, and what makes decoders faster but needs ONNX Runtime 1.32.",
     "cpu-gguf-newest": "As cpu-gguf, and what makes decoders faster but needs ONNX Runtime 1.32.",
+    "cpu-int4-fastest": "As cpu-int4-newest, with prompts on 8 bit integers: much faster, twice the size.",
+    "cpu-gguf-fastest": "As cpu-gguf-newest, with prompts on 8 bit integers: much faster, twice the size.",
 }
 
 REASONS: Mapping[str, str] = {
@@ -98,6 +104,7 @@ REASONS: Mapping[str, str] = {
     "quantize_weights": "when the matrices have their final form",
     "keep_gguf_blocks": "when the matrices have their final form",
     "quantize_mixed": "when the matrices have their final form",
+    "fast_prompts": "after quantization, whose products it doubles",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",

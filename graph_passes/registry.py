@@ -23,6 +23,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
     {
         "cleanup": "onnxsmith.graph_passes.cleanup:Cleanup",
         "convert_opset": "onnxsmith.graph_passes.versions:ConvertOpset",
+        "fast_prompts": "onnxsmith.graph_passes.prompts:FastPrompts",
         "flatten_attention": "onnxsmith.graph_passes.attention:FlattenAttention",
         "fold_embedding_scale": "onnxsmith.graph_passes.embeddings:FoldEmbeddingScale",
         "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",

@@ -226,20 +226,31 @@ def cache_is_shareable(model: ir.Model) -> bool:
         match = _PAST.fullmatch(value.name or "")
         if match is None:
             continue
+        presents = _made_in_branches(outputs.get(f"present.{match[1]}"))
         uses = list(value.uses())
-        if len(uses) != 1:
+        if not presents or len(uses) != len(presents):
             return False
-        node, index = uses[0]
-        present = outputs.get(f"present.{match[1]}")
-        # Inputs 3 and 4 are past key and value; outputs 1 and 2 what becomes of them.
-        if node.op_type != "GroupQueryAttention" or index not in (3, 4) or len(node.outputs) < 3:
-            return False
-        if present is None or present.producer() is not node or node.outputs[index - 2] is not present:
-            return False
-        if any(n.op_type == "Shape" for n, _ in present.uses()):
-            return False
+        for node, index in uses:
+            # Inputs 3 and 4 are past key and value; outputs 1 and 2 what becomes of them.
+            if node.op_type != "GroupQueryAttention" or index not in (3, 4) or len(node.outputs) < 3:
+                return False
+            present = node.outputs[index - 2]
+            if present not in presents or any(n.op_type == "Shape" for n, _ in present.uses()):
+                return False
         found += 1
     return found > 0
+
+
+def _made_in_branches(value: ir.Value | None) -> set[ir.Value]:
+    """A value, or what each branch of the If that makes it gives for it."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.op_type != "If":
+        return set() if value is None else {value}
+    branches = [attribute.as_graph() for attribute in node.attributes.values()]
+    found: set[ir.Value] = set()
+    for branch in branches:
+        found |= _made_in_branches(branch.outputs[value.index() or 0])
+    return found
 
 
 def _pairs(inputs: tuple[TensorSpec, ...], outputs: Mapping[str, TensorSpec]) -> Iterator[CachePair]:
