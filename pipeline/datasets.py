@@ -36,6 +36,7 @@ class Dataset:
         where: For messages.
         rows: Column to value.
         label_names: Names of labels that are stored as numbers, where the data set has them.
+        first: The number of the first row, for messages.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Dataset:
         rows: Sequence[Mapping[str, Any]],
         columns: Mapping[str, str],
         label_names: Sequence[str] = (),
+        *,
+        first: int = 1,
     ) -> None:
         """Checks that the named columns are there.
 
@@ -52,7 +55,7 @@ class Dataset:
         """
         if not rows:
             raise BadInputError(where, got="no rows", expected="at least one")
-        self.where, self.rows, self.label_names = where, rows, tuple(label_names)
+        self.where, self.rows, self.label_names, self.first = where, rows, tuple(label_names), first
         self._columns = dict(columns)
         for role, name in columns.items():
             if role not in COLUMNS:
@@ -67,6 +70,12 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def part(self, begin: int, end: int) -> Dataset:
+        """Some of the rows, by number."""
+        return Dataset(
+            self.where, self.rows[begin:end], self._columns, self.label_names, first=self.first + begin
+        )
 
     def has(self, role: str) -> bool:
         """Whether there is a column for it."""
@@ -87,7 +96,7 @@ class Dataset:
                 remedy=f"Name it with --column {role}=NAME",
             )
         values = [row.get(name) for row in self.rows]
-        for number, value in enumerate(values, 1):
+        for number, value in enumerate(values, self.first):
             if value is None:
                 raise BadInputError(f"{self.where}, row {number}", got=f"no {name}", expected=f"a {role}")
         return values
@@ -99,7 +108,7 @@ class Dataset:
             BadInputError: There is none, or a value is no text.
         """
         values = self.column(role)
-        for number, value in enumerate(values, 1):
+        for number, value in enumerate(values, self.first):
             if not isinstance(value, str):
                 raise BadInputError(
                     f"{self.where}, row {number}", got=f"{role} {str(value)[:40]!r}", expected="a text"

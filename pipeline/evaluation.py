@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.datasets import Dataset, load_dataset
-from onnxsmith.pipeline.task_runs import DEFAULT_METRICS, TASK_RUNS, RunSettings, run_task
+from onnxsmith.pipeline.task_runs import DEFAULT_METRICS, NEEDS_ALL_ROWS, TASK_RUNS, RunSettings, run_task
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from onnxsmith.runtime.resampling import Difference, Interval
 
 __all__ = ["Evaluation", "evaluate_model", "judge"]
+
+# After so many, what was predicted is kept whatever comes.
+_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Evaluation:
         differences: Name to the difference to the reference; empty without one.
         reference: The reference's name, or None.
         details: For labels: scores of each class, and the confusion matrix.
+        rows: How many were judged.
+        interrupted: Whether the run ended before it had seen all rows.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Evaluation:
     differences: Mapping[str, Difference]
     reference: str | None
     details: Mapping[str, Any]
+    rows: int
+    interrupted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -69,6 +76,7 @@ def evaluate_model(
     resamples: int = 1000,
     settings: RunSettings | None = None,
     progress: Progress | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> list[Evaluation]:
     """Measures a model on labelled data, on each provider.
 
@@ -85,6 +93,9 @@ def evaluate_model(
         resamples: Of intervals and tests.
         settings: How the model is run.
         progress: Who listens.
+        on_interrupt: Called where Ctrl-C ended the runs. What was done until then is judged and returned: the
+            runs that ended, and the rows of the last one. Where None, or where nothing was done, the
+            interrupt goes on to the caller.
 
     Returns:
         The reference first, where there is one, then one result for each provider.
@@ -103,32 +114,58 @@ def evaluate_model(
     rows = load_dataset(data, columns=columns, split=split, limit=limit)
     backends = [OrtBackend(provider) for provider in providers]
     package = load_package(model)
-    runs: list[tuple[str, str, Outcome]] = []
+    runs: list[tuple[str, str, Outcome, bool]] = []
     total = len(rows) * (len(backends) + (reference is not None))
     with progress.step("evaluate", total) as step:
 
         def run(name: str, session: Session, files: Mapping[str, bytes]) -> None:
             counted = dataclasses.replace(settings, on_rows=lambda count: step.advance(count, note=name))
-            runs.append((name, session.provider, run_task(task, session, files, rows, counted)))
+            outcomes: list[Outcome] = []
+            ended = False
+            try:
+                for part in _parts(rows, task, settings.batch):
+                    outcomes.append(run_task(task, session, files, part, counted))
+                ended = True
+            finally:
+                if outcomes:
+                    runs.append((name, session.provider, _joined(outcomes), not ended))
 
-        if reference is not None:
-            with _opened(reference, task) as (session, files):
-                run(reference, session, files)
-        for backend in backends:
-            with backend.open(package, name=str(model)) as opened:
-                run(str(model), opened, package.files)
-    base = runs[0] if reference is not None else None
+        try:
+            if reference is not None:
+                with _opened(reference, task) as (session, files):
+                    run(reference, session, files)
+            for backend in backends:
+                with backend.open(package, name=str(model)) as opened:
+                    run(str(model), opened, package.files)
+        except KeyboardInterrupt:
+            if on_interrupt is None or not runs:
+                raise
+            on_interrupt()
+    base = runs[0][2] if reference is not None else None
     found = []
     with progress.step("statistics", len(runs)) as step:
-        for number, (name, provider, outcome) in enumerate(runs):
-            against = base[2] if base is not None and number else None
-            found.append(
-                judge(
-                    name, provider, task, rows, outcome, metrics, against, reference, resamples, settings.seed
-                )
+        for number, (name, provider, outcome, cut) in enumerate(runs):
+            against = base.take(range(len(outcome))) if base is not None and number else None
+            judged = judge(
+                name, provider, task, rows, outcome, metrics, against, reference, resamples, settings.seed
             )
+            found.append(dataclasses.replace(judged, interrupted=cut))
             step.advance()
     return found
+
+
+def _parts(rows: Dataset, task: str, batch: int) -> Iterator[Dataset]:
+    """Rows some batches at a time, so that an interrupt costs no more than these."""
+    # A probe is trained on some rows and judged on others.
+    size = len(rows) if task in NEEDS_ALL_ROWS else max(batch, 1) * _BATCHES
+    for begin in range(0, len(rows), size):
+        yield rows.part(begin, begin + size)
+
+
+def _joined(outcomes: Sequence[Outcome]) -> Outcome:
+    references = [one for outcome in outcomes for one in outcome.references]
+    predictions = [one for outcome in outcomes for one in outcome.predictions]
+    return dataclasses.replace(outcomes[0], references=references, predictions=predictions)
 
 
 def judge(
@@ -160,7 +197,7 @@ def judge(
         }
     return Evaluation(
         name, provider, task, data.where.removeprefix("data "), values, differences,
-        reference if against is not None else None, details_of(outcome),
+        reference if against is not None else None, details_of(outcome), len(outcome),
     )  # fmt: skip
 
 

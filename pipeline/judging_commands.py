@@ -205,13 +205,14 @@ def evaluate(
     resamples: Annotated[int, typer.Option(metavar="N", help="Of the intervals and tests.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of resampling and of the split.")] = 0,
     json_target: Json = None,
-) -> None:
+) -> int:
     """Measure models on labelled data, with intervals and a test of the difference to a reference."""
-    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
     from onnxsmith.pipeline.evaluation import evaluate_model
     from onnxsmith.pipeline.judgement_tables import show_evaluations
     from onnxsmith.pipeline.task_runs import RunSettings
 
+    interrupts: list[bool] = []
     results = evaluate_model(
         model,
         task=task,
@@ -231,11 +232,18 @@ def evaluate(
             seed=seed,
         ),
         progress=progress_for(),
+        on_interrupt=lambda: interrupts.append(True),
     )
     if json_target:
-        emit_json(json_target, "evaluate", {"results": [result.to_json() for result in results]})
+        body = {"interrupted": bool(interrupts), "results": [result.to_json() for result in results]}
+        emit_json(json_target, "evaluate", body)
     if json_target != "-":
         show_evaluations(results)
+    if interrupts:
+        seen = f"{results[-1].rows} rows of the last run" if results[-1].interrupted else "whole runs"
+        message(f"onnxsmith: interrupted; what was measured until then is above ({seen})")
+        return INTERRUPTED
+    return 0
 
 
 def _columns(texts: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from onnxsmith.runtime.scoring import score
 if TYPE_CHECKING:
     from onnxsmith.runtime.session import Array
 
-__all__ = ["DEFAULT_METRICS", "TASK_RUNS", "RunSettings", "run_task"]
+__all__ = ["DEFAULT_METRICS", "NEEDS_ALL_ROWS", "TASK_RUNS", "RunSettings", "run_task"]
 
 _DEFAULT_LENGTH = 512
 _MAX_ANSWER_TOKENS = 30
@@ -182,7 +182,7 @@ def _classify(run: _Run) -> Outcome:
 def _classify_tokens(run: _Run) -> Outcome:
     words = [_list(value, run.data.where) for value in run.data.column("tokens")]
     tags = [run.labels(_list(value, run.data.where)) for value in run.data.column("tags")]
-    for number, (some, others) in enumerate(zip(words, tags, strict=True), 1):
+    for number, (some, others) in enumerate(zip(words, tags, strict=True), run.data.first):
         if len(some) != len(others):
             raise BadInputError(
                 f"{run.data.where}, row {number}", got=f"{len(some)} words and {len(others)} tags",
@@ -352,3 +352,5 @@ TASK_RUNS: Mapping[str, Callable[[_Run], Outcome]] = {
     TEXT_GENERATION: _generate,
     "token-classification": _classify_tokens,
 }
+NEEDS_ALL_ROWS = frozenset({"feature-extraction"})
+"""Tasks that learn from some rows and judge others."""

@@ -117,6 +117,55 @@ def test_classification_is_that_of_torch(classifier: tuple[Path, Path], tmp_path
     assert again.metrics["accuracy"].value == result.metrics["accuracy"].value
 
 
+def test_an_interrupt_keeps_the_rows_that_were_done(
+    classifier: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith.pipeline import evaluation
+
+    source, model = classifier
+    texts = sentences(40)
+    rows = [{"text": t, "label": s} for t, s in zip(texts, torch_labels(source, texts), strict=True)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    run_task, calls = evaluation.run_task, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return run_task(*arguments)
+
+    monkeypatch.setattr(evaluation, "run_task", interrupted)
+    # Sixteen rows at a time: three times for the reference, once for the model.
+    settings = RunSettings(batch=1)
+    options: dict[str, Any] = {
+        "task": "text-classification", "data": str(data), "resamples": 5, "settings": settings,
+        "reference": str(source),
+    }  # fmt: skip
+    told: list[bool] = []
+    reference, result = evaluate_model(model, **options, on_interrupt=lambda: told.append(True))
+    assert told == [True]
+    assert (reference.rows, reference.interrupted) == (40, False)
+    assert (result.rows, result.interrupted) == (16, True)
+    assert result.metrics["accuracy"].value == reference.metrics["accuracy"].value == 1
+    assert result.differences["accuracy"].value == 0
+    # Who does not ask for what was done gets the interrupt.
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(model, **options)
+    # On a command line what was done is shown and saved.
+    calls[:] = [()] * 3
+    output = tmp_path / "result.json"
+    ended = CliRunner().invoke(
+        app,
+        ["evaluate", str(model), "--task", "text-classification", "--data", str(data), "--batch", "1",
+         "--resamples", "5", "--json", str(output)],
+    )  # fmt: skip
+    assert ended.exit_code == 130, ended.output
+    assert "interrupted; what was measured until then is above (16 rows of the last run)" in ended.output
+    saved = json.loads(output.read_text())
+    assert (saved["interrupted"], [r["rows"] for r in saved["results"]]) == (True, [16])
+
+
 def test_a_broken_weight_is_a_significant_difference(classifier: tuple[Path, Path], tmp_path: Path) -> None:
     import shutil
 
