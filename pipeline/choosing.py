@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from onnxsmith.pipeline.honesty import add_warnings
 from onnxsmith.pipeline.recipe import Budgets, Recipe
 from onnxsmith.pipeline.report import Budget, VariantReport
 from onnxsmith.pipeline.run_tasks import budget_values
@@ -23,18 +25,22 @@ def hold_budgets(entry: VariantReport, budgets: Budgets) -> None:
     ]
 
 
-def choose(variants: Sequence[VariantReport], recipe: Recipe) -> tuple[VariantReport | None, str]:
+def choose(
+    variants: Sequence[VariantReport], recipe: Recipe, *, source: Mapping[str, Any] | None = None
+) -> tuple[VariantReport | None, str]:
     """The best variant that passes, by what the recipe chooses by, and the verdict in words.
 
     Args:
         variants: Checked and measured; their budgets are held here.
         recipe: The budgets, and what to choose by.
+        source: The benchmark of the float model; see ``add_warnings``.
 
     Returns:
         The variant, which is marked as chosen, or None where none passes.
     """
     for entry in variants:
         hold_budgets(entry, recipe.budgets)
+    add_warnings(variants, source=source, strict=bool(recipe.budgets.limits()))
     passed = [v for v in variants if v.passed]
     if not passed:
         return None, "no variant passes: " + "; ".join(f"{v.name}: {v.reason}" for v in variants)

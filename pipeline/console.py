@@ -17,7 +17,7 @@ from onnxsmith.pipeline.artifact import to_plain
 from onnxsmith.pipeline.staging import write_beside
 from onnxsmith.progress import Progress, Step
 
-__all__ = ["TerminalProgress", "emit_json", "message", "print_table", "progress_for"]
+__all__ = ["TerminalProgress", "emit_json", "message", "print_table", "progress_for", "red"]
 
 
 def message(text: str) -> None:
@@ -71,6 +71,11 @@ class TerminalProgress(Progress):
             yield step
             done = bars.tasks[task].completed
             bars.update(task, total=total or 1, completed=total or max(done, 1), note=step.note)
+
+
+def red(text: str) -> str:
+    """The text in red, where standard output is a terminal."""
+    return f"\x1b[31m{text}\x1b[0m" if sys.stdout.isatty() else text
 
 
 def print_table(

@@ -69,12 +69,19 @@ class VariantReport:
         default_factory=lambda: {"before": {}, "after": {}}
     )
     budgets: list[Budget] = dataclasses.field(default_factory=list)
+    suspicions: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    warnings_fail: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether it was made, agrees with torch as its precision allows, and keeps its budgets."""
+        """Whether it was made, agrees with torch as its precision allows, and keeps its budgets.
+
+        Where a budget was set, a quantized variant must not be slower than its source or far off either.
+        """
         agrees = self.comparison is not None and bool(self.comparison["passed"])
-        return self.error is None and agrees and all(budget.passed for budget in self.budgets)
+        honest = not (self.warnings and self.warnings_fail)
+        return self.error is None and agrees and honest and all(budget.passed for budget in self.budgets)
 
     @property
     def reason(self) -> str:
@@ -88,7 +95,7 @@ class VariantReport:
         ]
         if self.comparison is not None and not self.comparison["passed"]:
             reasons.insert(0, self.comparison["reason"])
-        return "; ".join(reasons)
+        return "; ".join([*reasons, *(self.warnings if self.warnings_fail else [])])
 
 
 @dataclasses.dataclass

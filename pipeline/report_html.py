@@ -173,9 +173,10 @@ def _compared(ratio: float, above: str, below: str) -> tuple[str, str]:
 
 
 def _reasons(variant: Mapping[str, Any]) -> list[str]:
-    """Why a variant failed; empty if it passed."""
+    """Why a variant failed, and what a quantized one that passed has to own up to."""
+    warnings = [f"warning: {text}" for text in variant.get("warnings") or []]
     if variant["passed"]:
-        return []
+        return warnings
     found: list[str] = [variant["error"]] if variant["error"] else []
     comparison = variant["comparison"]
     if comparison is not None and not comparison["passed"]:
@@ -186,7 +187,7 @@ def _reasons(variant: Mapping[str, Any]) -> list[str]:
         for b in variant["budgets"]
         if not b["passed"]
     ]
-    return found or ["failed, and the run recorded no reason"]
+    return [*found, *warnings] or ["failed, and the run recorded no reason"]
 
 
 def _variant_view(variant: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,10 +177,10 @@ def _judge_all(bench: Workbench, report: Report, work: Path) -> Made | None:
                 comparison = variant.report.comparison
                 agrees = comparison is not None and comparison["passed"]
                 step.advance(note=f"{variant.report.name}: {'agrees' if agrees else 'differs'}")
-        report.reference |= bench.time(made)
+        report.reference |= bench.time(made, beside_source=True)
     report.training = bench.training
     report.original = bench.original.report if bench.original is not None else None
-    entry, report.verdict = choose(report.variants, recipe)
+    entry, report.verdict = choose(report.variants, recipe, source=bench.source_bench)
     if entry is None:
         return None
     report.chosen = entry.name

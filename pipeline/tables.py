@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.pipeline.bench_tables import fallback_of
-from onnxsmith.pipeline.console import print_table
+from onnxsmith.pipeline.console import print_table, red
 
 if TYPE_CHECKING:
     from onnxsmith.comparison import Comparison
@@ -73,6 +73,9 @@ def show_report(report: Report, destination: Path) -> None:
     for variant in report.variants:
         if not variant.passed:
             sys.stdout.write(f"{variant.name} failed: {variant.reason}\n")
+    for variant in report.variants:
+        for warning in variant.warnings:
+            sys.stdout.write(red(f"WARNING  {variant.name}: {warning}") + "\n")
     sys.stdout.write(f"\n{report.verdict}\n")
     if report.passed:
         sys.stdout.write(f"artifact  {destination}\nreport    {destination / 'report.html'}\n")

@@ -150,7 +150,8 @@ class VariantChecker:
         Raises:
             LackingError: No other variant would do better.
         """
-        from onnxsmith.runtime import compare_components, open_components, perplexity
+        from onnxsmith.runtime import compare_components, open_components, perplexity, value_limits
+        from onnxsmith.runtime.behaviour import suspicious_outputs
 
         entry, spec = made.report, self.recipe.evaluation.perplexity
         package = load_package(made.directory)
@@ -168,6 +169,9 @@ class VariantChecker:
                     tolerance=tolerance_for(entry.precision),
                     name=entry.name,
                 ).to_json()
+                if entry.precision in ("int4", "int8") and len(sessions) == 1:
+                    found = suspicious_outputs(sessions[name], value_limits(package))
+                    entry.suspicions = [one.what for one in found]
                 if spec is not None:
                     scored = perplexity(
                         sessions[name], opened.tokens, window=spec.window, reference_logits=opened.logits

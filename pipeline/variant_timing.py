@@ -22,6 +22,7 @@ def time_variants(
     *,
     progress: Progress,
     original: Made | None = None,
+    source: Made | None = None,
 ) -> dict[str, Any]:
     """Adds to the reports of variants how fast they are. One that cannot be measured gets an error.
 
@@ -31,6 +32,7 @@ def time_variants(
         recipe: How.
         progress: Who listens.
         original: The model before it was made smaller, to which the variants' latency is compared.
+        source: The float model that the variants were quantized from; measured beside them.
 
     Returns:
         Medians of PyTorch, for the report; empty where it was not measured.
@@ -49,6 +51,8 @@ def time_variants(
     candidates = [Candidate(v.report.name, v.directory, recipe.provider) for v in made]
     if original is not None:
         candidates.append(Candidate("original", original.directory, recipe.provider))
+    if source is not None:
+        candidates.append(Candidate("float source", source.directory, recipe.provider))
     if spec.reference:
         candidates.append(Candidate("torch", program=next(iter(programs.values()))))
     with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
@@ -61,6 +65,9 @@ def time_variants(
         )
     # Not looked up by name: a variant may be called torch too.
     torch_result = results.pop() if spec.reference else None
+    source_result = results.pop() if source is not None else None
+    if source is not None and source_result is not None and not source_result.error:
+        source.report.bench = source_result.to_json()
     original_result = results.pop() if original is not None else None
     base_ms = None
     if original is not None and original_result is not None and not original_result.error:

@@ -13,6 +13,7 @@ from onnxsmith.errors import SourceError, require
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.choosing import hold_budgets
+from onnxsmith.pipeline.honesty import is_quantized, source_among, without_quantization
 from onnxsmith.pipeline.originals import Original
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import VariantReport
@@ -91,6 +92,7 @@ class Workbench:
         self.provenance: dict[str, Any] = {}
         self.training: dict[str, Any] | None = None
         self.original: Original | None = None
+        self.source_bench: dict[str, Any] | None = None
         self._training = TrainingRun(recipe, base=base, checkpoints=checkpoints) if recipe.training else None
         self._checker = VariantChecker(recipe, self.backend, base=base)
         self._calibration = CalibrationData.of(recipe.calibration, base=base)
@@ -202,14 +204,35 @@ class Workbench:
         """Compares a variant with PyTorch and scores it; see ``VariantChecker.check``."""
         self._checker.check(made, self.reference())
 
-    def time(self, variants: Sequence[Made]) -> dict[str, Any]:
-        """Measures how fast variants are, in turn, and PyTorch beside them; see ``time_variants``."""
+    def time(self, variants: Sequence[Made], *, beside_source: bool = False) -> dict[str, Any]:
+        """Measures how fast variants are, in turn, and PyTorch beside them; see ``time_variants``.
+
+        Args:
+            variants: Those that were made.
+            beside_source: Whether to measure the float model too where only quantized ones are there: what is
+                slower than its source is worth nothing.
+        """
         original = self.original
         made = original.made if original is not None and original.made and not original.made.failed else None
-        found = time_variants(variants, self._programs, self.recipe, progress=self.log, original=made)
+        source = self._float_source(variants) if beside_source else None
+        found = time_variants(
+            variants, self._programs, self.recipe, progress=self.log, original=made, source=source
+        )
+        if source is not None:
+            self.source_bench = source.report.bench
         if original is not None:
             original.timed()
         return found
+
+    def _float_source(self, variants: Sequence[Made]) -> Made | None:
+        """The float model that quantized variants come from, where none of the variants is it."""
+        reports = [one.report for one in variants if not one.failed]
+        quantized = [one for one in reports if is_quantized(one)]
+        timed = self.recipe.evaluation.benchmark is not None and len(self._programs) == 1
+        if not timed or not quantized or all(source_among(one, reports) for one in quantized):
+            return None
+        made = self.make("_float-source", without_quantization(quantized[0]))
+        return None if made.failed else made
 
     def finish(self) -> None:
         """Lets go of what a run that is killed would go on with: the artifact is there."""
