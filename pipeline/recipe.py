@@ -300,6 +300,11 @@ class Recipe(_Model):
                 raise _broken_rule(
                     ("training", name), "what is evaluated on", "other data, or nothing is measured"
                 )
+        quantized = any(getattr(step.spec, "quantization", None) for step in self.training.steps)
+        if quantized and self.export.dtype != "float32":
+            raise _broken_rule(
+                ("export", "dtype"), self.export.dtype, "float32, in which quantization is trained"
+            )
         compresses = any(step.compresses for step in self.training.steps)
         if self.budgets.latency_vs_original is not None and not compresses:
             raise _broken_rule(

@@ -30,6 +30,8 @@ __all__ = ["Trained", "TrainingRun", "checkpoint_directory"]
 
 # What a manifest says of a step: everything but the curves, which stand in the report.
 _CURVES = ("curve", "evaluations")
+# Examples that the first steps of a quantization are found on.
+_ROUNDED = 128
 
 
 def checkpoint_directory(destination: Path) -> Path:
@@ -198,7 +200,8 @@ class TrainingRun:
             made, found = self._fit(
                 "distill", spec, number, loaded, lessons, lessons.extra, objective, progress
             )
-        return replace_module(made, made.module), found
+        # Integers are no parameters, and are not counted as such.
+        return made if spec.quantization else replace_module(made, made.module), found
 
     @contextlib.contextmanager
     def _teacher(self, spec: DistillSpec, original: LoadedModel) -> Iterator[Teacher]:
@@ -236,11 +239,12 @@ class TrainingRun:
         progress: Progress,
     ) -> tuple[LoadedModel, dict[str, Any]]:
         from onnxsmith.training import FitProgress, fit
+        from onnxsmith.training.fake_quantization import fix_quantization
 
-        if spec.quantization is not None:
-            raise BadInputError("training: quantization", got=spec.quantization, expected="nothing yet")
         settings = spec.settings(seed=self.seed, device=self.spec.device)
         found: dict[str, Any] = {}
+        if spec.quantization is not None:
+            found["quantized_layers"] = _round(loaded, lessons.train, self.seed)
         if spec.folds is not None:
             found["cross_validation"] = self._cross_validate(spec, loaded, lessons, objective, progress)
         module = loaded.module
@@ -259,6 +263,8 @@ class TrainingRun:
                 on_update=on_update,
             )  # fmt: skip
             step.note = _said(result, before)
+        if spec.quantization is not None:
+            fix_quantization(module)
         plain = dataclasses.asdict(result)
         plain |= {"examples": len(examples), "held_out": len(held) if held is not None else 0}
         plain |= {"before": before, "objective": objective.described()}
@@ -298,6 +304,15 @@ class TrainingRun:
             "data": self._data.described(), "seed": self.seed,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
+
+
+def _round(loaded: LoadedModel, examples: Examples, seed: int) -> int:
+    """Fake quantization, with first steps from some of the examples."""
+    from onnxsmith.training.fake_quantization import prepare_quantization
+
+    numbers = [int(n) for n in np.random.default_rng(seed).permutation(len(examples))[:_ROUNDED]]
+    parts = [examples.batch(numbers[i : i + 16]) for i in range(0, len(numbers), 16)]
+    return len(prepare_quantization(loaded.module, parts))
 
 
 def _said(result: FitResult, before: Mapping[str, float]) -> str:

