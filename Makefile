@@ -44,7 +44,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Where those environments are, and a Vulkan without a GPU for WebGPU.
 APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
 
-.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes bench-peers docs wheel clean
+.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes bench-peers bench-quick bench-scale docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -110,6 +110,16 @@ BENCH_ARGS ?=
 
 bench-peers: $(READY)  ## us beside other people's converters and runtimes: docs/benchmarks.md
 	$(OFFLINE) $(BIN)/python benchmarks/peers.py --environments $(BENCH_PEERS) $(BENCH_ARGS)
+
+bench-quick: $(READY)  ## ratios beside a stored baseline; fails when one has become worse
+	$(OFFLINE) $(BIN)/python benchmarks/quick.py $(BENCH_ARGS)
+
+# Half an hour, 10 GB on disk; with the builder of onnxruntime-genai where bench-peers installed it.
+bench-scale: $(READY)  ## cost by size of the model, a queue of a hundred jobs: docs/scale.md
+	$(OFFLINE) $(BIN)/python benchmarks/scale.py curve $(if $(wildcard $(BENCH_PEERS)/genai/bin/python),--peer $(BENCH_PEERS)/genai/bin/python)
+	$(OFFLINE) $(BIN)/python benchmarks/scale.py queue --executor local
+	$(OFFLINE) $(BIN)/python benchmarks/scale.py queue --executor ray
+	$(OFFLINE) $(BIN)/python benchmarks/scale.py page
 
 # An environment of their own: their dependencies are no business of ours.
 $(PEERS)/.optimizers:
