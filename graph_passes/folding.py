@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["constants_as_tensors", "fold_constants", "local_rules"]
+__all__ = ["constants_as_tensors", "fold_constants", "local_rules", "node_inference"]
 
 # Small enough that shape inference of onnxscript looks at the numbers, which the key then has to hold.
 _LOOKED_AT_ELEMENTS = 20
@@ -42,6 +42,13 @@ def fold_constants(
         should_fold=should_fold,
     )
     folder(model)
+
+
+def node_inference(model: ir.Model) -> Callable[[ir.Node], None]:
+    """Infers types and shapes of a node of the model from its operands, and remembers equal cases."""
+    folder: Any = _folder_class()(shape_inference=True, input_size_limit=0, output_size_limit=0)
+    folder._opset_imports = model.opset_imports
+    return folder._do_inference  # type: ignore[no-any-return]
 
 
 @functools.cache

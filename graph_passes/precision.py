@@ -16,6 +16,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import label
+from onnxsmith.graph_passes.shapes import infer_shapes
 
 __all__ = [
     "PRECISION_MAP",
@@ -210,8 +211,7 @@ def complete_types(model: ir.Model, name: str) -> None:
     """Every value gets an element type: from ONNX, or for operators of ONNX Runtime from their operands."""
     missing = any(value.dtype is None for node in model.graph for value in node.outputs)
     if missing and any(node.domain in _DEFAULT_DOMAINS for node in model.graph):
-        # Without the data of shapes: ONNX fails on some graphs with branches when it follows them.
-        common.ShapeInferencePass(data_prop=False)(model)
+        infer_shapes(model)
     for node in model.graph:
         for value in node.outputs:
             if value.dtype is not None or not (value.uses() or value.is_graph_output()):

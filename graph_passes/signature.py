@@ -16,6 +16,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import axes_of, label, small_constant
+from onnxsmith.graph_passes.shapes import infer_shapes
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["LogitsToKeep", "RemoveUnusedInputs", "SelectOutputs", "SetAxes"]
@@ -221,7 +222,7 @@ class SelectOutputs(GraphPass):
             return Changes()
         values = _main_values(model)
         if any(values[name].dtype is None for name in self.names):
-            common.ShapeInferencePass()(model)
+            infer_shapes(model)
             values = _main_values(model)
         for name in self.names:
             if values[name].dtype is None:
