@@ -82,6 +82,7 @@ def run_passes(
             if changes is not None:
                 part = {"changes": changes.count, **changes.details, "skipped": changes.skipped}
                 details |= part if len(result.components) == 1 else {name: part}
+        _update_config(result, details)
         record = StepRecord(one.name, one.arguments(), time.perf_counter() - began, details)
         if verify is not None and changed:
             found = verify(before, result, record)
@@ -90,3 +91,13 @@ def run_passes(
         if on_step is not None:
             on_step(record)
     return result
+
+
+def _update_config(package: ModelPackage, details: Mapping[str, object]) -> None:
+    """Writes what a pass changed of the model's sizes into config.json."""
+    from onnxsmith.graph_passes.package_config import CONFIG, updated_config
+
+    parts = [details, *(part for part in details.values() if isinstance(part, Mapping))]
+    sizes = next((found for part in parts if isinstance(found := part.get(CONFIG), Mapping)), None)
+    if sizes and "config.json" in package.files:
+        package.files["config.json"] = updated_config(package.files["config.json"], sizes)

@@ -40,6 +40,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "quantize_cache": "onnxsmith.graph_passes.cache_bits:QuantizeCache",
         "prune_channels": "onnxsmith.graph_passes.structured_pruning:PruneChannels",
         "prune_heads": "onnxsmith.graph_passes.structured_pruning:PruneHeads",
+        "prune_layers": "onnxsmith.graph_passes.layer_removal:PruneLayers",
         "prune_neurons": "onnxsmith.graph_passes.structured_pruning:PruneNeurons",
         "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
         "quantize_mixed": "onnxsmith.graph_passes.mixed:QuantizeMixed",

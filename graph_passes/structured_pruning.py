@@ -29,6 +29,7 @@ from onnxsmith.graph_passes.context import Activations, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.gptq import second_moments
 from onnxsmith.graph_passes.observers import Channels
+from onnxsmith.graph_passes.package_config import CONFIG
 from onnxsmith.graph_passes.pruning_choice import Scope, excluded, lowest_units
 from onnxsmith.graph_passes.unit_groups import (
     GraphUnits,
@@ -142,6 +143,9 @@ class _PruneUnits(GraphPass):
                 for group, part in zip(groups, gone, strict=True)
             },
         }
+        sizes = {(g.count, g.count - int(part.sum())) for g, part in zip(groups, gone, strict=True)}
+        if len(sizes) == 1 and self.kind != "channels":
+            changes.details[CONFIG] = {self.kind: list(sizes.pop())}
         if self.method in _NEEDS_DATA:
             changes.details["calibration"] = dict(context_of(model).calibration)
         return changes
