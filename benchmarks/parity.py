@@ -22,6 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+from parity_models import MODEL_GROUPS, MODEL_HEAD, measure_model, model_line, model_notes
+
 ROOT = Path(__file__).resolve().parents[1]
 _ABOUT = """
 Written by `benchmarks/parity.py`; do not edit. Small models with random weights are exported, optimised
@@ -30,7 +33,8 @@ the largest difference of any output, logits and cache, over that output's large
 case of its kind: prefill of 1 to 160 tokens, decoding on a cache, and batches with padding on the left.
 Windows are 8 tokens, so the longer cases pass them. Of the layers, one of each kind is traced and the
 others are copies. CPU seconds and peak memory are of the export alone, in a process that had torch and
-transformers imported.
+transformers imported. The other models are cleaned (`clean`) and compared on several lengths and batches,
+each graph of an encoder-decoder on what the graphs before it really gave.
 """
 PAGE = ROOT / "docs" / "parity.md"
 
@@ -172,6 +176,7 @@ DECODERS = (
         ),
     ),
     Row("Falcon", partial(decoder, "Falcon", _MULTI_HEAD, alibi=False)),
+    Row("Falcon (ALiBi)", partial(decoder, "Falcon", _MULTI_HEAD, alibi=True)),
     Row(
         "BLOOM (ALiBi)",
         partial(decoder, "Bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
@@ -186,7 +191,7 @@ DECODERS = (
         ),
     ),
 )
-# More groups of rows are added here: title of the section, rows.
+# Title of the section, rows; those that are not decoders are in parity_models.
 GROUPS: tuple[tuple[str, tuple[Row, ...]], ...] = (("Decoders", DECODERS),)
 
 
@@ -255,29 +260,18 @@ def line(result: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def page(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """The whole page."""
-    from onnxsmith.environment import describe_environment
-
-    named = describe_environment()["versions"]
-    found = ", ".join(f"{name} {version}" for name, version in named.items())
-    parts = [
-        "# Parity with PyTorch",
-        "",
-        *textwrap.wrap(_ABOUT.strip(), width=118),
-        "",
-        f"{found}; {platform.machine()}, {os.cpu_count()} processors.",
-    ]
-    for title, results in groups:
-        parts += [
-            "",
-            f"## {title}",
-            "",
+def section(title: str, results: Sequence[dict[str, Any]]) -> str:
+    """The table of a group, with what has to be said below it."""
+    if title in dict(MODEL_GROUPS):
+        head: Sequence[str] = MODEL_HEAD
+        lines, notes = [model_line(result) for result in results], model_notes(results)
+    else:
+        head = (
             "| architecture | layers traced | fused attention | nodes | prefill | decode | padded | CPU s "
             "| peak MB |",
             "|---|---|---|---|---|---|---|---|---|",
-            *(line(result) for result in results),
-        ]
+        )
+        lines = [line(result) for result in results]
         notes = [
             *(f"- {r['name']}: refused. {r['refused']}" for r in results if "refused" in r),
             *(f"- **{r['name']} differs**: {r['reason']}." for r in results if not r.get("passed", True)),
@@ -292,9 +286,31 @@ def page(groups: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
                 if r.get("details", {}).get("why_whole")
             ),
         ]
-        if notes:
-            parts += ["", *notes]
-    return "\n".join(parts) + "\n"
+    return "\n".join([f"## {title}", "", *head, *lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def page(sections: Sequence[str]) -> str:
+    """The whole page."""
+    from onnxsmith.environment import describe_environment
+
+    named = describe_environment()["versions"]
+    found = ", ".join(f"{name} {version}" for name, version in named.items())
+    parts = [
+        "# Parity with PyTorch",
+        "",
+        *textwrap.wrap(_ABOUT.strip(), width=118),
+        "",
+        f"{found}; {platform.machine()}, {os.cpu_count()} processors.",
+    ]
+    return "\n".join(parts) + "\n\n" + "\n".join(sections)
+
+
+def written_sections() -> dict[str, str]:
+    """The sections of the page as it is, by title."""
+    if not PAGE.is_file():
+        return {}
+    _, *parts = PAGE.read_text(encoding="utf-8").split("\n## ")
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def main() -> int:
@@ -303,26 +319,35 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="rows whose name contains this; the page is then not written"
     )
+    parser.add_argument("--group", default="", help="one section of the page; the others stay as they are")
     parser.add_argument("--json", type=Path, help="write the full results there")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     context = multiprocessing.get_context("forkserver")
     # Imported once; each row still has its own process.
     context.set_forkserver_preload(["torch", "transformers", "onnxscript", "onnxruntime"])
-    groups = []
-    for title, rows in GROUPS:
-        results = []
+    groups, sections = [], written_sections()
+    for title, rows in (*GROUPS, *MODEL_GROUPS):
+        if arguments.group not in ("", title):
+            continue
+        results: list[dict[str, Any]] = []
         for row in rows:
             if arguments.only.lower() not in row.name.lower():
                 continue
             with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                results.append(pool.submit(measure, row).result())
-            print(line(results[-1]), results[-1].get("reason", ""), file=sys.stderr, flush=True)
+                if isinstance(row, Row):
+                    results.append(pool.submit(measure, row).result())
+                else:
+                    results.append(pool.submit(measure_model, row).result())
+            show = line if isinstance(row, Row) else model_line
+            print(show(results[-1]), results[-1].get("reason", ""), file=sys.stderr, flush=True)
         groups.append((title, results))
+        sections[title] = section(title, results)
     if arguments.json:
         arguments.json.write_text(json.dumps(dict(groups), indent=1, default=str) + "\n", encoding="utf-8")
     if not arguments.only:
-        PAGE.write_text(page(groups), encoding="utf-8")
+        order = [title for title, _ in (*GROUPS, *MODEL_GROUPS)]
+        PAGE.write_text(page([sections[title] for title in order if title in sections]), encoding="utf-8")
     measured = [r for _, results in groups for r in results if "refused" not in r]
     return 0 if measured and all(r["passed"] for r in measured) else 1
 

@@ -29,11 +29,11 @@ def decomposed_where_needed() -> Iterator[None]:
     original_promotion = _fx_passes.insert_type_promotion_nodes
 
     def decompose(exported: Any, registry: Any) -> Any:
-        if not _is_ready(exported, registry):
-            return original(exported, registry)
+        ready = _is_ready(exported, registry)
         for module in exported.graph_module.modules():
-            _write_conversions(module)
-        return exported
+            # Before a decomposition those without effect: torch goes round in circles on a constant's.
+            _write_conversions(module, all_of_them=ready)
+        return exported if ready else original(exported, registry)
 
     def promote(module: Any) -> None:
         if any(_needs_promotion(one) for one in module.modules()):
@@ -176,7 +176,7 @@ def _needs_promotion(module: Any) -> bool:
     return False
 
 
-def _write_conversions(module: Any) -> None:
+def _write_conversions(module: Any, *, all_of_them: bool) -> None:
     """``to()`` of any form as a conversion of the element type, or as nothing."""
     import torch
 
@@ -186,8 +186,13 @@ def _write_conversions(module: Any) -> None:
         if node.op != "call_function" or not _is_conversion(node.target):
             continue
         source, dtype = node.args[0], node.meta["val"].dtype
-        if source.meta["val"].dtype == dtype:
+        if not all_of_them and any(user.op == "output" for user in node.users):
+            # The program's signature has its name.
+            continue
+        if "val" in source.meta and source.meta["val"].dtype == dtype:
             new = source
+        elif not all_of_them:
+            continue
         else:
             with module.graph.inserting_before(node):
                 new = module.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype})

@@ -144,6 +144,13 @@ def on_meta(module: Any) -> Iterator[None]:
         for name, tensor in tensors.items()
         if tensor is not None
     ]
+    # Some modules keep tensors that are neither, and move them to where they are called.
+    kept = [
+        (vars(owner), name, value)
+        for owner in module.modules()
+        for name, value in vars(owner).items()
+        if isinstance(value, torch.Tensor)
+    ]
     for tensors, name, tensor in places:
         if id(tensor) not in made:
             empty = torch.empty_like(tensor, device="meta")
@@ -154,7 +161,7 @@ def on_meta(module: Any) -> Iterator[None]:
         with torch.device("meta"), without_autocast():
             yield
     finally:
-        for tensors, name, tensor in places:
+        for tensors, name, tensor in (*places, *kept):
             tensors[name] = tensor
 
 
