@@ -100,6 +100,7 @@ def export(
         ExportError: torch cannot trace it, or its attention cannot be represented.
         UnknownNameError: No such attention or tracing.
     """
+    from onnxsmith.exporters.adapters import weights_as_inputs
     from onnxsmith.exporters.decoder import trace_decoder
 
     if attention not in ATTENTION:
@@ -123,6 +124,8 @@ def export(
             model = _trace_plain(one, opset)
             if one.details:
                 details[name] = dict(one.details)
+        if loaded.adapter == "inputs":
+            details["adapter_inputs"] = weights_as_inputs(model)
         model.producer_name = "onnxsmith"
         components[name] = Component(model)
     step = StepRecord("export", parameters, time.perf_counter() - began, details)
@@ -170,6 +173,12 @@ def export_by(
 
     if exporter not in EXPORTERS:
         raise UnknownNameError("export", name=exporter, known=EXPORTERS, kind="exporter")
+    if exporter == "optimum" and loaded.adapter == "inputs":
+        raise ExportError(
+            "export: optimum",
+            got="an adapter that is to be kept as inputs",
+            expected="--adapter merge, or --exporter torch",
+        )
     if exporter == "optimum":
         if attention != "auto" or tracing != "auto":
             raise ExportError(
@@ -187,7 +196,8 @@ def export_by(
     try:
         package = export(loaded, tried, attention=attention, opset=opset, tracing=tracing, tidy=tidy)
     except ExportError as error:
-        if exporter == "torch" or (attention, tracing) != ("auto", "auto") or not optimum_knows(loaded):
+        as_asked = (attention, tracing, loaded.adapter) != ("auto", "auto", "merge")
+        if exporter == "torch" or as_asked or not optimum_knows(loaded):
             raise
         try:
             package, kept = export_with_optimum(loaded, programs, opset=opset)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import SourceError, UnknownNameError, require
+from onnxsmith.exporters.adapters import ADAPTERS, beside
 from onnxsmith.exporters.factory import first_line, load_factory
 from onnxsmith.exporters.other_sources import base_of_adapter, load_exported_program, merge_adapter
 from onnxsmith.exporters.stored_weights import (
@@ -86,6 +87,7 @@ class LoadedModel:
         provenance: For the manifest: files with hashes, architecture, number of parameters.
         inputs: Example inputs by parameter of ``forward``, nested as it takes them, for a plain module.
         weights: Where the weights are, if ``module`` is without them: a decoder that was loaded ``lazy``.
+        adapter: What becomes of an adapter's weights: ``merge``, or ``inputs``.
     """
 
     module: torch.nn.Module
@@ -95,10 +97,16 @@ class LoadedModel:
     provenance: dict[str, Any]
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: StoredWeights | None = None
+    adapter: str = "merge"
 
 
 def load_torch(
-    source: ModelSource, *, task: str | None = None, dtype: str = "float32", lazy: bool = False
+    source: ModelSource,
+    *,
+    task: str | None = None,
+    dtype: str = "float32",
+    lazy: bool = False,
+    adapter: str = "merge",
 ) -> LoadedModel:
     """Loads a PyTorch model.
 
@@ -111,6 +119,8 @@ def load_torch(
         dtype: The element type to load the weights in, from ``DTYPES``. A factory decides for itself.
         lazy: Whether the weights of a decoder may stay in their files until the model is run; see
             ``LoadedModel.weights``.
+        adapter: Whether the weights of a PEFT adapter are added to the model's (``merge``) or stay beside
+            them, as ``inputs`` of the graph with the adapter's own as defaults.
 
     Raises:
         SourceError: It cannot be read, or it has no such task.
@@ -123,6 +133,14 @@ def load_torch(
         raise UnknownNameError("export", name=task, known=TASKS, kind="task")
     if dtype not in DTYPES:
         raise UnknownNameError("export", name=dtype, known=DTYPES, kind="dtype")
+    if adapter not in ADAPTERS:
+        raise UnknownNameError("export", name=adapter, known=ADAPTERS, kind="adapter")
+    if adapter != "merge" and source.kind is not SourceKind.ADAPTER:
+        raise SourceError(
+            source.text,
+            got=f"a {source.kind} source, and --adapter {adapter}",
+            expected="the directory of a PEFT adapter",
+        )
     only = {
         SourceKind.FACTORY: None,
         SourceKind.EXPORTED_PROGRAM: None,
@@ -146,7 +164,7 @@ def load_torch(
         described: dict[str, Any] = {"kind": str(source.kind), "text": source.text, "files": archive}
         loaded = LoadedModel(module, source, None, {}, described, inputs)
     elif source.kind is SourceKind.ADAPTER:
-        loaded = _load_adapter(source, task=task, dtype=getattr(torch, dtype))
+        loaded = _load_adapter(source, task=task, dtype=getattr(torch, dtype), adapter=adapter)
     elif source.kind is SourceKind.GGUF:
         loaded = _load_gguf(source, dtype=getattr(torch, dtype), lazy=lazy)
     elif source.kind in (SourceKind.HUGGING_FACE_DIRECTORY, SourceKind.HUGGING_FACE_HUB):
@@ -161,13 +179,13 @@ def load_torch(
     return loaded
 
 
-def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) -> LoadedModel:
-    """An adapter merged into its model; the tokenizer is the adapter's where it has one."""
+def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype, adapter: str) -> LoadedModel:
+    """An adapter in its model; the tokenizer is the adapter's where it has one."""
     assert source.path is not None
     base = base_of_adapter(source)
     loaded = _load_hugging_face(base, task=task, dtype=dtype, lazy=False)
     with _quiet():
-        module = merge_adapter(source, loaded.module)
+        module = (merge_adapter if adapter == "merge" else beside)(source, loaded.module)
     files = sorted(source.path.glob("adapter_*"))
     provenance = {
         "kind": str(source.kind),
@@ -176,7 +194,7 @@ def _load_adapter(source: ModelSource, *, task: str | None, dtype: torch.dtype) 
         "base": loaded.provenance,
     }
     own = _tokenizer_files(source, str(source.path), {"trust_remote_code": False, "local_files_only": True})
-    return LoadedModel(module, source, loaded.task, loaded.files | own, provenance)
+    return LoadedModel(module, source, loaded.task, loaded.files | own, provenance, adapter=adapter)
 
 
 def _load_hugging_face(

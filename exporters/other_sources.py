@@ -17,7 +17,7 @@ from onnxsmith.source import ModelSource, SourceKind
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ADAPTER_CONFIG", "base_of_adapter", "load_exported_program", "merge_adapter"]
+__all__ = ["ADAPTER_CONFIG", "base_of_adapter", "load_exported_program", "merge_adapter", "with_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -131,13 +131,13 @@ def base_of_adapter(source: ModelSource) -> ModelSource:
     return base
 
 
-def merge_adapter(source: ModelSource, module: Any) -> Any:
-    """The model with an adapter's weights added to its own.
+def with_adapter(source: ModelSource, module: Any) -> Any:
+    """PEFT's model: the module with an adapter beside its own weights.
 
     Raises:
         SourceError: The adapter does not fit the model, or changes more than weights.
     """
-    peft = require("peft", purpose="merging an adapter")
+    peft = require("peft", purpose="reading an adapter")
     assert source.path is not None
     if not (source.path / "adapter_model.safetensors").is_file():
         raise SourceError(
@@ -146,10 +146,25 @@ def merge_adapter(source: ModelSource, module: Any) -> Any:
             expected="weights as safetensors",
             remedy="Save the adapter again with a current PEFT; its .bin is a pickle",
         )
+    with _fitting(source):
+        return peft.PeftModel.from_pretrained(module, str(source.path))
+
+
+def merge_adapter(source: ModelSource, module: Any) -> Any:
+    """The model with an adapter's weights added to its own.
+
+    Raises:
+        SourceError: The adapter does not fit the model, or changes more than weights.
+    """
+    adapted = with_adapter(source, module)
+    with _fitting(source):
+        return adapted.merge_and_unload(safe_merge=True)
+
+
+@contextlib.contextmanager
+def _fitting(source: ModelSource) -> Iterator[None]:
     try:
-        merged: Any = peft.PeftModel.from_pretrained(module, str(source.path)).merge_and_unload(
-            safe_merge=True
-        )
+        yield
     except MemoryError:
         raise
     except Exception as error:
@@ -159,4 +174,3 @@ def merge_adapter(source: ModelSource, module: Any) -> Any:
             got=f"the adapter cannot be merged: {type(error).__name__}: {text}",
             expected="an adapter that adds to weights, such as LoRA, of this model",
         ) from error
-    return merged

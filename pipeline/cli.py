@@ -158,6 +158,12 @@ def export(
             metavar="auto|fused|standard", help="Decoders: GroupQueryAttention or ONNX operators only."
         ),
     ] = "auto",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            metavar="merge|inputs", help="A LoRA adapter: added to the weights, or inputs with defaults."
+        ),
+    ] = "merge",
     tracing: Annotated[
         str,
         typer.Option(
@@ -178,6 +184,7 @@ def export(
     known("--exporter", exporter, ("auto", "torch", "optimum"), kind="exporter")
     known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
+    known("--adapter", adapter, ("merge", "inputs"), kind="way")
     known("--tracing", tracing, ("auto", "layers", "whole"), kind="tracing")
     package, comparison = export_model(
         source,
@@ -188,6 +195,7 @@ def export(
         opset=opset,
         tracing=tracing,
         exporter=exporter,
+        adapter=adapter,
         verify=verify,
         force=force,
         progress=progress_for(),

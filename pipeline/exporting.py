@@ -69,6 +69,7 @@ def export_model(
     opset: int | None = None,
     tracing: str = "auto",
     exporter: str = "auto",
+    adapter: str = "merge",
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -84,6 +85,7 @@ def export_model(
         opset: Version of the ONNX operator set; torch's default where None.
         tracing: How decoders are traced; see ``onnxsmith.exporters.export``.
         exporter: See ``onnxsmith.exporters.export_by``.
+        adapter: See ``onnxsmith.exporters.load_torch``.
         verify: Whether to compare. Without, the manifest says that nothing was compared.
         force: Whether an artifact that is there may be replaced.
         progress: Who listens.
@@ -102,7 +104,7 @@ def export_model(
     if not parsed.is_torch:
         return _adopt_onnx(parsed, destination, verify=verify, force=force, progress=progress)
     with progress.step("load"):
-        loaded = load_torch(parsed, task=task, dtype=dtype, lazy=True)
+        loaded = load_torch(parsed, task=task, dtype=dtype, lazy=True, adapter=adapter)
     require_space(
         destination.resolve().parent,
         sum(p.numel() * p.element_size() for p in loaded.module.parameters()),

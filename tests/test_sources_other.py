@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onnxsmith import export_model
-from onnxsmith.errors import SourceError
+from onnxsmith.errors import SourceError, UnknownNameError
 from onnxsmith.exporters import load_torch
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.artifact import verify_artifact
@@ -141,6 +141,56 @@ def test_an_adapter_is_merged_into_its_model(adapter: Path, tiny_llama_dir: Path
         "adapter_config.json",
     }
     assert loaded.provenance["base"]["files"][0]["name"] == "model.safetensors"
+
+
+def test_an_adapter_that_stays_beside_its_model(adapter: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Its weights are defaults of inputs: given others, the same graph is another adapter."""
+    ort = pytest.importorskip("onnxruntime")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    package, comparison = export_model(str(adapter), tmp_path / "beside", adapter="inputs")
+    assert comparison is not None and comparison.passed
+    stored = safetensors.load_file(adapter / "adapter_model.safetensors")
+    wanted = {name.removeprefix("base_model.model."): value for name, value in stored.items()}
+    assert package.steps[0].details["adapter_inputs"] == len(wanted) >= 8
+    # Nobody has to give them.
+    assert not any("lora" in spec.name for spec in package.main.inputs)
+    session = ort.InferenceSession(tmp_path / "beside" / "model.onnx", providers=["CPUExecutionProvider"])
+    shapes = {one.name: tuple(one.shape) for one in session.get_overridable_initializers()}
+    assert shapes == {name: value.shape for name, value in wanted.items()}
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    ids = torch.arange(6)[None]
+    feeds = {
+        one.name: torch.zeros(
+            [1 if axis == "batch" else 0 if isinstance(axis, str) else axis for axis in one.shape]
+        )
+        for one in session.get_inputs()
+        if one.name.startswith("past")
+    }
+    feeds |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids.clone()}
+    named = {name: value.numpy() for name, value in feeds.items()}
+    none = {name: value * 0 for name, value in wanted.items()}
+    with torch.no_grad():
+        plain = base(ids).logits.numpy()
+    adapted, without = (session.run(["logits"], {**named, **given})[0] for given in ({}, none))
+    assert abs(without - plain).max() < 1e-4
+    assert abs(adapted - plain).max() > 1e-2
+    assert session.run(["logits"], {**named, **wanted})[0].tolist() == adapted.tolist()
+
+
+def test_what_cannot_stay_beside_its_model_is_refused(adapter: Path, tiny_llama_dir: Path) -> None:
+    with pytest.raises(SourceError, match="a hf-directory source, and --adapter inputs"):
+        load_torch(ModelSource.parse(str(tiny_llama_dir)), adapter="inputs")
+    with pytest.raises(UnknownNameError, match="elsewhere"):
+        load_torch(ModelSource.parse(str(adapter)), adapter="elsewhere")
+    config = adapter / "adapter_config.json"
+    told = json.loads(config.read_text())
+    for change, message in (
+        ({"peft_type": "IA3"}, "an adapter that is of the kind IA3; expected one of the kind LORA"),
+        ({"modules_to_save": ["lm_head"]}, "an adapter that replaces .'lm_head'.; .*--adapter merge"),
+    ):
+        config.write_text(json.dumps(told | change))
+        with pytest.raises(SourceError, match=message):
+            load_torch(ModelSource.parse(str(adapter)), adapter="inputs")
 
 
 def test_an_adapter_that_does_not_fit_is_refused(adapter: Path) -> None:
