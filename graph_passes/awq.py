@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxsmith.graph_passes.block_operators import SharedWeight
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["Scaling", "best_exponent", "divide_activation", "scale_weight"]
+__all__ = ["Scaling", "best_exponent", "divide_activation", "divide_rows", "scale_weight"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,15 +47,23 @@ class Scaling:
     factors: Floats
 
 
-def best_exponent(weights: Sequence[Floats], moments: Floats, rounded: Callable[[Floats], Floats]) -> Scaling:
+def best_exponent(
+    weights: Sequence[Floats],
+    moments: Floats,
+    rounded: Callable[[Floats], Floats],
+    *,
+    judged_by: Floats | None = None,
+) -> Scaling:
     """Searches the exponent with the smallest error of the outputs of all weights of an activation.
 
     Args:
         weights: (N, K) each.
         moments: (K, K) of the activation.
         rounded: Rounds a matrix and gives back what it computes with.
+        judged_by: Moments that errors are measured with; those of the activation where None.
     """
     size = np.sqrt(np.maximum(np.diagonal(moments), 1e-12)).astype(np.float32)
+    judge = moments if judged_by is None else judged_by
     best = Scaling(0.0, np.ones_like(size))
     smallest = np.inf
     parts = [w[:: max(1, len(w) // _ROWS)][:_ROWS] for w in weights]
@@ -67,7 +75,7 @@ def best_exponent(weights: Sequence[Floats], moments: Floats, rounded: Callable[
         error = 0.0
         for part in parts:
             difference = rounded(part * factors) / factors - part
-            error += float(np.vdot(difference @ moments, difference))
+            error += float(np.vdot(difference @ judge, difference))
         if error < smallest * 0.999:
             smallest, best = error, Scaling(exponent, factors)
     return best
@@ -134,6 +142,24 @@ def divide_activation(
     for user in users:
         user.replace_input_with(0, node.outputs[0])
     return "multiplied"
+
+
+def divide_rows(model: ir.Model, gather: ir.Node, factors: Floats) -> None:
+    """Divides the rows that an embedding looks up by the factors that its columns were multiplied with."""
+    graph, output = model.graph, gather.outputs[0]
+    uses, name, is_output = list(output.uses()), output.name or "rows", output.is_graph_output()
+    dtype = output.dtype or ir.DataType.FLOAT
+    inverse = _constant(graph, (1 / factors).astype(dtype.numpy()), f"{name}_inverse_factors")
+    node = ir.node("Mul", [output, inverse], name=f"{name}_unscaled")
+    made = node.outputs[0]
+    made.type, made.shape = output.type, output.shape
+    graph.insert_after(gather, node)
+    for user, index in uses:
+        user.replace_input_with(index, made)
+    made.name = f"{name}_unscaled"
+    if is_output:
+        graph.outputs[:] = [made if value is output else value for value in graph.outputs]
+        output.name, made.name = f"{name}_scaled", name
 
 
 def _constant(graph: ir.Graph, array: npt.NDArray[np.generic], name: str) -> ir.Value:

@@ -43,6 +43,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "prune_layers": "onnxsmith.graph_passes.layer_removal:PruneLayers",
         "prune_neurons": "onnxsmith.graph_passes.structured_pruning:PruneNeurons",
         "quantize_dynamic": "onnxsmith.graph_passes.dynamic:QuantizeDynamic",
+        "quantize_floats": "onnxsmith.graph_passes.float_bits:QuantizeFloats",
         "quantize_mixed": "onnxsmith.graph_passes.mixed:QuantizeMixed",
         "quantize_static": "onnxsmith.graph_passes.static:QuantizeStatic",
         "quantize_weights": "onnxsmith.graph_passes.quantization:QuantizeWeights",

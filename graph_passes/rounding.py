@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxsmith.graph_passes.awq import Scaling, best_exponent, divide_activation, scale_weight
+from onnxsmith.graph_passes.awq import (
+    Scaling,
+    best_exponent,
+    divide_activation,
+    divide_rows,
+    scale_weight,
+)
 from onnxsmith.graph_passes.block_operators import BlockFormat, SharedWeight
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import Activations
@@ -114,8 +120,9 @@ def calibrated(
 
 def _gptq(choice: Choice, moments: Floats, search_steps: int) -> QuantizedBlocks:
     form, rows = choice.form, choice.weight.rows()
+    wanted = _with_rows(moments) if choice.weight.gathers else moments
     blocks = gptq_blocks(
-        rows, moments, bits=form.bits, block_size=form.block_size, symmetric=form.symmetric,
+        rows, wanted, bits=form.bits, block_size=form.block_size, symmetric=form.symmetric,
         minimums=form.minimums, search_steps=search_steps, scale_type=_scale_type(choice),
         name=choice.weight.name,
     )  # fmt: skip
@@ -125,15 +132,22 @@ def _gptq(choice: Choice, moments: Floats, search_steps: int) -> QuantizedBlocks
     return blocks
 
 
+def _with_rows(moments: Floats) -> Floats:
+    """Moments for a weight whose rows are looked up too: there an error counts as it is."""
+    scale = float(np.diagonal(moments).mean()) or 1.0
+    return np.asarray(moments / scale + np.eye(len(moments), dtype=np.float32), np.float32)
+
+
 def _searched(alike: list[Choice], moments: Floats, search_steps: int) -> tuple[Scaling, Floats]:
     """The scaling of one activation for AWQ, and how much each scaled column then counts."""
 
     def rounded(matrix: Floats) -> Floats:
         return dequantize_blocks(_quantized(matrix, alike[0], min(search_steps, 3), None))
 
-    scaling = best_exponent([c.weight.rows() for c in alike], moments, rounded)
+    wanted = _with_rows(moments) if any(c.weight.gathers for c in alike) else moments
+    scaling = best_exponent([c.weight.rows() for c in alike], moments, rounded, judged_by=wanted)
     scaled = moments / np.outer(scaling.factors, scaling.factors)
-    importance = np.diagonal(scaled).copy()
+    importance = np.asarray(np.diagonal(wanted) / np.square(scaling.factors), np.float32)
     for choice in alike:
         rows = choice.weight.rows() * scaling.factors
         blocks = _quantized(rows, choice, search_steps, importance)
@@ -149,6 +163,8 @@ def _scale(model: ir.Model, alike: list[Choice], scaling: Scaling) -> None:
         how = divide_activation(model, activation, nodes, scaling.factors)
         for choice in alike:
             scale_weight(model, choice.weight, scaling.factors)
+            for gather in (user for user in choice.weight.users if isinstance(user, ir.Node)):
+                divide_rows(model, gather, scaling.factors)
     for choice in alike:
         choice.entry.update(exponent=scaling.exponent, scaling=how)
 
@@ -191,8 +207,6 @@ def method_for(weight: SharedWeight, method: str) -> tuple[str, str]:
         return method, ""
     if not weight.activations:
         return "rtn", f"{method} needs activations, and an embedding has none"
-    if weight.gathers:
-        return "rtn", f"{method} would spoil the embedding that this weight is too"
     if method == "awq" and len(dict.fromkeys(weight.activations)) > 1:
         return "rtn", "awq cannot scale two activations for one weight"
     return method, ""
