@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxsmith.comparison import Tolerance
     from onnxsmith.runtime import Case, Divergence, Reference
 
-__all__ = ["bisect_models", "open_traceable"]
+__all__ = ["bisect_models", "decisive_cases", "open_traceable"]
 
 # Which of the made-up cases tell most: padding, a cache, a cache with padding, several new tokens.
 _DECODER_ORDER = (3, 5, 1, 6, 2, 4, 0, 7)
@@ -136,10 +136,19 @@ def open_traceable(reference: str, task: str | None) -> Iterator[tuple[Reference
 def _cases(
     reference: Reference, limits: Mapping[str, int], samples: int, inputs: Path | None, seed: int
 ) -> Sequence[Case]:
-    from onnxsmith.runtime import cases_for, load_cases
+    from onnxsmith.runtime import load_cases
 
     if inputs is not None:
         return load_cases(inputs, reference.session.inputs)
+    return decisive_cases(reference, limits, samples, seed)
+
+
+def decisive_cases(
+    reference: Reference, limits: Mapping[str, int], samples: int, seed: int
+) -> Sequence[Case]:
+    """The made-up cases that tell most, those first that do so by themselves."""
+    from onnxsmith.runtime import cases_for
+
     made = list(cases_for(reference.session, limits=limits, seed=seed))
     order = _DECODER_ORDER if reference.session.cache else _PLAIN_ORDER
     return [made[number] for number in order if number < len(made)][:samples]

@@ -143,6 +143,8 @@ class BenchmarkSpec(_Model):
     """Intra-op threads; all usable processors where absent."""
     reference: bool = True
     """Also measure torch."""
+    profile: bool = False
+    """Also time the operators and nodes of each variant, beside what the machine could do at best."""
 
 
 class TaskSpec(_Model):
@@ -177,6 +179,8 @@ class Evaluation(_Model):
     perplexity: PerplexitySpec | None = None
     task: TaskSpec | None = None
     benchmark: BenchmarkSpec | None = BenchmarkSpec()
+    error_by_layer: bool = False
+    """Also compare the inner tensors of the chosen variant with torch's, from the first to the last."""
 
 
 class CalibrationSpec(_Model):

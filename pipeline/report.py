@@ -72,6 +72,8 @@ class VariantReport:
     suspicions: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     warnings_fail: bool = False
+    weights: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    layer_errors: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

@@ -11,6 +11,13 @@ from typing import Any
 
 from onnxsmith.errors import BadInputError, require
 from onnxsmith.pipeline._report_charts import bars, scatter, timeline
+from onnxsmith.pipeline._report_layers import (
+    bits_table,
+    error_chart,
+    precision_strip,
+    profile_rows,
+    task_table,
+)
 from onnxsmith.pipeline._report_numbers import (
     DASH,
     FILTERS,
@@ -105,6 +112,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "scatter": scatter(report["reference"], variants),
         "bars": bars(report["reference"], variants),
         "timeline": timeline(report["steps"]),
+        "tasks": task_table(report["reference"], variants),
         "training": training_table(report.get("training")),
         "taught": (report.get("training") or {}).get("data"),
         "curves": loss_curves(report.get("training")),
@@ -211,6 +219,10 @@ def _variant_view(variant: Mapping[str, Any]) -> dict[str, Any]:
         "operators_after": sum(after.values()),
         "budgets_kept": sum(bool(b["passed"]) for b in variant["budgets"]),
         "passes": [_pass_view(p) for p in variant["passes"]],
+        "strip": precision_strip(variant["weights"]),
+        "bits": bits_table(variant["weights"]),
+        "errors": error_chart(variant["layer_errors"]),
+        "profile": profile_rows(variant["bench"]),
     }
 
 

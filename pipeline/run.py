@@ -184,7 +184,10 @@ def _judge_all(bench: Workbench, report: Report, work: Path) -> Made | None:
     if entry is None:
         return None
     report.chosen = entry.name
-    return next(variant for variant in variants if variant.report is entry)
+    found = next(variant for variant in variants if variant.report is entry)
+    if recipe.evaluation.error_by_layer:
+        bench.trace(found)
+    return found
 
 
 def _write_failed(report: Report, directory: Path) -> None:

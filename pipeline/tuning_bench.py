@@ -276,7 +276,7 @@ class TrialBench:
         directory, _ = self._made(specs, fold)
         spec = self._recipe.evaluation.benchmark
         assert spec is not None
-        chosen = spec.model_dump(exclude={"reference"}) | ({"threads": threads} if threads else {})
+        chosen = spec.model_dump(exclude={"reference", "profile"}) | ({"threads": threads} if threads else {})
         began = time.time()
         (result,) = benchmark(
             [Candidate(directory.name, directory, provider)],

@@ -27,8 +27,8 @@ from onnxsmith.pipeline.tuning_trial import Trial, objectives_of
 
 __all__ = ["Study", "chosen_sampler"]
 
-# So many points in a row that were there already say that the search has nothing new to say.
-_PATIENCE = 25
+# So many points in a row, drawn at random but for the first, that were tried already: nothing is left.
+_PATIENCE = 50
 _TPE_START = 10
 
 
@@ -94,7 +94,8 @@ class Study:
                     self._study.enqueue_trial(trial.params, skip_if_exists=False)
                     self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         with _quiet():
-            self._study.sampler = self._sampler_of(recipe, len(done))
+            self._sampler = self._sampler_of(recipe, len(done))
+            self._random = optuna.samplers.RandomSampler(seed=(recipe.seed + len(done) + 1) % 2**32)
         self._all = list(enumerate_points(recipe.tune)) if self.sampler == "grid" else None
 
     def told(self) -> list[Trial]:
@@ -110,10 +111,12 @@ class Study:
 
     def ask(self) -> tuple[int, Point] | None:
         """The next point that was not tried yet, or None where there seems to be none."""
-        for _ in range(_PATIENCE):
+        for repeated in range(_PATIENCE):
             if self._all is not None and not self._enqueue_next():
                 return None
             with _quiet():
+                # A sampler that is sure of its best point proposes it again and again.
+                self._study.sampler = self._sampler if not repeated else self._random
                 trial = self._study.ask()
                 point = resolve(self._spec, functools.partial(_suggest, trial))
             key = self._key_of(trial.params)
@@ -121,7 +124,8 @@ class Study:
                 self._seen.add(key)
                 self._open[trial.number] = trial
                 return trial.number, point
-            self._tell_again(trial)
+            with _quiet():
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return None
 
     def tell(self, number: int, trial: Trial) -> None:
@@ -130,6 +134,7 @@ class Study:
         states = self._optuna.trial.TrialState
         broken = trial.broken or ({"comparison": 1.0} if trial.state == "failed" else {})
         with _quiet():
+            self._study.sampler = self._sampler
             opened.set_user_attr("broken", [broken.get(name, 0.0) for name in self._limits])
             plain = dataclasses.asdict(trial)
             opened.set_user_attr(
@@ -146,19 +151,6 @@ class Study:
         with _quiet():
             self._storage.remove_session()
             self._storage.engine.dispose()
-
-    def _tell_again(self, trial: Any) -> None:
-        """Tells a point that was tried already the same once more, so that the search moves on."""
-        with _quiet():
-            key = self._key_of(trial.params)
-            for known in self._study.get_trials(deepcopy=False):
-                if known.number == trial.number or self._key_of(known.params) != key:
-                    continue
-                if known.state == self._optuna.trial.TrialState.COMPLETE:
-                    trial.set_user_attr("broken", known.user_attrs.get("broken", []))
-                    self._study.tell(trial, known.values)
-                    return
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
 
     def _enqueue_next(self) -> bool:
         """Has the next point of a grid tried, if there is one that was not and none waits already."""

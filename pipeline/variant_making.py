@@ -106,6 +106,8 @@ class VariantMaker:
         """
         made = Made(VariantReport(name, provider=self._provider), self._work / name)
         made.directory.mkdir()
+        from onnxsmith.graph_passes.weight_bits import weight_bits
+
         try:
             package = self._transform(name, passes, [_keys(other) for other in later], step or Step(name))
             save_package(package, made.directory)
@@ -118,6 +120,11 @@ class VariantMaker:
         entry.passes = [dataclasses.asdict(record) for record in package.steps[len(self._exported.steps) :]]
         entry.precision = package.precision
         entry.size_mb = sum(p.stat().st_size for p in made.directory.iterdir() if ".onnx" in p.suffixes) / 1e6
+        entry.weights = [
+            {"component": part, **weight}
+            for part, component in package.components.items()
+            for weight in weight_bits(component.model)
+        ]
         entry.operators = {"before": _operators(self._exported), "after": _operators(package)}
         # Kept without graphs: only what the manifest will say.
         made.package = dataclasses.replace(package, components={}, files={})

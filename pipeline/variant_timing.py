@@ -47,7 +47,7 @@ def time_variants(
         with progress.step("benchmark") as step:
             step.note = "not measured: a model of several graphs; see `onnxsmith bench`, which measures each"
         return {}
-    settings = BenchSettings(**spec.model_dump(exclude={"reference"}), seed=recipe.seed)
+    settings = BenchSettings(**spec.model_dump(exclude={"reference", "profile"}), seed=recipe.seed)
     candidates = [Candidate(v.report.name, v.directory, recipe.provider) for v in made]
     if original is not None:
         candidates.append(Candidate("original", original.directory, recipe.provider))
@@ -57,7 +57,10 @@ def time_variants(
         candidates.append(Candidate("torch", program=next(iter(programs.values()))))
     with progress.step("benchmark", (settings.runs + 1) * len(candidates)) as step:
         results = benchmark(
-            candidates, settings, on_round=lambda name, n: step.advance(note=f"{name}: round {n}")
+            candidates,
+            settings,
+            profile=spec.profile,
+            on_round=lambda name, n: step.advance(note=f"{name}: round {n}"),
         )
         noisy = [r.name for r in results if r.noisy]
         step.note = f"{settings.runs} rounds each, in turn" + (

@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from onnxsmith.errors import SourceError, require
+from onnxsmith.errors import LackingError, OnnxsmithError, SourceError, require
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.choosing import hold_budgets
 from onnxsmith.pipeline.honesty import is_quantized, source_among, without_quantization
+from onnxsmith.pipeline.layer_errors import layer_errors
 from onnxsmith.pipeline.originals import Original
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import VariantReport
@@ -238,6 +239,28 @@ class Workbench:
         """Lets go of what a run that is killed would go on with: the artifact is there."""
         if self._training is not None:
             self._training.finish()
+
+    def trace(self, made: Made) -> None:
+        """Adds to a variant's report how far its inner tensors are from PyTorch's; see ``layer_errors``."""
+        if len(self._programs) > 1:
+            # The graphs of a model of several are traced one by one, by `onnxsmith bisect`.
+            return
+        name, program = next(iter(self._programs.items()))
+        with self.log.step("error by layer") as step:
+            try:
+                made.report.layer_errors = layer_errors(
+                    program,
+                    self.reference().reference.sessions[name],
+                    made.directory,
+                    self.backend,
+                    seed=self.recipe.seed,
+                )
+                step.note = made.report.layer_errors["verdict"]
+            except LackingError:
+                raise
+            except OnnxsmithError as error:
+                # It says more about a variant, and is no reason to lose it.
+                step.note = f"not measured: {error}"
 
     def judge(self, name: str, specs: Iterable[PassSpec], *, timed: bool = True) -> VariantReport:
         """Makes, checks and measures one variant, and holds the budgets against it.

@@ -104,6 +104,7 @@ def _variant(name: str, **changes: Any) -> dict[str, Any]:
             {"name": "perplexity_increase_pct", "limit": 10.0, "value": increase, "passed": True},
             {"name": "size_mb", "limit": 600, "value": size, "passed": True},
         ],
+        "task_metrics": None, "weights": [], "layer_errors": None,
     }  # fmt: skip
     return {**variant, **changes}
 
@@ -263,6 +264,38 @@ class Page(html.parser.HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.text_parts))
 
 
+def _looked_into() -> dict[str, Any]:
+    """A report with all that can be looked at inside of a variant, and with labelled data."""
+    report = full_report()
+    interval = {"value": 0.774, "low": 0.75, "high": 0.8, "n": 1000}
+    report["reference"]["task_metrics"] = {"accuracy": interval}
+    for variant in report["variants"]:
+        variant["task_metrics"] = {
+            "accuracy": interval
+            | {"value": 0.77, "difference": {"value": -0.004, "low": -0.011, "high": 0.003, "p": 0.31}}
+        }
+        variant["weights"] = [
+            {"name": f"layers.{n}.{kind}", "operator": "MatMulNBits", "bits": bits, "component": "model",
+             "values": 576 * 576, "bytes": 576 * 576 * bits // 8}
+            for n in range(30)
+            for kind, bits in (("q_proj", 4), ("down_proj", 8), ("norm", 32))
+        ]  # fmt: skip
+        variant["layer_errors"] = {
+            "verdict": "layers.3.q_proj stands out", "cases": ["prefill"],
+            "tensors": [
+                {"depth": n, "name": f"tensor {n}", "operator": "MatMulNBits", "introduced": 1e-4,
+                 "error": None if n == 9 else 1e-4 * (n + 1), "mark": "worst" if n == 3 else ""}
+                for n in range(30)
+            ],
+        }  # fmt: skip
+        entry = {"op_type": "MatMulNBits", "time_ms": 6.4, "share": 0.52, "calls": 151, "limit": "memory"}
+        variant["bench"]["profile"] = {
+            "run_ms": 12.2, "roofs": None, "note": "",
+            "operators": [entry | {"best_ms": 2.9}], "nodes": [entry | {"name": "layers.0.q_proj"}],
+        }  # fmt: skip
+    return report
+
+
 SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "full": full_report,
     "minimal": minimal_report,
@@ -272,6 +305,7 @@ SAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
         "variants": [broken_variant("out of memory"), _variant("int4")],
     },
     "no intervals": lambda: _without_intervals(full_report()),
+    "looked into": _looked_into,
     "tuned": lambda: {**full_report(), "tuning": _tuning()},
 }
 
@@ -351,6 +385,51 @@ def test_a_search_is_drawn_with_its_front_its_limits_and_its_points() -> None:
     assert part.count("<title>") == 2 * 28
     assert re.findall(r'<text class="chosen"[^>]*>([^<]*)</text>', part) == ["point 6"] * 2
     assert part.index("point 6</th>".removesuffix("</th>")) < part.index(">point 0<")
+
+
+def test_the_inside_of_a_variant_is_shown() -> None:
+    rendered = render_html(_looked_into())
+    text = Page(rendered).text
+    tasks = rendered.partition('<section id="tasks">')[2].partition("</section>")[0]
+    assert (
+        "0.7740" in tasks and "0.750 to 0.800" in tasks and "−0.0110 to 0.00300" in tasks and "0.31" in tasks
+    )
+    # 90 weights in each of three strips: 30 with each number of bits, drawn as high as they have bits.
+    assert rendered.count('class="strip"') == 3
+    heights = {
+        tone: float(found)
+        for tone, found in re.findall(r'<rect class="(b\d+)"[^>]* height="([\d.]+)"', rendered)
+    }
+    assert heights == {"b4": 25.6, "b8": 38.4, "b32": 64.0}
+    assert "layers.0.q_proj (MatMulNBits): 4 bits, 331,776 values" in rendered
+    assert (
+        "Error by layer layers.3.q_proj stands out" in text
+        and "tensor 9 (MatMulNBits): not finite" in rendered
+    )
+    assert "Where the time goes 12.2 ms a call" in text and "52.0 %" in text and "memory" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium; apt-get install chromium")
+@pytest.mark.parametrize("sample", ["looked into", "tuned", "broken", "faulty"])
+def test_a_browser_has_nothing_to_complain_about(sample: str, tmp_path: Path) -> None:
+    """Script errors, refused loads and everything else that a console says; a faulty page is the control."""
+    faulty = sample == "faulty"
+    page = render_html(SAMPLES["full" if faulty else sample]())
+    if faulty:
+        page = page.replace(
+            "</body>", "<script>nothing()</script><img src='http://example.org/a.png'></body>"
+        )
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert bool(said) == faulty, said
+    assert "onnxsmith" in done.stdout
 
 
 def test_one_point_that_is_far_off_does_not_press_the_others_together() -> None:

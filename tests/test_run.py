@@ -58,6 +58,30 @@ def report(tiny_llama_dir: Path, work: Path) -> Report:
     return run_recipe(recipe_of(tiny_llama_dir), work / "out", base=work, command="onnxsmith run tiny.yaml")
 
 
+def test_the_inside_of_variants_is_looked_into(tiny_llama_dir: Path, work: Path, tmp_path: Path) -> None:
+    plain = recipe_of(tiny_llama_dir).model_dump(mode="json")
+    plain["variants"] = plain["variants"][1:2]
+    plain["evaluation"]["error_by_layer"] = plain["evaluation"]["benchmark"]["profile"] = True
+    plain["evaluation"]["benchmark"]["reference"] = False
+    report = run_recipe(Recipe.model_validate(plain), tmp_path / "out", base=work)
+    (int8,) = report.variants
+    # Seven products in each of two layers, and the head; the embedding; and norms, too small to be listed.
+    bits = {weight["name"]: weight["bits"] for weight in int8.weights}
+    assert list(bits.values()).count(8) >= 15 and set(bits.values()) <= {8, 32}
+    assert sum(weight["bytes"] for weight in int8.weights) < 1e6 * (int8.size_mb or 0)
+    assert int8.layer_errors is not None
+    tensors = int8.layer_errors["tensors"]
+    depths = [tensor["depth"] for tensor in tensors]
+    assert len(tensors) > 10 and depths == sorted(depths)
+    # Rounded weights make errors, and what comes later inherits them.
+    assert all(0 < tensor["error"] < 1 for tensor in tensors[-3:])
+    assert int8.bench and int8.bench["profile"]["operators"] and int8.bench["profile"]["nodes"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(
+        title in page for title in ("Precision, weight by weight", "Error by layer", "Where the time goes")
+    )
+
+
 def chosen_of(report: Report) -> VariantReport:
     return next(variant for variant in report.variants if variant.chosen)
 
