@@ -15,6 +15,7 @@ from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.comparison import Tolerance
+    from onnxsmith.package import ModelPackage
     from onnxsmith.runtime import Case, Divergence, Reference
 
 __all__ = ["bisect_models", "decisive_cases", "open_traceable"]
@@ -29,6 +30,7 @@ def bisect_models(
     reference: str,
     candidate: Path,
     *,
+    component: str | None = None,
     provider: str = "cpu",
     samples: int | None = None,
     inputs: Path | None = None,
@@ -44,6 +46,7 @@ def bisect_models(
     Args:
         reference: A source of a PyTorch model, or an ONNX model, which then runs on the CPU.
         candidate: An artifact or ONNX file.
+        component: Which graph, where the candidate has several; that of the same name of the reference.
         provider: Execution provider of the candidate.
         samples: Number of made-up cases; 4 where None.
         inputs: An ``.npz`` file with one array for each input, in place of made-up cases.
@@ -68,14 +71,8 @@ def bisect_models(
         check_destination(output, force=False)
     backend = OrtBackend(provider, threads=threads)
     package = load_package(candidate)
-    if len(package.components) > 1:
-        raise BadInputError(
-            f"bisect: {candidate}",
-            got=f"a package with the graphs {', '.join(package.components)}",
-            expected="one graph",
-            remedy="Name the .onnx file itself, and as reference the .onnx file that it was made of",
-        )
-    with progress.step("bisect") as step, open_traceable(reference, task) as (right, limits):
+    package = _one_graph(package, component, candidate)
+    with progress.step("bisect") as step, open_traceable(reference, task, component) as (right, limits):
         cases = _cases(right, limits, samples or _SAMPLES, inputs, seed)
 
         def run(directory: Path | None) -> Divergence:
@@ -97,6 +94,27 @@ def bisect_models(
             return run(directory)
 
 
+def _one_graph(package: ModelPackage, component: str | None, path: Path | str) -> ModelPackage:
+    """The package with the graph that is meant.
+
+    Raises:
+        BadInputError: It has several and none is named, or none of that name.
+    """
+    names = ", ".join(package.components)
+    if component is None:
+        if len(package.components) == 1:
+            return package
+        raise BadInputError(
+            f"bisect: {path}",
+            got=f"a package with the graphs {names}",
+            expected="one graph",
+            remedy=f"Name one: --component {next(iter(package.components))}",
+        )
+    if component not in package.components:
+        raise BadInputError(f"bisect: {path}: --component", got=repr(component), expected=f"one of {names}")
+    return package.only(component)
+
+
 @contextlib.contextmanager
 def _kept_if_filled(output: Path) -> Iterator[Path]:
     """A directory that takes the place of ``output`` where something was written to it."""
@@ -111,8 +129,12 @@ class _NothingWrittenError(Exception):
 
 
 @contextlib.contextmanager
-def open_traceable(reference: str, task: str | None) -> Iterator[tuple[Reference, Mapping[str, int]]]:
+def open_traceable(
+    reference: str, task: str | None, component: str | None = None
+) -> Iterator[tuple[Reference, Mapping[str, int]]]:
     """Opens a reference so that its intermediate tensors can be had; with the limits of its inputs.
+
+    Where it has several graphs, ``component`` names one.
 
     Raises:
         OnnxsmithError: It cannot be read.
@@ -121,14 +143,26 @@ def open_traceable(reference: str, task: str | None) -> Iterator[tuple[Reference
 
     source = ModelSource.parse(reference)
     if source.is_torch:
-        from onnxsmith.exporters import load_torch, torch_program
+        from onnxsmith.exporters import load_torch, torch_program, torch_programs
 
-        program = torch_program(load_torch(source, task=task))
+        loaded = load_torch(source, task=task)
+        if component is None:
+            program = torch_program(loaded)
+        else:
+            programs = torch_programs(loaded)
+            if component not in programs:
+                raise BadInputError(
+                    f"bisect: {reference}: --component", got=repr(component),
+                    expected=f"one of {', '.join(programs)}",
+                )  # fmt: skip
+            program = programs[component]
         with TorchBackend().open(program, name=reference) as session:
             yield TorchReference(session, program), program.limits
         return
     assert source.path is not None
     package = load_package(source.path)
+    if component is not None and len(package.components) > 1:
+        package = _one_graph(package, component, reference)
     with OrtBackend().open(package, name=reference) as opened:
         yield GraphReference(opened, package, OrtBackend()), value_limits(package)
 

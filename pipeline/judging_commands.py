@@ -121,6 +121,9 @@ def compare(
 def bisect(
     reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="A PyTorch source or an ONNX model.")],
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="An artifact or an .onnx file.")],
+    component: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which graph, where the candidate has several.")
+    ] = None,
     provider: Annotated[str, typer.Option(metavar="P", help="Execution provider of the candidate.")] = "cpu",
     samples: Annotated[
         int | None, typer.Option(metavar="N", help="Number of made-up cases. [default: 4]")
@@ -151,6 +154,7 @@ def bisect(
     result = bisect_models(
         reference,
         candidate,
+        component=component,
         provider=provider,
         samples=samples,
         inputs=inputs,

@@ -426,15 +426,29 @@ def test_compare_takes_bounds_of_predictions_and_writes_a_page(
     assert (done.exit_code, "--min-top1: 2.0; expected between 0 and 1" in done.output) == (2, True)
 
 
-def test_a_package_of_several_graphs_is_refused(tiny_artifact_dir: Path, tmp_path: Path) -> None:
+def test_of_several_graphs_one_is_named(tiny_artifact_dir: Path, tmp_path: Path) -> None:
     for name in ("encoder_model", "decoder_model"):
         shutil.copy(tiny_artifact_dir / "model.onnx", tmp_path / f"{name}.onnx")
     shutil.copy(tiny_artifact_dir / "config.json", tmp_path)
     (tmp_path / "manifest.json").write_text(
         json.dumps({"components": {n: f"{n}.onnx" for n in ("encoder_model", "decoder_model")}})
     )
-    with pytest.raises(BadInputError, match="graphs encoder_model, decoder_model; expected one graph"):
+    both = "encoder_model, decoder_model"
+    with pytest.raises(BadInputError, match=f"graphs {both}; expected one graph. Name one: --component enc"):
         bisect_models(str(tiny_artifact_dir), tmp_path)
+    with pytest.raises(BadInputError, match=f"--component: 'model'; expected one of {both}"):
+        bisect_models(str(tiny_artifact_dir), tmp_path, component="model")
+    # The reference is one graph, or has one of that name.
+    for reference in (tiny_artifact_dir, tmp_path):
+        right = bisect_models(str(reference), tmp_path, component="decoder_model", samples=1, threads=1)
+        assert right.passed and len(right.tensors) > 10
+    model = onnx.load(tmp_path / "decoder_model.onnx")
+    node = edit(model, DOWN, lambda weight: weight.reshape(-1).__setitem__(3, 40))
+    onnx.save(model, tmp_path / "decoder_model.onnx")
+    wrong = bisect_models(str(tiny_artifact_dir), tmp_path, component="decoder_model", samples=1, threads=1)
+    assert [blame.node for blame in wrong.suspects] == [node]
+    fine = bisect_models(str(tiny_artifact_dir), tmp_path, component="encoder_model", samples=1, threads=1)
+    assert fine.passed
 
 
 def test_blocks_with_offsets_apart_are_one_weight(
