@@ -36,6 +36,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",
         "mixed_precision": "onnxsmith.graph_passes.mixed_precision:MixedPrecision",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
+        "prune_vocabulary": "onnxsmith.graph_passes.vocabulary:PruneVocabulary",
         "prune_weights": "onnxsmith.graph_passes.sparsity:PruneWeights",
         "quantize_cache": "onnxsmith.graph_passes.cache_bits:QuantizeCache",
         "prune_channels": "onnxsmith.graph_passes.structured_pruning:PruneChannels",

@@ -15,6 +15,7 @@ from onnxsmith.graph_passes.block_operators import SharedWeight, find_weights
 from onnxsmith.graph_passes.context import Activations, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.gptq import output_error, second_moments
+from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.observers import Channels
 from onnxsmith.graph_passes.pruning_choice import Scope
 from onnxsmith.graph_passes.sparse_rounding import prune_magnitude, prune_sparsegpt, prune_wanda
@@ -101,6 +102,9 @@ class PruneWeights(GraphPass):
         """
         found, skipped = find_weights(model, embeddings=True, skip_nodes=self.skip_nodes)
         changes = Changes(skipped=skipped)
+        for node in model.graph:
+            if (node.domain, node.op_type) == ("com.microsoft", "Attention"):
+                changes.skipped[label(node)] = "its projections are inside of it; prune before fuse_attention"
         weights: list[SharedWeight] = []
         for weight in found:
             reason = self._reason(weight)
