@@ -397,7 +397,10 @@ def fit_minimums(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Scales and float minimums, fitted together by least squares to the codes of several grids."""
     del symmetric
-    low, high = values.min(-1), values.max(-1)
+    shape = values.shape[:2]
+    # Blocks side by side: one number of each lies next to the other, so that loops are long.
+    table = np.ascontiguousarray(values.reshape(-1, values.shape[-1]).T)
+    low, high = table.min(0), table.max(0)
     levels = np.float32((1 << bits) - 1)
 
     def stored(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -407,30 +410,52 @@ def fit_minimums(
     def usable(scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.where(np.abs(scale) < _SMALLEST_SCALE, np.float32(1), scale)
 
-    best_scale, best_low = usable(stored(high / levels - low / levels)), stored(low)
+    plain_scale, plain_low = usable(stored(high / levels - low / levels)), stored(low)
     if not steps:
-        return best_scale, best_low
-    weights = _weights(values, counts)
-    total = weights.sum(-1)
-    mean = np.einsum("rbk,rbk->rb", weights, values) / np.where(total == 0, np.float32(1), total)
-    codes = round_blocks(values, best_scale, best_low, bits).astype(np.float32)
-    best_error = _error(values - best_low[..., None], weights, codes, best_scale)
+        return plain_scale.reshape(shape), plain_low.reshape(shape)
+    weights = np.ascontiguousarray(_weights(values, counts).reshape(-1, values.shape[-1]).T)
+    total = weights.sum(0)
+    total = np.where(total == 0, np.float32(1), total)
+    mean = np.einsum("kn,kn->n", weights, table) / total
+    # Where a number lies between the lowest and the highest, 0 to 1.
+    width = usable(high - low)
+    place = (table - low) / width
+    codes, product = np.empty_like(table), np.empty_like(table)
+    weighted = weights * (table - mean)
+    best_gain = np.full(low.shape, -np.inf, np.float32)
+    best_scale, best_low = plain_scale, plain_low
     for shift in np.linspace(-1, 1, steps):
-        scale = usable((high - low) / (levels + np.float32(shift)))
-        codes = round_blocks(values, scale, low, bits).astype(np.float32)
-        middle = np.einsum("rbk,rbk->rb", weights, codes) / np.where(total == 0, np.float32(1), total)
-        centred = codes - middle[..., None]
-        weighted = weights * centred
-        squares = np.einsum("rbk,rbk->rb", weighted, centred)
-        slope = np.einsum("rbk,rbk->rb", weighted, values) / np.where(squares == 0, np.float32(1), squares)
-        scale = stored(np.where(squares == 0, scale, slope))
+        np.multiply(place, levels + np.float32(shift), out=codes)
+        np.rint(codes, out=codes)
+        np.minimum(codes, levels, out=codes)
+        np.multiply(weights, codes, out=product)
+        middle = product.sum(0) / total
+        # Least squares: what the error falls by follows from sums, so that no error has to be summed itself.
+        covariance = np.einsum("kn,kn->n", weighted, codes)
+        squares = np.einsum("kn,kn->n", product, codes) - total * np.square(middle)
+        usual = squares > np.float32(1e-6) * total
+        slope = covariance / np.where(usual, squares, np.float32(1))
+        scale = stored(np.where(usual, slope, width / levels))
         minimum = stored(mean - scale * middle)
-        error = _error(values - minimum[..., None], weights, codes, scale)
-        better = (error < best_error) & (np.abs(scale) >= _SMALLEST_SCALE) & np.isfinite(minimum)
+        # Of what is stored: rounding the slope and the minimum costs what it moves them.
+        moved = scale * middle + minimum - mean
+        gain = 2 * scale * covariance - np.square(scale) * squares - total * np.square(moved)
+        better = (gain > best_gain) & usual & (np.abs(scale) >= _SMALLEST_SCALE) & np.isfinite(minimum)
         best_scale = np.where(better, scale, best_scale)
         best_low = np.where(better, minimum, best_low)
-        best_error = np.where(better, error, best_error)
-    return best_scale, best_low
+        best_gain = np.where(better, gain, best_gain)
+
+    def loss(scale: npt.NDArray[np.float32], minimum: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        made = np.clip(np.rint((table - minimum) * (1 / scale)), 0, levels)
+        made *= scale
+        made += minimum - table
+        made *= made
+        return np.asarray(np.einsum("kn,kn->n", weights, made), np.float32)
+
+    # Sums in float32 do not tell close grids apart for certain, and codes are those of the fitted grid.
+    kept = loss(best_scale, best_low) < loss(plain_scale, plain_low)
+    best_scale = np.where(kept, best_scale, plain_scale)
+    return best_scale.reshape(shape), np.where(kept, best_low, plain_low).reshape(shape)
 
 
 def _error(
