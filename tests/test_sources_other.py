@@ -185,7 +185,7 @@ def test_what_cannot_stay_beside_its_model_is_refused(adapter: Path, tiny_llama_
     config = adapter / "adapter_config.json"
     told = json.loads(config.read_text())
     for change, message in (
-        ({"peft_type": "IA3"}, "an adapter that is of the kind IA3; expected one of the kind LORA"),
+        ({"peft_type": "IA3"}, "an adapter of the kind IA3; expected one of the kind LORA"),
         ({"modules_to_save": ["lm_head"]}, "an adapter that replaces .'lm_head'.; .*--adapter merge"),
     ):
         config.write_text(json.dumps(told | change))
