@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxsmith.errors import BadInputError, FeedError, TokenizerError
 from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.sequence_generation import is_encoder_decoder, sequence_tokens
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 
 if TYPE_CHECKING:
@@ -187,6 +188,19 @@ def generate_text(
     from onnxsmith.runtime import OrtBackend, generate
 
     package, tokenizer = _open(model, max_new_tokens, stop)
+    if is_encoder_decoder(package):
+        _refuse_chat(chat, system)
+        answer = TextStream(tokenizer, [], stop)
+        for token in sequence_tokens(
+            package, tokenizer, prompt, max_new_tokens=max_new_tokens, provider=provider, sampling=sampling
+        ):
+            piece = answer.add(token)
+            if piece:
+                yield piece
+            if answer.ended:
+                return
+        yield from filter(None, [answer.finish()])
+        return
     ids = _ids(package, tokenizer, prompt, chat=chat, system=system)
     stream = TextStream(tokenizer, ids, stop)
     with OrtBackend(provider).open(package, name=str(model)) as session:
@@ -228,6 +242,23 @@ def generate_texts(
     if batch < 1:
         raise BadInputError("generate: --batch", got=str(batch), expected="at least 1")
     package, tokenizer = _open(model, max_new_tokens, stop)
+    if is_encoder_decoder(package):
+        _refuse_chat(chat, system)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "provider": provider,
+            "sampling": sampling,
+        }
+        for text in prompts:
+            answer = TextStream(tokenizer, [], stop)
+            for new in sequence_tokens(package, tokenizer, text, **options):
+                answer.add(new)
+                if answer.ended:
+                    break
+            answer.finish()
+            over = answer.ended or len(answer.ids) < max_new_tokens or answer.ids[-1] in tokenizer.stop_ids
+            yield Generated(text, answer.text, len(answer.ids), "stop" if over else "length")
+        return
     with OrtBackend(provider).open(package, name=str(model)) as session:
         for begin in range(0, len(prompts), batch):
             part = prompts[begin : begin + batch]
@@ -256,11 +287,19 @@ def _open(model: Path, max_new_tokens: int, stop: Sequence[str]) -> tuple[ModelP
     if not all(stop):
         raise BadInputError("generate: --stop", got="an empty string", expected="a text to stop at")
     package = load_package(model)
-    if not any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
+    cached = any(cache_pairs(c.inputs, c.outputs) for c in package.components.values())
+    if not cached and not is_encoder_decoder(package):
         raise FeedError(
             str(model), got="a model without a KV cache", expected="a decoder with past_key_values.*"
         )
     return package, PackageTokenizer(package)
+
+
+def _refuse_chat(chat: bool, system: str | None) -> None:
+    if chat or system is not None:
+        raise BadInputError(
+            "generate", got="--chat or --system for an encoder-decoder", expected="the text that it reads"
+        )
 
 
 def _ids(

@@ -280,3 +280,38 @@ def test_the_manifest_names_the_components(t5: tuple[Path, Path]) -> None:
     assert manifest["components"] == {name: f"{name}.onnx" for name in COMPONENTS}
     worst = manifest["measurements"]["comparison"]["worst"]
     assert worst["case"].partition(": ")[0] in COMPONENTS and worst["name"]
+
+
+def test_generate_writes_what_pytorch_generates(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """The command on an encoder-decoder: encoder, first step, later steps, forced first token, end."""
+    from onnxsmith import generate_text, generate_texts
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    options = {
+        **BART,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 80,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**options)).eval()
+    model.generation_config.forced_bos_token_id = 20
+    model.save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    export_model(str(tmp_path / "bart"), tmp_path / "onnx", verify=False)
+    texts = ["the quick brown fox", "a smith forges"]
+    wanted = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            made = model.generate(**ids, max_new_tokens=12, num_beams=1, do_sample=False)
+        wanted.append(tokenizer.decode(made[0], skip_special_tokens=True))
+    assert "".join(generate_text(tmp_path / "onnx", texts[0], max_new_tokens=12)) == wanted[0]
+    assert [one.text for one in generate_texts(tmp_path / "onnx", texts, max_new_tokens=12)] == wanted
+    assert wanted[0] and wanted[0] != wanted[1]
+    with pytest.raises(BadInputError, match="--chat or --system for an encoder-decoder"):
+        list(generate_text(tmp_path / "onnx", "x", chat=True))
