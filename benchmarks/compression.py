@@ -91,9 +91,9 @@ def judge(directory: Path, test: Any, expected: Outcome | None) -> tuple[Outcome
 
 def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
     work, data = arguments.work, arguments.data
-    learn = {"precision": arguments.precision, "learning_rate": 1e-4, "epochs": arguments.teacher_epochs}
+    learn = {"precision": arguments.precision, "learning_rate": 1.5e-4, "epochs": arguments.teacher_epochs}
     teach = {
-        "precision": arguments.precision, "learning_rate": 3e-4, "epochs": arguments.epochs, "dropout": 0.0,
+        "precision": arguments.precision, "learning_rate": 5e-4, "epochs": arguments.epochs, "dropout": 0.0,
         "hidden": 1.0, "freeze": ["*word_embeddings*"],
     }  # fmt: skip
     costs: dict[str, Any] = {}
@@ -112,7 +112,10 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(costs), flush=True)
     for method, distilled in (("taylor", False), ("l2", False), ("taylor", True), ("l2", True)):
         name = f"{method}, {'distilled' if distilled else 'not distilled'}"
-        steps = [{"prune": {**HALF, "method": method}}, *([{"distill": teach}] if distilled else [])]
+        steps = [
+            {"prune": {**HALF, "method": method, "samples": 128}},
+            *([{"distill": teach}] if distilled else []),
+        ]
         recipe = recipe_for(str(source), data, steps, arguments)
         slug = name.replace(", ", "-").replace(" ", "-")
         student, costs[name] = train(recipe, work / "states" / slug)
@@ -161,7 +164,7 @@ def main() -> None:
     one.add_argument("--work", type=Path, default=Path(".models/compression"))
     one.add_argument("--rows", type=int, help="training rows; all where absent")
     one.add_argument("--teacher-epochs", type=float, default=2)
-    one.add_argument("--epochs", type=float, default=3)
+    one.add_argument("--epochs", type=float, default=2.4)
     one.add_argument("--precision", default="bf16")
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     one.add_argument("--runs", type=int, default=15)
