@@ -57,9 +57,11 @@ DECODERS: Mapping[str, Specs] = {
     "4 bits, zero points, HQQ": with_pass("cpu-int4", "quantize_weights", {"bits": 4, "method": "hqq"}),
     "4 bits, zero points, GPTQ": with_pass("cpu-int4", "quantize_weights", {"bits": 4, "method": "gptq"}),
     "4 bits, zero points, AWQ": with_pass("cpu-int4", "quantize_weights", {"bits": 4, "method": "awq"}),
-    "4 and 8 bits, KL <= 0.01": with_pass(
-        "cpu-int4", "quantize_mixed", {"max_divergence": 0.01, "samples": 1}
+    "4 and 8 bits, at most 1 % worse": with_pass(
+        "cpu-int4", "quantize_mixed", {"max_loss_pct": 1.0, "samples": 1}
     ),
+    "4 and 8 bits, 100 MB": with_pass("cpu-int4", "quantize_mixed", {"size_mb": 100, "samples": 1}),
+    "4 bits, nf4 (layers only)": with_pass("cpu-int4", "quantize_floats", {"format": "nf4"}),
 }
 ENCODERS: Mapping[str, Specs] = {
     "fp32": PRESETS["cpu-fp32"],
@@ -188,7 +190,7 @@ def main() -> None:
         with opened(arguments.text, "rt", encoding="utf-8") as stream:
             text = stream.read()
         begin = max(text.find("Chapter\xa01."), 0)
-        text = text[begin : begin + arguments.characters].replace("\xa0", " ")
+        text = text[begin : begin + arguments.characters]
         names = [n for n in DECODERS if not only or n in only]
         results["decoders"] = decoders(arguments.work, text, names, arguments.samples)
     if arguments.sentences and arguments.calibration_sentences:

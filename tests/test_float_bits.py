@@ -13,6 +13,7 @@ from generated_graphs import Array, graph, run
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import PreconditionError
 from onnxsmith.graph_passes.float_bits import CODE_BOOKS, QuantizeFloats, code_book_blocks, code_book_values
+from onnxsmith.package import Component, ModelPackage
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,6 +62,15 @@ def test_four_bits(book: str, block_size: int) -> None:
     )
     # nf4 is made for normal numbers.
     assert entry["weight_error"] < (0.02 if book == "nf4" else 0.03)
+
+
+@pytest.mark.parametrize(("form", "precision"), [("nf4", "int4"), ("fp8", "int8")])
+def test_its_precision_is_that_of_quantized_weights(form: str, precision: str) -> None:
+    one = model(matrix(64, 8))
+    package = ModelPackage({"model": Component(one)})
+    assert package.precision == "float32"
+    QuantizeFloats(format=form)(one)  # type: ignore[arg-type]
+    assert package.precision == precision
 
 
 def test_eight_bits() -> None:

@@ -41,7 +41,7 @@ COMPONENT_ORDER = (
     "decoder_postnet_and_vocoder",
 )
 
-_BLOCK_QUANTIZED = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+_BLOCK_QUANTIZED = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"})
 _INTEGER_OPERATORS = frozenset(
     {
         "ConvInteger",
