@@ -14,6 +14,7 @@ from typing import Any, Self
 import pydantic
 
 from onnxsmith.errors import RecipeError
+from onnxsmith.pipeline.recipe_placeholders import PlaceholderError, fill_environment
 
 __all__ = ["RecipeText"]
 
@@ -74,6 +75,10 @@ class RecipeText:
             RecipeError: It cannot be read, is none of these, or no mapping; or files extend each other.
         """
         found = cls._read_alone(path)
+        try:
+            found.data = fill_environment(found.data)
+        except PlaceholderError as error:
+            raise _unfilled(error, found._where(error.place)) from None
         if not extends or "extends" not in found.data:
             return found
         where = found._where(["extends"])
@@ -132,7 +137,9 @@ class RecipeText:
             tree = yaml.compose(value, Loader=yaml.SafeLoader)
             if tree is not None:
                 _check_tree(self.path, tree)
-            parsed = yaml.safe_load(value)
+            parsed = fill_environment(yaml.safe_load(value))
+        except PlaceholderError as error:
+            raise _unfilled(error, where) from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise RecipeError(where, got=f"the value {value!r}", expected="a YAML value") from error
         target: Any = self.data
@@ -193,6 +200,13 @@ class RecipeText:
 
     def _says(self, location: Sequence[int | str]) -> bool:
         return _stands(self.data, location)
+
+
+def _unfilled(error: PlaceholderError, where: str) -> RecipeError:
+    key = ".".join(map(str, error.place))
+    return RecipeError(
+        f"{where}: {key}" if key else where, got=error.got, expected=error.expected, remedy=error.remedy
+    )
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from onnxsmith._version import __version__
-from onnxsmith.environment import describe_environment
+from onnxsmith.environment import describe_versions
 from onnxsmith.errors import ModelFileError, OnnxsmithError, SourceError
 from onnxsmith.onnx_file import check_model
 from onnxsmith.package import ModelPackage
-from onnxsmith.package_io import MANIFEST_NAME, is_inside, load_package, read_manifest
+from onnxsmith.package_io import MANIFEST_NAME, RECORD_NAMES, is_inside, load_package, read_manifest
+from onnxsmith.pipeline.records import check_records
 from onnxsmith.pipeline.signing import SIGNATURE_NAME, check_signature
 
 __all__ = ["FileEntry", "Finding", "Manifest", "StepEntry", "to_plain", "verify_artifact", "write_manifest"]
@@ -38,7 +40,6 @@ class StepEntry(_Model):
 
     name: str
     parameters: dict[str, Any]
-    seconds: float
     details: dict[str, Any]
 
 
@@ -56,6 +57,8 @@ class Manifest(_Model):
     measurements: dict[str, Any]
     recipe: dict[str, Any] | None
     files: dict[str, FileEntry]
+    records: list[str]
+    """Files that are of one run alone; ``records.json`` has their hashes."""
     content_sha256: str
     """Of everything else in the manifest, as JSON with sorted keys and without spaces."""
 
@@ -66,6 +69,7 @@ def write_manifest(
     *,
     measurements: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
+    records: Collection[str] = (),
 ) -> Manifest:
     """Writes ``manifest.json`` for everything that stands in a directory. Comes last.
 
@@ -74,6 +78,7 @@ def write_manifest(
         directory: The artifact.
         measurements: What was measured of it.
         recipe: What it was made by.
+        records: Names of ``RECORD_NAMES`` that are there or will be.
     """
     components = {}
     for name, component in package.components.items():
@@ -87,11 +92,15 @@ def write_manifest(
         precision=package.precision,
         components=components,
         source=to_plain(dict(package.source)),
-        steps=[StepEntry(**to_plain(dataclasses.asdict(step))) for step in package.steps],
-        environment=describe_environment(),
-        measurements=to_plain(measurements or {}),
+        steps=[
+            StepEntry(name=s.name, parameters=to_plain(dict(s.parameters)), details=to_plain(dict(s.details)))
+            for s in package.steps
+        ],
+        environment=describe_versions(),
+        measurements=_rounded(to_plain(measurements or {})),
         recipe=to_plain(recipe),
         files=file_entries(directory),
+        records=sorted(records),
     )
     manifest = manifest.model_copy(update={"content_sha256": _content_sha256(manifest)})
     text = json.dumps(manifest.model_dump(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -100,11 +109,11 @@ def write_manifest(
 
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
-    """Size and hash of each file in a directory but the manifest, by name."""
+    """Size and hash of each file in a directory but the manifest and what is of one run alone, by name."""
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in (MANIFEST_NAME, SIGNATURE_NAME):
+        if path.is_file() and name not in {MANIFEST_NAME, SIGNATURE_NAME, *RECORD_NAMES}:
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
     return entries
 
@@ -191,8 +200,12 @@ def _file_findings(directory: Path, manifest: Manifest) -> list[Finding]:
         for path in directory.rglob("*")
         if path.is_symlink() or not path.is_dir()
     } - {MANIFEST_NAME, SIGNATURE_NAME}
+    # A manifest exempts nothing but what is known to be of one run alone.
+    records = RECORD_NAMES & set(manifest.records)
+    findings += [Finding(name, problem) for name, problem in check_records(directory, records).items()]
     findings += [
-        Finding(name, "it is not in the manifest") for name in sorted(present - manifest.files.keys())
+        Finding(name, "it is not in the manifest")
+        for name in sorted(present - manifest.files.keys() - records)
     ]
     return findings
 
@@ -236,6 +249,15 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, int | float | bool) or value is None:
         return value
     return str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with six significant digits: what follows differs from one kind of processor to the next."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _content_sha256(manifest: Manifest) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
-from onnxsmith.package_io import load_package
+from onnxsmith.package_io import RECORD_NAMES, load_package
 from onnxsmith.pipeline.artifact import file_entries, write_manifest
 from onnxsmith.pipeline.model_card import CARD_NAME, model_card
 from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.records import write_records
 from onnxsmith.pipeline.report import Report, write_report
 from onnxsmith.pipeline.sbom import write_sbom
 from onnxsmith.pipeline.tokenization import PackageTokenizer
@@ -31,9 +32,10 @@ _MEASURED = (
     "kl_to_reference",
     "top1_agreement",
     "task_metrics",
-    "bench",
     "placement",
 )
+_PLACED = ("nodes", "share", "operators")
+_ASKED = ("name", "perplexity", "task_metrics", "size_mb")
 
 
 def fill_artifact(
@@ -49,7 +51,7 @@ def fill_artifact(
     """Moves a variant to where the artifact is made, tries it, and writes what stands beside it.
 
     Args:
-        chosen: The variant; its directory is empty afterwards.
+        chosen: The variant.
         staging: An empty directory.
         recipe: What it was made by.
         report: What was decided and measured; what is packed is added.
@@ -59,8 +61,12 @@ def fill_artifact(
     """
     assert chosen.package is not None
     with progress.step("pack") as step:
-        for path in chosen.directory.iterdir():
-            shutil.move(path, staging / path.name)
+        for path in chosen.files():
+            if chosen.ours:
+                shutil.move(path, staging / path.name)
+            else:
+                # Never the same file as in the cache: who changes an artifact must not change that.
+                shutil.copyfile(path, staging / path.name)
         package = load_package(staging)
         made = chosen.package
         package.task, package.source, package.steps = made.task, made.source, made.steps
@@ -76,11 +82,24 @@ def fill_artifact(
     write_report(report, staging)
     plain = report.to_json()
     measured = next(v for v in plain["variants"] if v["chosen"])
-    measurements = {key: measured[key] for key in _MEASURED} | {"reference": plain["reference"]}
-    card = model_card(package, name=recipe.name, measurements=measurements, environment=report.environment)
+    # Times are of this run alone, and stay in the report.
+    measurements = {key: measured[key] for key in _MEASURED}
+    measurements["placement"] = {
+        provider: {key: value for key, value in entry.items() if key in _PLACED}
+        for provider, entry in (measured["placement"] or {}).items()
+    }
+    measurements["reference"] = {key: plain["reference"].get(key) for key in _ASKED}
+    card = model_card(
+        package,
+        name=recipe.name,
+        measurements=measurements,
+        environment=report.environment,
+        has_report=True,
+    )
     (staging / CARD_NAME).write_text(card, encoding="utf-8")
     write_sbom(package, staging, name=recipe.name)
-    write_manifest(package, staging, measurements=measurements, recipe=plain["recipe"])
+    write_manifest(package, staging, measurements=measurements, recipe=plain["recipe"], records=RECORD_NAMES)
+    write_records(staging, report.created)
 
 
 def _generate(package: ModelPackage, prompt: str, backend: OrtBackend, name: str) -> dict[str, Any]:

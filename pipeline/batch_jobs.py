@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ import pydantic
 from onnxsmith._version import __version__
 from onnxsmith.errors import RecipeError
 from onnxsmith.pipeline._recipe_text import RecipeText
+from onnxsmith.pipeline.recipe_placeholders import combinations, slug
 
 __all__ = ["BatchSpec", "Job", "JobSpec", "expand_jobs", "load_batch"]
 
@@ -116,10 +115,8 @@ def expand_jobs(spec: BatchSpec, *, base: Path, output: Path) -> list[Job]:
     """
     jobs: list[Job] = []
     for entry in spec.jobs:
-        keys = list(entry.matrix)
-        for values in itertools.product(*entry.matrix.values()):
-            chosen = dict(zip(keys, values, strict=True))
-            name = "-".join([entry.name, *(_slug(value) for value in values)])
+        for chosen in combinations(entry.matrix):
+            name = "-".join([entry.name, *map(slug, chosen.values())])
             settings = tuple(f"{key}={json.dumps(value)}" for key, value in (entry.set | chosen).items())
             jobs.append(_job(entry, name, settings, base=base, output=output, retries=spec.retries))
     seen: set[str] = set()
@@ -203,8 +200,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _slug(value: Any) -> str:
-    text = re.sub(r"[^A-Za-z0-9.]+", "_", str(value)).strip("_.")
-    return text[-24:] or "x"

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from onnxsmith.environment import give_back_memory
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.package import Component, ModelPackage, TensorSpec, cache_pairs
+from onnxsmith.pipeline.step_keys import file_identity
 from onnxsmith.pipeline.texts import load_text, text_sha256
 from onnxsmith.source import ModelSource, SourceKind, resolve_path
 
@@ -87,7 +88,9 @@ class CalibrationData:
     def described(self) -> dict[str, Any]:
         """For the manifest: which data, and how much of it."""
         found: dict[str, Any] = {"data": self.data, "samples": self.samples, "tokens": self.tokens}
-        if not self.data.endswith(".npz"):
+        if self.data.endswith(".npz"):
+            found["sha256"] = file_identity(resolve_path(self.data, base=self.base))
+        else:
             found["sha256"] = text_sha256(load_text(self.data, base=self.base))
         if self.fold is not None:
             found["fold"] = list(self.fold)

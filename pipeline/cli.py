@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from onnxsmith._version import __version__
+from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.arguments import (
     Force,
     Json,
@@ -94,6 +95,15 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where a run of this recipe was ended, with the times it had measured."
+        ),
+    ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Use what earlier runs made of the same inputs.")
+    ] = True,
     verify_each: VerifyEach = False,
     require_provider: RequireProvider = None,
     force: Force = False,
@@ -103,7 +113,10 @@ def run(
     from onnxsmith.pipeline.console import emit_json, message, progress_for
     from onnxsmith.pipeline.recipe import load_recipe
     from onnxsmith.pipeline.run import run_recipe
+    from onnxsmith.pipeline.run_steps import user_cache
 
+    if resume and not cache:
+        raise BadInputError("run: --resume", got="--no-cache", expected="the cache, where finished steps are")
     overrides = list(settings or ())
     if require_provider:
         overrides.append(f"require_provider={json.dumps(require_provider)}")
@@ -116,6 +129,8 @@ def run(
         force=force,
         command=command_line(),
         verify_each=verify_each,
+        cache=user_cache() if cache else None,
+        resume=resume,
         progress=progress_for(),
     )
     if json_target:

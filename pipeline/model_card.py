@@ -1,4 +1,7 @@
-"""The model card of an artifact: what it is, how it was made, and the numbers that were measured of it."""
+"""The model card of an artifact: what it is, how it was made, and the numbers that were measured of it.
+
+It is the same for the same inputs, so it says nothing of times.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def model_card(
     measurements: Mapping[str, Any],
     environment: Mapping[str, Any],
     usage: Sequence[str] = (),
+    has_report: bool = False,
 ) -> str:
     """A model card in Markdown, with the metadata that model hubs read.
 
@@ -38,8 +42,9 @@ def model_card(
         measurements: As in the manifest.
         environment: Where they were measured.
         usage: Lines on how to use it, one paragraph.
+        has_report: Whether ``report.html`` stands beside it.
     """
-    return "\n".join(_lines(package, name, measurements, environment, usage)) + "\n"
+    return "\n".join(_lines(package, name, measurements, environment, usage, has_report)) + "\n"
 
 
 def _lines(
@@ -48,6 +53,7 @@ def _lines(
     measurements: Mapping[str, Any],
     environment: Mapping[str, Any],
     usage: Sequence[str],
+    has_report: bool,
 ) -> Iterator[str]:
     source = package.source
     yield "---"
@@ -76,10 +82,10 @@ def _lines(
         yield from ("| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows))
         versions = environment.get("versions") or {}
         yield ""
-        yield (
-            f"On {environment.get('cpu', 'an unknown processor')}, "
-            f"{environment.get('threads', '?')} threads, onnxruntime {versions.get('onnxruntime', '?')}. "
-            "Speeds are of this machine; measure your own with `onnxsmith bench`."
+        yield f"Measured on onnxruntime {versions.get('onnxruntime', '?')}. " + (
+            "Speed and memory are in `report.html`: they are of one run on one machine."
+            if has_report
+            else "Measure speed and memory on your machine with `onnxsmith bench`."
         )
     else:
         yield "Nothing was measured of this artifact."
@@ -113,17 +119,12 @@ def _measured(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, label, form in simple:
         if isinstance(told.get(key), int | float):
             yield label, form.format(told[key])
-    bench = told.get("bench") or {}
-    for key, label, unit in (
-        ("latency_ms", "latency, median", "ms"),
-        ("prefill_tokens_per_s", "prefill, median", "tokens/s"),
-        ("decode_tokens_per_s", "decode, median", "tokens/s"),
-    ):
-        spread = bench.get(key)
-        if spread:
-            yield label, f"{spread['p50']:.1f} {unit} ({spread['low']:.1f} to {spread['high']:.1f})"
-    if bench.get("peak_rss_mb"):
-        yield "peak memory of the process", f"{bench['peak_rss_mb']:.0f} MB"
+    for name, metric in (told.get("task_metrics") or {}).items():
+        spread = f" (95 %: {metric['low']:.4g} to {metric['high']:.4g})" if "low" in metric else ""
+        yield name.replace("_", " "), f"{metric['value']:.4g}{spread}, {metric.get('n', '?')} rows"
+    asked = (told.get("reference") or {}).get("task_metrics") or {}
+    for name, metric in asked.items():
+        yield f"{name.replace('_', ' ')} of PyTorch", f"{metric['value']:.4g}"
     comparison = told.get("comparison") or {}
     worst = comparison.get("worst")
     if worst:

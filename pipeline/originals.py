@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.pipeline.run_steps import RunSteps
+from onnxsmith.pipeline.step_keys import step_key
 from onnxsmith.pipeline.variant_making import Made, VariantMaker
 from onnxsmith.progress import Progress
 
@@ -42,7 +43,8 @@ class Original:
         cls,
         loaded: LoadedModel,
         recipe: Recipe,
-        work: Path,
+        identity: str,
+        steps: RunSteps,
         passes: Sequence[GraphPass],
         *,
         context: Callable[[ModelPackage], PassContext],
@@ -54,7 +56,8 @@ class Original:
         Args:
             loaded: The model.
             recipe: What it is measured by.
-            work: A directory that does not exist yet.
+            identity: Of the model.
+            steps: Where what is made of it is found and left.
             passes: Of the first variant.
             context: What passes need besides the graph.
             provider: What it will run on.
@@ -74,8 +77,8 @@ class Original:
                 package = export(
                     loaded, programs, attention=recipe.export.attention, opset=recipe.export.opset
                 )
-                work.mkdir()
-                maker = VariantMaker(package, work, context=context(package), provider=provider)
+                key = step_key("export", original=identity, export=recipe.export.model_dump())
+                maker = VariantMaker(package, key, steps, context=context(package), provider=provider)
                 made = maker.make("original", passes)
             parameters = sum(p.numel() for p in loaded.module.parameters())
             step.note = f"{parameters / 1e6:.1f} M parameters"

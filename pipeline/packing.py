@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxsmith.environment import describe_environment
+from onnxsmith.environment import describe_versions
 from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.onnx_file import save_model, weight_bytes
 from onnxsmith.package import ModelPackage
@@ -170,7 +170,7 @@ def _check_variants(models: Sequence[Path], variants: Sequence[ModelPackage]) ->
 def _measured(model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the manifest of the model says was measured of it, and where."""
     if not (model / MANIFEST_NAME).is_file():
-        return {}, describe_environment()
+        return {}, describe_versions()
     manifest = read_manifest(model)
     measurements, environment = manifest.get("measurements"), manifest.get("environment")
     return (

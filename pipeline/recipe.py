@@ -6,6 +6,9 @@ in ``docs/recipe.schema.json``, for editors.
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +18,7 @@ import pydantic
 from onnxsmith.pipeline._recipe_text import RecipeText
 from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
 from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
+from onnxsmith.pipeline.recipe_placeholders import combinations, fill_matrix, matrix_keys, slug
 from onnxsmith.pipeline.training_recipe import TrainingSpec
 from onnxsmith.pipeline.tuning_space import TuneSpec
 
@@ -33,6 +37,7 @@ __all__ = [
 ]
 
 
+_MOST_VARIANTS = 100
 # What a budget or a choice is measured by.
 _MEASURED_BY: Mapping[str, str] = {
     "perplexity": "perplexity",
@@ -73,6 +78,8 @@ class Variant(_Model):
     """A ready-made list of passes; see `onnxsmith presets`."""
     passes: tuple[PassEntry, ...] | None = None
     """Passes in order, in place of a preset."""
+    matrix: dict[str, Annotated[tuple[Any, ...], pydantic.Field(min_length=1)]] = pydantic.Field({})
+    """Key to values: one variant for each combination, ``${matrix:KEY}`` in preset or passes replaced."""
 
     @pydantic.model_validator(mode="after")
     def _one_of(self) -> Variant:
@@ -83,7 +90,40 @@ class Variant(_Model):
             if isinstance(entry, dict) and len(entry) != 1:
                 got = f"an entry with {len(entry)} names"
                 raise _broken_rule(("passes", number), got, "a name, or one name with its parameters")
+        self._check_matrix()
         return self
+
+    def _check_matrix(self) -> None:
+        part = "preset" if self.passes is None else "passes"
+        used = set(matrix_keys(getattr(self, part)))
+        for key in sorted(used - self.matrix.keys()):
+            near = difflib.get_close_matches(key, self.matrix, n=1)
+            meant = f"a key of matrix; did you mean {near[0]!r}?" if near else "a key of matrix"
+            raise _broken_rule((part,), f"${{matrix:{key}}}", meant)
+        for key in self.matrix:
+            if key not in used:
+                raise _broken_rule(
+                    ("matrix", key), f"no ${{matrix:{key}}} in {part}", "one, or all variants are the same"
+                )
+        count = math.prod(map(len, self.matrix.values()))
+        if count > _MOST_VARIANTS:
+            raise _broken_rule(("matrix",), f"{count} combinations", f"at most {_MOST_VARIANTS}")
+
+    def expanded(self) -> list[Variant]:
+        """One variant for each combination of the matrix: its values are in the name, after dashes."""
+        if not self.matrix:
+            return [self]
+        found = []
+        for values in combinations(self.matrix):
+            filled = fill_matrix({"preset": self.preset, "passes": self.passes}, values)
+            name = "-".join([self.name, *map(slug, values.values())])
+            try:
+                found.append(Variant.model_validate({"name": name, **filled}))
+            except pydantic.ValidationError as error:
+                first = error.errors()[0]
+                at = ".".join(str(part) for part in first["loc"][:1])
+                raise _broken_rule(("matrix",), f"{name}: {at}: {first['msg']}", "a variant") from error
+        return found
 
     def specs(self) -> list[tuple[str, Mapping[str, Any]]]:
         """The passes as names and parameters.
@@ -266,12 +306,19 @@ class Recipe(_Model):
             raise _broken_rule(("variants",), "no variant", "at least one, or a key tune")
         if self.tune is not None and self.training is not None:
             raise _broken_rule(("tune",), "a recipe that trains", "the model that training made, as source")
-        names = [variant.name for variant in self.variants]
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                raise _broken_rule(
-                    ("variants", number, "name"), f"a second variant named {name!r}", "unique names"
-                )
+        names: set[str] = set()
+        expanded = [variant.expanded() for variant in self.variants]
+        for number, variants in enumerate(expanded):
+            for variant in variants:
+                if variant.name in names:
+                    raise _broken_rule(
+                        ("variants", number, "name"),
+                        f"a second variant named {variant.name!r}",
+                        "unique names",
+                    )
+                names.add(variant.name)
+        # Whoever reads the recipe sees what is made.
+        object.__setattr__(self, "variants", tuple(itertools.chain.from_iterable(expanded)))
         scored = self.evaluation.perplexity
         if self.calibration and scored and self.calibration.data == scored.data:
             raise _broken_rule(

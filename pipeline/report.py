@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsmith.pipeline.artifact import to_plain
+from onnxsmith.pipeline.records import fixed_time
 
 __all__ = ["Budget", "Report", "StepTiming", "VariantReport", "write_report"]
 
@@ -48,7 +49,10 @@ class Budget:
 
 @dataclasses.dataclass
 class VariantReport:
-    """One variant: what was done to it and what came of it. Sizes in MB are 10**6 bytes."""
+    """One variant: what was done to it and what came of it. Sizes in MB are 10**6 bytes.
+
+    ``from_cache`` has which of ``made``, ``checked`` and ``timed`` an earlier run had done.
+    """
 
     name: str
     precision: str = ""
@@ -74,6 +78,7 @@ class VariantReport:
     warnings_fail: bool = False
     weights: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     layer_errors: dict[str, Any] | None = None
+    from_cache: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -139,10 +144,15 @@ class Report:
 
 
 def write_report(report: Report, directory: Path) -> None:
-    """Writes ``report.json`` and ``report.html``."""
+    """Writes ``report.json`` and ``report.html``, without times of steps if ``SOURCE_DATE_EPOCH`` is set."""
     from onnxsmith.pipeline.report_html import render_html
 
     plain = report.to_json()
+    if fixed_time() is not None:
+        plain["steps"] = []
+        for variant in plain["variants"]:
+            variant["passes"] = [entry | {"seconds": None} for entry in variant["passes"]]
+            variant["from_cache"] = []
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
     (directory / "report.html").write_text(render_html(plain), encoding="utf-8")

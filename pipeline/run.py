@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,10 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.artifact_filling import fill_artifact
 from onnxsmith.pipeline.choosing import choose
 from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.records import created_at
 from onnxsmith.pipeline.report import Report, StepTiming, write_report
 from onnxsmith.pipeline.staging import check_destination, check_report_place, staged_directory
+from onnxsmith.pipeline.step_cache import StepCache
 from onnxsmith.pipeline.training_run import checkpoint_directory
 from onnxsmith.pipeline.variant_making import Made, passes_of
 from onnxsmith.pipeline.workbench import Workbench
@@ -38,6 +39,8 @@ def run_recipe(
     command: str = "",
     verify_each: bool = False,
     tuning: dict[str, Any] | None = None,
+    cache: StepCache | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Does everything that a recipe asks for.
@@ -53,6 +56,9 @@ def run_recipe(
         command: The command line, for the report.
         verify_each: Check the model after each pass; a pass that breaks it fails its variant, by name.
         tuning: For the report, what a search did that led to this recipe.
+        cache: What earlier runs left, and later ones find; see ``user_cache``.
+        resume: Go on where an earlier run was ended: what it had finished is taken from the cache, with the
+            times that it had measured. An artifact that is there may be the one that this run makes.
         progress: Who listens.
 
     Raises:
@@ -64,13 +70,16 @@ def run_recipe(
             remedy="`onnxsmith tune` finds one for recipes with a key tune",
         )  # fmt: skip
     failed = destination.with_name(f"{destination.name or destination.resolve().name}.failed")
-    check_destination(destination, force=force)
+    # The last thing that a run did before it was ended may have been to put its artifact there.
+    check_destination(destination, force=force or resume)
     check_report_place(failed)
     source = ModelSource.parse(recipe.source, base=base)
     with Workbench(
         recipe,
         source,
         base=base,
+        cache=cache,
+        resume=resume,
         verify_each=verify_each,
         progress=progress,
         checkpoints=checkpoint_directory(destination),
@@ -78,7 +87,7 @@ def run_recipe(
         report = _new_report(recipe, source, bench.log.steps, command)
         report.tuning = tuning
         try:
-            with staged_directory(destination, force=force) as staging:
+            with staged_directory(destination, force=force, same=resume) as staging:
                 # Beside the artifact, so that packing is a rename and not a copy.
                 work = staging.with_name("work")
                 work.mkdir()
@@ -134,7 +143,7 @@ def _new_report(recipe: Recipe, source: ModelSource, steps: list[StepTiming], co
     return Report(
         name=recipe.name,
         command=command,
-        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=created_at(),
         onnxsmith=__version__,
         source={
             "kind": str(source.kind),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +66,14 @@ class TaskMeasure:
         self._original = self._run(task, session, files)
         return self._judged("original", session.provider, self._original, None)
 
+    def identity(self) -> dict[str, Any]:
+        """What decides what is measured: the data and the settings."""
+        digest = hashlib.sha256()
+        for row in self._data.rows:
+            digest.update(json.dumps(row, sort_keys=True, default=_digest).encode() + b"\n")
+        settings = dataclasses.asdict(self._settings) | {"metrics": self._metrics, "on_rows": None}
+        return {"rows": digest.hexdigest(), "labels": self._data.label_names, "settings": settings}
+
     def reference(self, task: str | None, session: Session, files: Mapping[str, bytes]) -> dict[str, Any]:
         """Measures torch; name of a metric to value and interval.
 
@@ -113,6 +124,12 @@ class TaskMeasure:
             metric: values | ({"difference": result["differences"][metric]} if against else {})
             for metric, values in result["metrics"].items()
         }
+
+
+def _digest(value: Any) -> str:
+    """What JSON does not know, such as pictures and sounds."""
+    content = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
+    return repr(value) if content is None else f"{type(value)} {hashlib.sha256(content).hexdigest()}"
 
 
 def budget_values(entry: VariantReport) -> Mapping[str, float | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsmith._version import __version__
-from onnxsmith.environment import describe_environment
+from onnxsmith.environment import describe_versions
 from onnxsmith.errors import require
 from onnxsmith.package import ModelPackage
 from onnxsmith.pipeline.artifact import file_entries
@@ -83,7 +83,7 @@ def bill_of_materials(package: ModelPackage, directory: Path, *, name: str) -> s
     ]  # fmt: skip
     libraries = [
         _library(Component, library, version)
-        for library, version in {"onnxsmith": __version__, **describe_environment()["versions"]}.items()
+        for library, version in {"onnxsmith": __version__, **describe_versions()["versions"]}.items()
     ]
     bom = Bom(components=[*sources, *libraries])
     bom.metadata.component = model

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onnxsmith.errors import DestinationError, OnnxsmithError, ResourceError
-from onnxsmith.package_io import MANIFEST_NAME, read_manifest
+from onnxsmith.package_io import MANIFEST_NAME, RECORD_NAMES, read_manifest
+from onnxsmith.pipeline.locks import take_lock
+from onnxsmith.pipeline.signing import SIGNATURE_NAME
 
 try:
     import fcntl
@@ -91,6 +93,13 @@ def _check_content(destination: Path, *, force: bool) -> None:
         )
 
 
+def _same_manifest(one: Path, other: Path) -> bool:
+    try:
+        return (one / MANIFEST_NAME).read_bytes() == (other / MANIFEST_NAME).read_bytes()
+    except OSError:
+        return False
+
+
 def _foreign_content(directory: Path) -> str | None:
     """What in a directory was not made by us, in words; None where it is an artifact and nothing else."""
     if not (directory / MANIFEST_NAME).is_file():
@@ -104,7 +113,8 @@ def _foreign_content(directory: Path) -> str | None:
         return "a directory with a manifest.json that is not onnxsmith's"
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name not in files and name != MANIFEST_NAME and (path.is_symlink() or not path.is_dir()):
+        ours = name in files or name in {MANIFEST_NAME, SIGNATURE_NAME, *RECORD_NAMES}
+        if not ours and (path.is_symlink() or not path.is_dir()):
             return f"an artifact with a file that is not its own, {name}"
     return None
 
@@ -127,7 +137,7 @@ def require_space(directory: Path, needed_bytes: int, *, purpose: str) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(destination: Path, *, force: bool = False, same: bool = False) -> Iterator[Path]:
     """A fresh directory beside the destination, renamed into place if the block ends well.
 
     If the block raises, or the process is interrupted, the destination is as it was and the fresh
@@ -138,17 +148,20 @@ def staged_directory(destination: Path, *, force: bool = False) -> Iterator[Path
     Args:
         destination: Where the result is to be.
         force: Whether an artifact that is there may be replaced.
+        same: Whether an artifact with the same manifest may be there; it then stays.
 
     Raises:
         DestinationError: See ``check_destination``; or another process is writing to the destination.
         ResourceError: The disk is full.
     """
-    check_destination(destination, force=force)
+    check_destination(destination, force=force or same)
     destination = destination.resolve()
     with _errors_of(destination), _parents_of(destination), _claim(destination) as claim:
         staging = claim / "new"
         staging.mkdir()
         yield staging
+        if same and not force and _same_manifest(staging, destination):
+            return
         _sync(staging)
         # Hours may have passed.
         _check_content(destination, force=force)
@@ -259,7 +272,7 @@ def _claim(destination: Path) -> Iterator[Path]:
                 )
         claim = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         descriptor = os.open(claim, os.O_RDONLY)
-        _lock(descriptor)
+        take_lock(descriptor)
     try:
         yield claim
     finally:
@@ -271,7 +284,7 @@ def _clear(entry: Path, destination: Path) -> bool:
     """Removes what a killed process left; False if the process that made it is alive."""
     descriptor = os.open(entry, os.O_RDONLY)
     try:
-        if not _lock(descriptor):
+        if not take_lock(descriptor):
             return False
         _dispose(entry, destination)
         return True
@@ -285,18 +298,6 @@ def _dispose(claim: Path, destination: Path) -> None:
     if saved.is_dir() and not destination.exists():
         saved.rename(destination)
     shutil.rmtree(claim, ignore_errors=True)
-
-
-def _lock(descriptor: int) -> bool:
-    """Takes the lock of an open directory without waiting; False where someone else has it."""
-    if fcntl is None:  # pragma: no cover - Windows
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        # Taken; or a file system without locks, where nobody can tell.
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from onnxsmith.package_io import load_package, save_package
 from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.references import checked_placement, open_programs
+from onnxsmith.pipeline.run_steps import RunSteps
 from onnxsmith.pipeline.run_tasks import TaskMeasure
 from onnxsmith.pipeline.staging import require_space
+from onnxsmith.pipeline.step_keys import step_key
 from onnxsmith.pipeline.texts import load_text, share_bounds
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.pipeline.tuning_space import TuneSpec
@@ -312,10 +315,17 @@ class TrialBench:
             data = dataclasses.replace(data, fold=(fold, self._tune.folds))
         used: list[str] = []
         context = _watched(context_for(self._source, exported, data), used)
-        maker = VariantMaker(exported, self._models, context=context, provider="")
-        made = maker.make(directory.name, passes_of(specs))
-        if made.report.error is not None:
-            raise CheckFailedError("passes", got=made.report.error)
+        # The search has a store of its own.
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=self._models) as scratch:
+            steps = RunSteps(None, Path(scratch))
+            maker = VariantMaker(exported, step_key("export"), steps, context=context, provider="")
+            made = maker.make(directory.name, passes_of(specs))
+            if made.report.error is not None:
+                raise CheckFailedError("passes", got=made.report.error)
+            directory.mkdir()
+            for path in made.files():
+                shutil.move(path, directory / path.name)
+            steps.close()
         facts = {
             "size_mb": made.report.size_mb,
             "precision": made.report.precision,

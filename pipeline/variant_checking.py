@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,39 +14,49 @@ from onnxsmith.errors import LackingError, OnnxsmithError, SourceError
 from onnxsmith.package import ModelPackage
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.recipe import PerplexitySpec, Recipe
-from onnxsmith.pipeline.references import Reference, checked_placement, open_programs
+from onnxsmith.pipeline.recorded_reference import load_expected, save_expected
+from onnxsmith.pipeline.references import checked_placement, open_programs
+from onnxsmith.pipeline.run_steps import RunSteps
 from onnxsmith.pipeline.run_tasks import TaskMeasure
 from onnxsmith.pipeline.staging import require_space
+from onnxsmith.pipeline.step_keys import StepKey, machine, provider_identity, step_key
 from onnxsmith.pipeline.texts import load_text, share_bounds, text_sha256
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.pipeline.variant_making import Made, error_text
-from onnxsmith.progress import Progress
 
 if TYPE_CHECKING:
     from onnxsmith.program import TorchProgram
-    from onnxsmith.runtime import OrtBackend, Requirement
+    from onnxsmith.runtime import OrtBackend, Requirement, Session
     from onnxsmith.runtime.components import Expected
 
-__all__ = ["OpenReference", "VariantChecker", "described"]
+__all__ = ["AskedReference", "VariantChecker"]
+
+_TOKENS, _LOGITS = "tokens.npy", "logits.npy"
 
 
-@dataclasses.dataclass
-class OpenReference:
-    """PyTorch, open, and what it said.
+@dataclasses.dataclass(frozen=True)
+class AskedReference:
+    """What PyTorch said. It need not be open any more.
 
     Attributes:
-        reference: The model.
+        key: Its address in the cache.
+        sessions: By component: names and signatures.
         expected: What it gives for inputs of several shapes.
-        described: For the report.
+        described: For the report, beside what it says anyway.
         tokens: The text that is scored; None where none is.
         logits: What it predicted there.
+        note: In a few words.
+        hit: Whether an earlier run had asked.
     """
 
-    reference: Reference
+    key: StepKey
+    sessions: Mapping[str, Session]
     expected: Expected
-    described: dict[str, Any]
-    tokens: Any = None
-    logits: Any = None
+    described: Mapping[str, Any]
+    tokens: Any
+    logits: Any
+    note: str
+    hit: bool
 
 
 class VariantChecker:
@@ -101,48 +110,98 @@ class VariantChecker:
                 found["perplexity"] = dataclasses.asdict(result)
         return found
 
-    @contextlib.contextmanager
-    def open(
-        self, programs: Mapping[str, TorchProgram], package: ModelPackage, work: Path, progress: Progress
-    ) -> Iterator[OpenReference]:
-        """Opens PyTorch and asks it what the variants will be asked.
+    def ask(
+        self,
+        programs: Callable[[], Mapping[str, TorchProgram]],
+        package: ModelPackage,
+        export_key: StepKey,
+        steps: RunSteps,
+        *,
+        original: str | None = None,
+    ) -> AskedReference:
+        """Asks PyTorch what the variants will be asked, unless an earlier run did.
 
         Args:
-            programs: The model.
-            package: Its tokenizer and configuration files are used.
-            work: A directory for the predictions, which are too large for memory.
-            progress: Who listens.
+            programs: Loads the model.
+            package: The exported model; its tokenizer and configuration files are used.
+            export_key: Its address.
+            steps: Where the answers are found and left: predictions are too large for memory.
+            original: The identity of the model that was asked before, to which differences are.
         """
         recipe, spec = self.recipe, self.recipe.evaluation.perplexity
+        task = recipe.evaluation.task
+        key = step_key(
+            "reference",
+            export=export_key.digest,
+            samples=recipe.evaluation.comparison.samples,
+            seed=recipe.seed,
+            original=original,
+            perplexity=None if spec is None else [spec.model_dump(exclude={"data"}), text_sha256(self.text)],
+            task=None
+            if task is None or self.tasks is None
+            else [task.model_dump(exclude={"data"}), self.tasks.identity()],
+            machine=machine(),
+            summary=str(package.source.get("text")),
+        )
+        found = steps.result(key, lambda place: self._asked(programs(), package, place))
+        facts = found.facts
+        from onnxsmith.runtime.metrics import Outcome
+
+        sessions, expected = load_expected(found.directory, facts["expected"])
+        if self.tasks is not None:
+            told = facts["task"]
+            outcome = Outcome(told["kind"], told["references"], told["predictions"])
+            self.tasks.recall(told["task"], outcome)
+        described: dict[str, Any] = {}
+        if self.tasks is not None:
+            described["task_metrics"] = facts["task_metrics"]
+        if spec is not None:
+            # What the data are called does not decide what was found.
+            described["perplexity"] = facts["perplexity"] | {
+                "data": spec.data, "data_sha256": text_sha256(self.text), "window": spec.window,
+            }  # fmt: skip
+        scored = spec is not None
+        return AskedReference(
+            key,
+            sessions,
+            expected,
+            described,
+            np.load(found.directory / _TOKENS) if scored else None,
+            np.load(found.directory / _LOGITS, mmap_mode="r") if scored else None,
+            facts["note"],
+            found.hit,
+        )
+
+    def _asked(
+        self, programs: Mapping[str, TorchProgram], package: ModelPackage, place: Path
+    ) -> dict[str, Any]:
+        from onnxsmith.runtime import perplexity
+
+        recipe, spec = self.recipe, self.recipe.evaluation.perplexity
+        facts: dict[str, Any] = {"task_metrics": None, "task": None, "perplexity": None}
         # A text is scored by models of one graph.
         program, name = next(iter(programs.values())), next(iter(programs))
         with open_programs(programs) as reference:
-            with progress.step("reference") as step:
-                expected = reference.expected(samples=recipe.evaluation.comparison.samples, seed=recipe.seed)
-                step.note = f"{sum(map(len, expected.values()))} cases"
-                opened = OpenReference(reference, expected, described(recipe, programs))
-                if spec is not None:
-                    opened.tokens = self._tokens(spec, package, program.limits["input_ids"])
-                    vocabulary = int(program.outputs[0].shape[-1])  # type: ignore[index,arg-type]
-                    opened.logits = _logits_file(work, spec, opened.tokens, vocabulary)
-                    step.note += f", {self._score_reference(opened, name, spec)}"
-                if self.tasks is not None:
-                    opened.described["task_metrics"] = self.tasks.reference(
-                        program.task, reference.sessions[name], package.files
-                    )
-            yield opened
+            expected = reference.expected(samples=recipe.evaluation.comparison.samples, seed=recipe.seed)
+            facts["expected"] = save_expected(reference.sessions, expected, place)
+            facts["note"] = f"{sum(map(len, expected.values()))} cases"
+            session = reference.sessions[name]
+            if spec is not None:
+                tokens = self._tokens(spec, package, program.limits["input_ids"])
+                np.save(place / _TOKENS, tokens)
+                vocabulary = int(program.outputs[0].shape[-1])  # type: ignore[index,arg-type]
+                logits = _logits_file(place / _LOGITS, spec, tokens, vocabulary)
+                result = perplexity(session, tokens, window=spec.window, keep_logits=logits)
+                logits.flush()
+                facts["perplexity"] = dataclasses.asdict(result)
+                facts["note"] += f", perplexity {result.value:.3f} on {result.tokens} tokens"
+            if self.tasks is not None:
+                facts["task_metrics"] = self.tasks.reference(program.task, session, package.files)
+                name_of_task, outcome = self.tasks.expected
+                facts["task"] = {"task": name_of_task} | dataclasses.asdict(outcome)
+        return facts
 
-    def _score_reference(self, opened: OpenReference, name: str, spec: PerplexitySpec) -> str:
-        from onnxsmith.runtime import perplexity
-
-        session = opened.reference.sessions[name]
-        result = perplexity(session, opened.tokens, window=spec.window, keep_logits=opened.logits)
-        opened.described["perplexity"] = dataclasses.asdict(result) | {
-            "data": spec.data, "data_sha256": text_sha256(self.text), "window": spec.window,
-        }  # fmt: skip
-        return f"perplexity {result.value:.3f} on {result.tokens} tokens"
-
-    def check(self, made: Made, opened: OpenReference) -> None:
+    def check(self, made: Made, asked: AskedReference, steps: RunSteps) -> None:
         """Adds to a variant's report where it runs, how far it is from PyTorch, and how good it is.
 
         A variant that cannot be checked gets an error.
@@ -150,44 +209,70 @@ class VariantChecker:
         Raises:
             LackingError: No other variant would do better.
         """
+        assert made.key is not None, "the variant was not made"
+        entry = made.report
+        key = step_key(
+            "check",
+            variant=made.key.digest,
+            reference=asked.key.digest,
+            metrics=self.recipe.evaluation.task.metrics if self.recipe.evaluation.task else None,
+            provider=provider_identity(self.backend),
+            requirements=[requirement.text for requirement in self.requirements],
+            machine=machine(),
+            summary=f"{made.key.made_from['summary']} on {self.backend.provider}",
+        )
+        # Shares of time and bytes are measured, and so not the same the next time.
+        measured = any(requirement.measure != "nodes" for requirement in self.requirements)
+        try:
+            found = steps.result(key, lambda _: self._checked(made, asked), renew=measured)
+        except LackingError:
+            raise
+        except OnnxsmithError as error:
+            entry.error = error_text(error, made.directory)
+            return
+        if found.hit:
+            entry.from_cache.append("checked")
+        facts = found.facts
+        entry.placement, entry.task_metrics = facts["placement"], facts["task_metrics"]
+        entry.suspicions = list(facts["suspicions"])
+        entry.comparison = facts["comparison"] | {"candidate": entry.name}
+        scored = facts["perplexity"]
+        if scored is not None:
+            entry.perplexity = scored
+            entry.kl_to_reference = scored["kl_to_reference"]
+            entry.top1_agreement = scored["top1_agreement"]
+            entry.perplexity_increase_pct = scored["increase_pct"]
+            if self._original_perplexity is not None:
+                entry.perplexity_increase_pct = 100 * (scored["value"] / self._original_perplexity - 1)
+
+    def _checked(self, made: Made, asked: AskedReference) -> dict[str, Any]:
         from onnxsmith.runtime import compare_components, open_components, perplexity, value_limits
         from onnxsmith.runtime.behaviour import suspicious_outputs
 
         entry, spec = made.report, self.recipe.evaluation.perplexity
         package = load_package(made.directory)
-        name = next(iter(opened.reference.sessions))
-        try:
-            parts = {part: package.only(part) for part in package.components}
-            with open_components(self.backend, parts, name=entry.name) as sessions:
-                entry.placement = checked_placement(
-                    sessions, self.requirements, asked=self.backend.name
-                ).to_json()
-                entry.comparison = compare_components(
-                    opened.reference.sessions,
-                    sessions,
-                    opened.expected,
-                    tolerance=tolerance_for(entry.precision),
-                    name=entry.name,
-                ).to_json()
-                if entry.precision in ("int4", "int8") and len(sessions) == 1:
-                    found = suspicious_outputs(sessions[name], value_limits(package))
-                    entry.suspicions = [one.what for one in found]
-                if spec is not None:
-                    scored = perplexity(
-                        sessions[name], opened.tokens, window=spec.window, reference_logits=opened.logits
-                    )
-                    entry.perplexity = dataclasses.asdict(scored)
-                    entry.kl_to_reference = scored.kl_to_reference
-                    entry.top1_agreement = scored.top1_agreement
-                    entry.perplexity_increase_pct = scored.increase_pct
-                    if self._original_perplexity is not None:
-                        entry.perplexity_increase_pct = 100 * (scored.value / self._original_perplexity - 1)
-                if self.tasks is not None:
-                    entry.task_metrics = self.tasks.variant(entry.name, sessions[name], package.files)
-        except LackingError:
-            raise
-        except OnnxsmithError as error:
-            entry.error = error_text(error, made.directory)
+        parts = {part: package.only(part) for part in package.components}
+        facts: dict[str, Any] = {"perplexity": None, "task_metrics": None, "suspicions": []}
+        with open_components(self.backend, parts, name=entry.name) as sessions:
+            placement = checked_placement(sessions, self.requirements, asked=self.backend.name)
+            facts["placement"] = placement.to_json()
+            facts["comparison"] = compare_components(
+                asked.sessions,
+                sessions,
+                asked.expected,
+                tolerance=tolerance_for(entry.precision),
+                name=entry.name,
+            ).to_json()
+            session = sessions[next(iter(asked.sessions))]
+            if entry.precision in ("int4", "int8") and len(sessions) == 1:
+                found = suspicious_outputs(session, value_limits(package))
+                facts["suspicions"] = [one.what for one in found]
+            if spec is not None:
+                scored = perplexity(session, asked.tokens, window=spec.window, reference_logits=asked.logits)
+                facts["perplexity"] = dataclasses.asdict(scored)
+            if self.tasks is not None:
+                facts["task_metrics"] = self.tasks.variant(entry.name, session, package.files)
+        return facts
 
     def _tokens(self, spec: PerplexitySpec, package: ModelPackage, limit: int) -> Any:
         # A token is at least one byte of text, so this much text is enough, and a book is not tokenized.
@@ -202,25 +287,9 @@ class VariantChecker:
         return ids[slice(*share_bounds(len(ids), spec.share, spec.window))]
 
 
-def described(recipe: Recipe, programs: Mapping[str, TorchProgram]) -> dict[str, Any]:
-    """What a report says of PyTorch before it was asked anything."""
-    # What components share counts once.
-    parameters = {id(p): p for program in programs.values() for p in program.module.parameters()}
-    return {
-        "name": f"torch {recipe.export.dtype}{', trained' if recipe.training else ''}",
-        "perplexity": None,
-        "prefill_tokens_per_s": None,
-        "decode_tokens_per_s": None,
-        "latency_ms": None,
-        "size_mb": sum(p.numel() * p.element_size() for p in parameters.values()) / 1e6,
-    }
-
-
-def _logits_file(work: Path, spec: PerplexitySpec, tokens: Any, vocabulary: int) -> Any:
+def _logits_file(path: Path, spec: PerplexitySpec, tokens: Any, vocabulary: int) -> Any:
     """A file for the reference's logits: computed once, compared with every variant, not held in memory."""
     windows = -(-len(tokens) // spec.window)
     shape = (max(len(tokens) - windows, 1), vocabulary)
-    require_space(work, shape[0] * shape[1] * 4, purpose="the reference's predictions")
-    # Not in the directory of the variants, one of which may have this name.
-    path = work.with_name("reference-logits.npy")
+    require_space(path.parent, shape[0] * shape[1] * 4, purpose="the reference's predictions")
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)

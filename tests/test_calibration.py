@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -139,7 +140,8 @@ def test_data_from_a_file(name: str, data: Path, tmp_path: Path) -> None:
         model, tmp_path / "out", [spec], calibration=CalibrationData(str(data), samples=8)
     )
     details = after.steps[-1].details
-    assert details["calibration"] == {"data": str(data), "samples": 8, "tokens": 512}
+    content = hashlib.sha256(data.read_bytes()).hexdigest()
+    assert details["calibration"] == {"data": str(data), "samples": 8, "tokens": 512, "sha256": content}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     layers = manifest["steps"][-1]["details"]["layers"]
     # Those that are known only when a weight is written, too.

@@ -47,7 +47,14 @@ EXAMPLE = re.compile(
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 URL = re.compile(r"https?://[^\s)>'\"]+")
-HOSTS = {"download.pytorch.org", "github.com", "keepachangelog.com", "onnxruntime.ai", "semver.org"}
+HOSTS = {
+    "download.pytorch.org",
+    "github.com",
+    "keepachangelog.com",
+    "onnxruntime.ai",
+    "reproducible-builds.org",
+    "semver.org",
+}
 # Paths of one machine, and notes to oneself.
 FORBIDDEN = re.compile(r"/work/|/root/|/home/|/tmp/|shared/|localhost|127\.0\.0\.1|\bproxy\b|TODO|FIXME|XXX")
 

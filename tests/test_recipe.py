@@ -295,3 +295,86 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, name: str, message: 
     written(tmp_path, "extends: recipe.yaml\n", "other.yaml")
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(tmp_path, f"extends: {name}\n"))
+
+
+MATRIX = """\
+  - name: q
+    matrix:
+      bits: [4, 8]
+      method: [rtn, hqq]
+    passes:
+      - cleanup
+      - quantize_weights: {bits: "${matrix:bits}", method: "${matrix:method}"}
+"""
+
+
+def test_a_matrix_is_one_variant_for_each_combination(tmp_path: Path) -> None:
+    text = SMALL.replace("evaluation:", MATRIX + "evaluation:")
+    recipe = load_recipe(written(tmp_path, text))
+    assert [v.name for v in recipe.variants] == ["fp32", "int8", "q-4-rtn", "q-4-hqq", "q-8-rtn", "q-8-hqq"]
+    # A placeholder that stands alone becomes the value, with its type.
+    assert recipe.variants[3].specs() == [("cleanup", {}), ("quantize_weights", {"bits": 4, "method": "hqq"})]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    presets = "  - {name: p, matrix: {kind: [int8, int4]}, preset: 'cpu-${matrix:kind}'}\n"
+    recipe = load_recipe(written(tmp_path, SMALL.replace("evaluation:", presets + "evaluation:")))
+    assert [(v.name, v.preset) for v in recipe.variants[2:]] == [
+        ("p-int8", "cpu-int8"),
+        ("p-int4", "cpu-int4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("${matrix:bits}", "${matrix:bit}", r"line 15: variants\.2\.passes: \$\{matrix:bit\}; .*'bits'"),
+        ("${matrix:method}", "rtn", r"line 14: variants\.2\.matrix\.method: no \$\{matrix:method\}"),
+        ("bits: [4, 8]", "bits: []", r"line 13: variants\.2\.matrix\.bits: \[\]; expected .*at least 1"),
+        ("bits: [4, 8]", f"bits: {list(range(60))}", r"line 12: variants\.2\.matrix: 120 combinations"),
+        ("name: q", "name: fp32", None),
+        ("bits: [4, 8]", "bits: [4, 4]", r"line 11: variants\.2\.name: a second variant named 'q-4-rtn'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_matrix_is_said(tmp_path: Path, old: str, new: str, message: str | None) -> None:
+    text = SMALL.replace("evaluation:", MATRIX.replace(old, new) + "evaluation:")
+    if message is None:
+        assert load_recipe(written(tmp_path, text)).variants[2].name == "fp32-4-rtn"
+        return
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+def test_environment_variables_where_they_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SMALL.replace("my_model:make", "${env:MODELS}/toy").replace(
+        "size_mb: 10", "size_mb: ${env:LIMIT:-20}"
+    )
+    text += "prompt: costs $5 ${PRICE} $${env:HOME}\n"
+    monkeypatch.setenv("MODELS", "/data")
+    monkeypatch.delenv("LIMIT", raising=False)
+    recipe = load_recipe(written(tmp_path, text))
+    assert recipe.source == "/data/toy"
+    assert recipe.budgets.size_mb == 20
+    assert recipe.prompt == "costs $5 ${PRICE} ${env:HOME}"
+    monkeypatch.setenv("LIMIT", "7.5")
+    assert load_recipe(written(tmp_path, text)).budgets.size_mb == 7.5
+    assert load_recipe(written(tmp_path, text), overrides=["name=${env:LIMIT:-x}"]).name == "7.5"
+    monkeypatch.delenv("MODELS")
+    with pytest.raises(
+        RecipeError,
+        match=r"line 3: source: the environment variable MODELS is not set; expected a value\. "
+        r"Set it, or give a default: \$\{env:MODELS:-\.\.\.\}",
+    ):
+        load_recipe(written(tmp_path, text))
+    with pytest.raises(RecipeError, match=r"--set source=.*: the environment variable MODELS is not set"):
+        load_recipe(written(tmp_path, SMALL), overrides=["source=${env:MODELS}"])
+    with pytest.raises(RecipeError, match=r"line 3: source: \$\{env:1\}; expected \$\{env:NAME\} or"):
+        load_recipe(written(tmp_path, SMALL.replace("my_model:make", "${env:1}")))
+
+
+def test_an_unset_variable_of_an_extended_recipe_is_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MODELS", raising=False)
+    written(tmp_path, SMALL.replace("my_model:make", "${env:MODELS}"), "base.yaml")
+    child = written(tmp_path, "extends: base.yaml\nname: other\n", "child.yaml")
+    with pytest.raises(RecipeError, match=r"base\.yaml, line 3: source: the environment variable MODELS"):
+        load_recipe(child)

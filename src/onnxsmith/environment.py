@@ -14,7 +14,14 @@ from typing import Any
 
 from onnxsmith._version import __version__
 
-__all__ = ["describe_environment", "give_back_memory", "peak_rss_mb", "usable_cpus"]
+__all__ = [
+    "cpu_name",
+    "describe_environment",
+    "describe_versions",
+    "give_back_memory",
+    "peak_rss_mb",
+    "usable_cpus",
+]
 
 _PACKAGES = (
     "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxscript",
@@ -28,23 +35,25 @@ def describe_environment() -> dict[str, Any]:
     ``threads`` is how many are used where nobody asks for another number. Imports ONNX Runtime, if it is
     installed, and none of the other packages that it names.
     """
+    return describe_versions() | {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "logical_cpus": usable_cpus(),
+        "threads": usable_cpus(),
+        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "providers": _providers(),
+    }
+
+
+def describe_versions() -> dict[str, Any]:
+    """The part of the environment that decides what is made: versions, and nothing of the machine."""
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "onnxsmith": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "logical_cpus": usable_cpus(),
-        "threads": usable_cpus(),
-        "memory_gb": round(_memory_bytes() / 1e9, 1),
-        "versions": versions,
-        "providers": _providers(),
-    }
+    return {"onnxsmith": __version__, "python": platform.python_version(), "versions": versions}
 
 
 def usable_cpus() -> int:
@@ -88,7 +97,8 @@ def _providers() -> list[str]:
         return []
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

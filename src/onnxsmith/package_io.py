@@ -18,9 +18,20 @@ from onnxsmith.package import (
     cache_pairs,
 )
 
-__all__ = ["MANIFEST_NAME", "is_inside", "load_package", "read_manifest", "save_package"]
+__all__ = [
+    "MANIFEST_NAME",
+    "RECORDS_NAME",
+    "RECORD_NAMES",
+    "is_inside",
+    "load_package",
+    "read_manifest",
+    "save_package",
+]
 
 MANIFEST_NAME = "manifest.json"
+RECORDS_NAME = "records.json"
+# Of one run alone: times, and what shows them. All other bytes of an artifact follow from its inputs.
+RECORD_NAMES = frozenset({RECORDS_NAME, "report.html", "report.json"})
 
 # Configuration and tokenizer files are small; a stranger's directory may hold anything.
 _MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -29,9 +40,9 @@ _FILE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _NOT_PACKAGE_FILES = frozenset(
     {
         MANIFEST_NAME,
+        *RECORD_NAMES,
         "genai_config.json",
         "modules.json",
-        "report.json",
         "requirements.txt",
         "sbom.cdx.json",
         "sentence_bert_config.json",

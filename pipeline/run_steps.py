@@ -1,0 +1,153 @@
+"""Where the steps of a run find and leave their results: the user's cache, or scratch space of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from onnxsmith.errors import BadInputError
+from onnxsmith.pipeline.step_cache import OpenStep, StepCache
+from onnxsmith.pipeline.step_keys import StepKey
+from onnxsmith.runtime.environments import HOME_VARIABLE
+
+__all__ = ["SIZE_VARIABLE", "RunSteps", "bytes_of", "cache_directory", "cache_limit", "user_cache"]
+
+SIZE_VARIABLE = "ONNXSMITH_CACHE_SIZE"
+_DEFAULT_LIMIT = "20GB"
+_UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# An entry that takes more of the cache than this would push everything else out.
+_LARGEST_SHARE = 0.5
+
+
+def cache_directory() -> Path:
+    """Where results of steps are kept.
+
+    ``$ONNXSMITH_HOME/cache``, else ``onnxsmith`` in the directory where the system keeps a user's caches.
+    """
+    given = os.environ.get(HOME_VARIABLE)
+    if given:
+        return Path(given).expanduser().resolve() / "cache"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "onnxsmith"
+
+
+def bytes_of(text: str, *, where: str) -> int:
+    """A size such as ``20GB``, ``500 MB`` or ``0``, in units of powers of ten.
+
+    Args:
+        text: What was given.
+        where: For the message.
+
+    Raises:
+        BadInputError: It is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
+    if match is None:
+        raise BadInputError(where, got=repr(text), expected="a size such as 20GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def cache_limit() -> int:
+    """What the cache may take, in bytes: ``$ONNXSMITH_CACHE_SIZE``, 20 GB where it is not set.
+
+    Raises:
+        BadInputError: It is no size.
+    """
+    return bytes_of(os.environ.get(SIZE_VARIABLE) or _DEFAULT_LIMIT, where=SIZE_VARIABLE)
+
+
+def user_cache() -> StepCache | None:
+    """The user's cache; None where it is switched off with a size of 0, or cannot be written.
+
+    Raises:
+        BadInputError: Its limit is no size.
+    """
+    limit, root = cache_limit(), cache_directory()
+    if limit == 0:
+        return None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=root):
+            return StepCache(root, max_bytes=limit)
+    except OSError:
+        # A home that is read only is no reason not to work.
+        return None
+
+
+class RunSteps:
+    """The steps of one run.
+
+    Attributes:
+        cache: What outlives the run; None where nothing does.
+    """
+
+    def __init__(self, cache: StepCache | None, scratch: Path) -> None:
+        """Takes both places.
+
+        Args:
+            cache: What outlives the run.
+            scratch: A directory that goes with the run; it need not exist yet.
+        """
+        self.cache = cache
+        self._scratch = StepCache(scratch)
+
+    def close(self) -> None:
+        """Lets go of everything that is open."""
+        self._scratch.close()
+        if self.cache is not None:
+            self.cache.close()
+
+    def keeps(self, expected_bytes: int) -> bool:
+        """Whether a result of this size outlives the run: the cache and its disk have room for it."""
+        cache = self.cache
+        if cache is None or (
+            cache.max_bytes is not None and expected_bytes > cache.max_bytes * _LARGEST_SHARE
+        ):
+            return False
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(cache.root).free > 2 * expected_bytes
+        return False
+
+    def open(self, key: StepKey) -> OpenStep | None:
+        """A result that an earlier run left."""
+        return self.cache.open(key) if self.cache is not None else None
+
+    def has(self, key: StepKey) -> bool:
+        """Whether an earlier run left a result; it may turn out to be damaged."""
+        return self.cache is not None and self.cache.has(key)
+
+    def result(
+        self,
+        key: StepKey,
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        expected_bytes: int = 0,
+        renew: bool = False,
+    ) -> OpenStep:
+        """The result of a step, found or made; see ``StepCache.result``.
+
+        Args:
+            key: Its address.
+            make: Makes it.
+            expected_bytes: How large it will be, at most.
+            renew: Whether to make it even where it is found.
+        """
+        if self.cache is not None and (self.cache.has(key) or self.keeps(expected_bytes)):
+            return self.cache.result(key, make, renew=renew)
+        return self._scratch.result(key, make, renew=renew)
+
+    def is_ours(self, step: OpenStep) -> bool:
+        """Whether a result goes with this run, so that its files may be moved away."""
+        return step.directory.is_relative_to(self._scratch.root)
