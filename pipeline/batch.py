@@ -15,6 +15,7 @@ from onnxsmith.environment import usable_cpus
 from onnxsmith.errors import BadInputError, OnnxsmithError, UnknownNameError, require
 from onnxsmith.pipeline.batch_jobs import Job, expand_jobs, load_batch
 from onnxsmith.pipeline.batch_worker import Attempt, run_attempt
+from onnxsmith.pipeline.run_steps import user_cache
 from onnxsmith.pipeline.staging import write_beside
 from onnxsmith.progress import Progress
 
@@ -148,7 +149,8 @@ def run_job(job: Job, state: Path, *, force: bool = False, stop: threading.Event
         if stop is not None and stop.is_set():
             break
         # Only what an earlier batch made is replaced.
-        attempts.append(run_attempt(job, log, replace=force or note.exists()))
+        again = bool(attempts) and user_cache() is not None
+        attempts.append(run_attempt(job, log, replace=force or note.exists(), resume=again))
     last = attempts[-1] if attempts else Attempt(None, 0.0, "the batch was interrupted", None)
     report: Mapping[str, Any] = last.result or {}
     done = last.status == 0

@@ -51,19 +51,20 @@ class Attempt:
         return self.status is None or self.status < 0
 
 
-def run_attempt(job: Job, log: Path, *, replace: bool) -> Attempt:
+def run_attempt(job: Job, log: Path, *, replace: bool, resume: bool = False) -> Attempt:
     """Runs a job once, its output going to a log.
 
     Args:
         job: What to run.
         log: A file that is appended to.
         replace: Whether an artifact that is there may be replaced.
+        resume: Whether to go on where an attempt before this one was ended.
     """
     result = log.with_suffix(".result.json")
     command = [sys.executable, "-m", "onnxsmith.pipeline", "run", str(job.recipe), "-o", str(job.destination)]
     for setting in job.settings:
         command += ["--set", setting]
-    command += ["--json", str(result)] + ["--force"] * replace
+    command += ["--json", str(result)] + ["--force"] * replace + ["--resume"] * resume
     began = time.perf_counter()
     with _lock(log.with_suffix(".lock")) as lock, log.open("ab") as stream:
         result.unlink(missing_ok=True)

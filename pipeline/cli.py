@@ -31,6 +31,7 @@ from onnxsmith.pipeline.arguments import (
     preset_specs,
 )
 from onnxsmith.pipeline.artifact_commands import ARTIFACT_COMMANDS
+from onnxsmith.pipeline.cache_commands import CACHE_COMMANDS
 from onnxsmith.pipeline.doctor_command import DOCTOR_COMMANDS
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
@@ -115,8 +116,10 @@ def run(
     from onnxsmith.pipeline.run import run_recipe
     from onnxsmith.pipeline.run_steps import user_cache
 
-    if resume and not cache:
-        raise BadInputError("run: --resume", got="--no-cache", expected="the cache, where finished steps are")
+    kept = user_cache() if cache else None
+    if resume and kept is None:
+        got = "a cache that is switched off or cannot be written" if cache else "--no-cache"
+        raise BadInputError("run: --resume", got=got, expected="the cache, where finished steps are")
     overrides = list(settings or ())
     if require_provider:
         overrides.append(f"require_provider={json.dumps(require_provider)}")
@@ -129,7 +132,7 @@ def run(
         force=force,
         command=command_line(),
         verify_each=verify_each,
-        cache=user_cache() if cache else None,
+        cache=kept,
         resume=resume,
         progress=progress_for(),
     )
@@ -337,5 +340,6 @@ for _command in (
     *DOCTOR_COMMANDS,
     *TUNING_COMMANDS,
     *ARTIFACT_COMMANDS,
+    *CACHE_COMMANDS,
 ):
     app.command()(_command)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "describe_pass",
     "show_batch",
+    "show_cache",
     "show_comparisons",
     "show_export",
     "show_inspect",
@@ -109,6 +110,23 @@ def show_batch(result: BatchResult) -> None:
     kept = sum(job.status == "kept" for job in result.jobs)
     sys.stdout.write(
         f"\n{len(result.jobs)} jobs: {len(result.jobs) - failed - kept} done, {kept} kept, {failed} failed\n"
+    )
+
+
+def show_cache(found: Mapping[str, Any]) -> None:
+    """What is in the cache, by step, and what was removed."""
+    for title, entries in (("", found["entries"]), ("removed", found["removed"])):
+        rows = []
+        for kind in sorted({entry["kind"] for entry in entries}):
+            same = [entry for entry in entries if entry["kind"] == kind]
+            size = sum(entry["bytes"] for entry in same) / 1e6
+            rows.append((kind, str(len(same)), f"{size:.1f}", f"{max(e['unused_days'] for e in same):.1f}"))
+        if rows:
+            print_table(title, ("step", "entries", "MB", "longest unused, days"), rows)
+    limit = found["limit_bytes"]
+    allowed = f"of at most {limit / 1e6:.0f}" if limit else "and switched off"
+    sys.stdout.write(
+        f"\n{found['directory']}: {len(found['entries'])} entries, {found['bytes'] / 1e6:.1f} MB {allowed}\n"
     )
 
 

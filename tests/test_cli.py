@@ -477,3 +477,55 @@ def test_an_interrupted_comparison_keeps_what_it_compared(
     saved = json.loads(Path("c.json").read_text())
     assert (saved["passed"], saved["interrupted"], len(saved["comparisons"])) == (False, True, 1)
     assert saved["comparisons"][0]["passed"]
+
+
+def test_cache_shows_and_prunes(onnxsmith: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxsmith.pipeline.step_cache import StepCache
+    from onnxsmith.pipeline.step_keys import step_key
+
+    monkeypatch.setenv("ONNXSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ONNXSMITH_CACHE_SIZE", "1GB")
+    empty = onnxsmith("cache")
+    assert (empty.status, "0 entries, 0.0 MB of at most 1000" in empty.out) == (0, True)
+    cache = StepCache(tmp_path / "home" / "cache")
+    for number, kind in enumerate(("export", "variant", "variant")):
+
+        def make(directory: Path) -> dict[str, Any]:
+            (directory / "data").write_bytes(bytes(1_000_000))
+            return {}
+
+        cache.result(step_key(kind, number=number, summary="a model"), make)
+    shown = onnxsmith("cache")
+    assert re.search(r"export +1 +1\.0 +0\.0\n", shown.out) and re.search(r"variant +2 +2\.0 ", shown.out)
+    assert "3 entries, 3.0 MB" in shown.out
+    # What a run is using stays.
+    assert "3 entries" in onnxsmith("cache", "--prune", "--max-size", 0).out
+    cache.close()
+    pruned = onnxsmith("cache", "--prune", "--max-size", "2.5MB", "--json", "-").json
+    assert [entry["made_from"] for entry in pruned["removed"]] == ["a model"]
+    assert len(pruned["entries"]) == 2 and pruned["limit_bytes"] == 10**9
+    assert "2 entries" in onnxsmith("cache", "--prune", "--unused-days", 1).out
+    assert "0 entries" in onnxsmith("cache", "--prune", "--unused-days", 0).out
+    for arguments, message in (
+        (("--max-size", "1GB"), "cache: a limit without --prune; expected --prune with it"),
+        (("--prune", "--max-size", "big"), "cache: --max-size: 'big'; expected a size such as 20GB"),
+    ):
+        ended = onnxsmith("cache", *arguments)
+        assert (ended.status, message in ended.err) == (2, True)
+
+
+def test_resuming_needs_the_cache(
+    onnxsmith: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {
+        "schema_version": 1,
+        "name": "x",
+        "source": "a:b",
+        "variants": [{"name": "v", "preset": "clean"}],
+    }
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    ended = onnxsmith("run", "r.json", "--resume")
+    assert (ended.status, "run: --resume: a cache that is switched off" in ended.err) == (2, True)
+    monkeypatch.setenv("ONNXSMITH_CACHE_SIZE", "1GB")
+    ended = onnxsmith("run", "r.json", "--resume", "--no-cache")
+    assert (ended.status, "run: --resume: --no-cache; expected the cache" in ended.err) == (2, True)

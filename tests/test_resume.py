@@ -124,7 +124,7 @@ def run_child(directory: Path, home: Path, kill: str, *arguments: str) -> subpro
     [
         # Each start is killed a little later than the one before it.
         pytest.param(["after export", "before-rename 2", "after-rename 1", "step check"], id="early"),
-        pytest.param(["step benchmark", "after benchmark", "after pack"], id="late"),
+        pytest.param(["step benchmark", "after benchmark", "after pack"], id="late", marks=pytest.mark.slow),
         pytest.param(
             ["before-rename 1", "after-rename 1", "step variants", "after variants", "after reference"],
             id="every step",
@@ -178,7 +178,9 @@ def test_what_was_finished_is_not_done_again(
     assert all(variant.from_cache == ["made", "checked", "timed"] for variant in resumed.variants)
     assert [v.bench for v in resumed.variants] == [v.bench for v in first.variants]
     assert resumed.reference == first.reference
-    assert [step.note for step in resumed.steps if step.name == "export"] == ["fused, from the cache"]
+    assert [step.note for step in resumed.steps if step.name == "export"] == [
+        "GroupQueryAttention, from the cache"
+    ]
 
     # Without --resume, how fast it is now is measured now.
     again = run_recipe(recipe, tmp_path / "three", base=work, cache=user_cache())
@@ -236,14 +238,13 @@ def test_other_inputs_are_not_taken_from_the_cache(work: Path, tiny_llama_dir: P
         ]
 
     assert run("first") == [[], []]
-    assert run("same") == [["made", "checked"], ["made", "checked"]]
-    assert run("renamed", name="other", budgets={"size_mb": 1000}) == [["made", "checked"]] * 2
+    # Names and budgets decide what is made of it, and not what it is.
+    assert run("same", name="other", budgets={"size_mb": 1000}) == [["made", "checked"]] * 2
     (tmp_path / "calibration.txt").write_text(TINY_TEXT[::-1] * 2 + "x")
     # What looks at calibration data is in the second variant; the address of both has them.
     assert run("calibration") == [[], []]
     (tmp_path / "text.txt").write_text(TINY_TEXT * 2)
-    assert run("text") == [["made"], ["made"]]
-    assert run("seed", seed=5) == [["made"], ["made"]]
+    assert run("text", seed=5) == [["made"], ["made"]]
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
     assert run("config") == [[], []]
@@ -270,6 +271,7 @@ def test_it_makes_no_difference_what_was_kept_on_the_way(
     assert all(variant.from_cache == [] for variant in report.variants)
 
 
+@pytest.mark.slow
 def test_damage_in_the_cache_is_mended_on_the_way(work: Path, whole: dict[str, str], tmp_path: Path) -> None:
     recipe = Recipe.model_validate_json((work / "recipe.json").read_text())
     cache = StepCache(tmp_path / "cache")
@@ -284,6 +286,7 @@ def test_damage_in_the_cache_is_mended_on_the_way(work: Path, whole: dict[str, s
     assert all(variant.from_cache == [] for variant in report.variants)
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side_do_not_disturb_each_other(
     work: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
