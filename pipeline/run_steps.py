@@ -117,6 +117,7 @@ class RunSteps:
         ):
             return False
         with contextlib.suppress(OSError):
+            cache.root.mkdir(parents=True, exist_ok=True)
             return shutil.disk_usage(cache.root).free > 2 * expected_bytes
         return False
 

@@ -228,13 +228,13 @@ def test_other_inputs_are_not_taken_from_the_cache(work: Path, tiny_llama_dir: P
     (tmp_path / "calibration.txt").write_text(TINY_TEXT[::-1] * 3)
     cache = StepCache(tmp_path / "cache")
 
-    def run(name: str, **changes: Any) -> list[list[str]]:
+    def run(output: str, **changes: Any) -> list[list[str]]:
         recipe = recipe_of(source, **changes)
         recipe = recipe.model_copy(
             update={"evaluation": recipe.evaluation.model_copy(update={"benchmark": None})}
         )
         return [
-            v.from_cache for v in run_recipe(recipe, tmp_path / name, base=tmp_path, cache=cache).variants
+            v.from_cache for v in run_recipe(recipe, tmp_path / output, base=tmp_path, cache=cache).variants
         ]
 
     assert run("first") == [[], []]
