@@ -234,7 +234,7 @@ def _code_of(module: Any, source: ModelSource) -> dict[str, Any] | None:
     own_roots = set()
     for name in names:
         file = getattr(sys.modules.get(name), "__file__", None)
-        if file is None:
+        if file is None or not Path(file).is_file():
             return None
         if _is_installed(file):
             found[name] = _distribution_version(name)
@@ -246,7 +246,8 @@ def _code_of(module: Any, source: ModelSource) -> dict[str, Any] | None:
         file = getattr(other, "__file__", None)
         if file and name not in found and name != "__main__" and not _is_installed(file):
             path = Path(file).resolve()
-            if any(path.is_relative_to(root) for root in own_roots):
+            # Code that was made at run time calls itself files that are not there.
+            if path.is_file() and any(path.is_relative_to(root) for root in own_roots):
                 found[name] = file_identity(path)
     return found
 

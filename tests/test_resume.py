@@ -312,3 +312,54 @@ def test_two_runs_side_by_side_do_not_disturb_each_other(
     cache = StepCache(tmp_path / "home" / "cache")
     assert not list((cache.root / "tmp").iterdir())
     assert "damaged" not in {entry.kind for entry in cache.entries()}
+
+
+FACTORY = """
+import torch
+import {beside}
+
+
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), {beside}.Scaled()), torch.randn(2, 8)
+"""
+BESIDE = """
+import torch
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, x):
+        return x * 2.0
+"""
+
+
+def test_a_factory_is_known_by_its_weights_and_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are the same throughout; the second change is in a module that the factory imports."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    cache = StepCache(tmp_path / "cache")
+
+    def run(output: str, factory: str, beside: str) -> list[str]:
+        for name, text in (("resumed_factory", factory), ("beside_the_factory", beside)):
+            (tmp_path / f"{name}.py").write_text(text.format(beside="beside_the_factory"))
+            sys.modules.pop(name, None)
+        recipe = Recipe.model_validate(
+            {
+                "schema_version": 1,
+                "name": "toy",
+                "source": "resumed_factory:make",
+                "variants": [{"name": "fp32", "preset": "clean"}],
+                "evaluation": {"benchmark": None},
+            }
+        )
+        return run_recipe(recipe, tmp_path / output, cache=cache).variants[0].from_cache
+
+    assert run("first", FACTORY, BESIDE) == []
+    assert run("same", FACTORY, BESIDE) == ["made", "checked"]
+    assert contents(tmp_path / "same") == contents(tmp_path / "first")
+    assert run("factory", FACTORY + "\n# other code\n", BESIDE) == []
+    assert run("beside", FACTORY, BESIDE.replace("2.0", "3.0")) == []
+    # What it computes is another thing, and so is the artifact.
+    assert contents(tmp_path / "beside")["model.onnx"] != contents(tmp_path / "first")["model.onnx"]
