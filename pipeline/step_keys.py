@@ -190,9 +190,8 @@ def _versions() -> tuple[tuple[str, str], ...]:
 @functools.cache
 def _code_sha256() -> str:
     """Of all of onnxsmith's own modules: whoever works on it never gets what older code made."""
-    import onnxsmith
-
-    root = Path(str(onnxsmith.__file__)).parent
+    # Not resolved: this folder stands elsewhere in a checkout, and is a link in the package.
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(_modules(root)):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
