@@ -71,6 +71,8 @@ DECODERS = (
     Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="4 bit blocks of the file, kept"),
     Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",
               note="needs ONNX Runtime 1.32"),
+    Candidate("onnxsmith cpu-gguf-fastest", "onnxsmith", "cpu-gguf-fastest", "gguf",
+              note="prompts on 8 bit integers, kept beside the blocks"),
     Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
               note="from float weights, as genai's builder"),
     Candidate("genai fp32", "genai", "fp32", "checkpoint"),
@@ -606,8 +608,14 @@ def main() -> None:
         "prompt_tokens": PROMPT, "new_tokens": NEW, "window": WINDOW, "shapes": SHAPES,
         "load_average": os.getloadavg()[0], "seconds": time.monotonic() - began,
     }  # fmt: skip
+    if "run" in steps:
+        from onnxsmith.runtime.providers import choose_provider
+        from onnxsmith.runtime.roofs import measure_roofs
+
+        roofs = measure_roofs(choose_provider("cpu"), threads=arguments.threads)
+        settings["bytes_per_s"] = roofs.bytes_per_s
     if set(steps) & {"convert", "run", "start", "quality"}:
-        book.write("settings", settings)
+        book.write("settings", book.read("settings") | settings)
     if "page" in steps:
         notes = {kind: {one.name: one.note for one in rows} for kind, rows in KINDS.items()}
         write_page(book, notes, arguments.page)

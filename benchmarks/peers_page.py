@@ -108,8 +108,26 @@ def _decoder(book: Results, notes: Mapping[str, str], plots: Path) -> list[str]:
         if name in decode
     ]
     lines += _table(["", *peers], body)
-    lines += ["", *_conversion(book, "decoder")]
+    lines += ["", *_limit(inference, decode, settings), *_conversion(book, "decoder")]
     return lines
+
+
+def _limit(
+    inference: Mapping[str, Any], decode: Mapping[str, Sequence[float]], settings: Mapping[str, Any]
+) -> list[str]:
+    """How near decoding comes to reading every weight once for each token."""
+    rate = settings.get("bytes_per_s")
+    parts = []
+    for name, found in decode.items():
+        size = inference[name].get("opened", {}).get("size_mb")
+        # Those with two branches read one of them.
+        if rate and size and not name.endswith("-fastest"):
+            limit = rate / size / 1e6
+            parts.append(f"{name} {100 * statistics.median(found) / limit:.0f} % of {limit:.0f}")
+    if not parts:
+        return []
+    said = f"Memory is read at {rate / 1e9:.1f} GB/s here, which bounds a token that reads the whole file once"
+    return [f"{said}; reached, of the tokens/s that are possible: {', '.join(parts)}.", ""]
 
 
 def _encoder(book: Results, notes: Mapping[str, str], settings: Mapping[str, Any], plots: Path) -> list[str]:
