@@ -126,7 +126,7 @@ def _limit(
             parts.append(f"{name} {100 * statistics.median(found) / limit:.0f} % of {limit:.0f}")
     if not parts:
         return []
-    said = f"Memory is read at {rate / 1e9:.1f} GB/s here, which bounds a token that reads the whole file once"
+    said = f"Memory is read at {rate / 1e9:.1f} GB/s, which bounds a token that reads the whole file once"
     return [f"{said}; reached, of the tokens/s that are possible: {', '.join(parts)}.", ""]
 
 
