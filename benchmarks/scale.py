@@ -157,7 +157,7 @@ MODEL = """import torch
 def make():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-    return net, {"x": torch.randn(2, 64)}
+    return net, {"input": torch.randn(2, 64)}
 """
 
 
@@ -183,6 +183,10 @@ def queue(output: Path, executor: str, workers: int, jobs: int) -> None:
             "utilisation": busy / (wall * workers), "seconds_per_job": busy / jobs,
             "load_average": os.getloadavg()[0], "environment": describe_environment(),
         }  # fmt: skip
+    for one in result.jobs:
+        if one.status != "done":
+            print(f"{one.name}: {one.reason}")
+            break
     (output / f"queue-{executor}.json").write_text(json.dumps(body, indent=1) + "\n")
     print(json.dumps({k: v for k, v in body.items() if k != "environment"}))
 
