@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GIVEN_SUFFIX", "GivenValue", "GraphValues", "build_part"]
 
+# Operators that apply a function to what they compute with a weight.
+_WITH_ACTIVATION = frozenset({"BiasGelu", "FastGelu", "FusedConv", "FusedGemm"})
+
 # A value that is both given to a part and computed by it keeps its name as an output.
 GIVEN_SUFFIX = ".given"
 
@@ -76,6 +79,11 @@ class GraphValues:
         """The floating-point values that a node, or a subgraph of it, reads and that are computed."""
         names = (value.name for value in _read_by(node))
         return list(dict.fromkeys(name for name in names if name in self.producers))
+
+    def does_more(self, node: ir.Node) -> bool:
+        """Whether a node does more than its weight says: it adds a residual, or applies a function."""
+        varying = [value for value in node.inputs if value is not None and value.const_value is None]
+        return node.op_type in _WITH_ACTIVATION or (node.op_type == "Sum" and len(varying) > 1)
 
     def weights_of(self, node: ir.Node) -> set[str]:
         """The initializers that a node computes with, directly or after nodes that only prepare weights."""

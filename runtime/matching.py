@@ -151,6 +151,7 @@ def _nodes_by_stem(
     values: GraphValues, weighted: Mapping[str, Weighted], candidate: TensorStore
 ) -> dict[str, list[str]]:
     by_stem: dict[str, list[str]] = defaultdict(list)
+    more: set[str] = set()
     for name in values.names:
         if name not in candidate:
             continue
@@ -159,8 +160,12 @@ def _nodes_by_stem(
             continue
         found = {stem_of(weight, weighted) for weight in values.weights_of(node)} - {None}
         if len(found) == 1:
-            by_stem[found.pop() or ""].append(name)
-    return by_stem
+            stem = found.pop() or ""
+            by_stem[stem].append(name)
+            if values.does_more(node):
+                more.add(stem)
+    # What is computed with these weights is inside of a node, and no value of the graph.
+    return {stem: names for stem, names in by_stem.items() if stem not in more}
 
 
 def _whole(values: GraphValues, names: list[str]) -> str | None:

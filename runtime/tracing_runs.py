@@ -106,7 +106,7 @@ def weighted_nodes(values: GraphValues) -> dict[str, Weighted]:
     found: dict[str, list[Weighted]] = {}
     for name in values.names:
         node = values.producers[name]
-        if node.outputs[0].name != name:
+        if node.outputs[0].name != name or values.does_more(node):
             continue
         for value in node.inputs:
             if value is not None and value.is_initializer() and value.name:

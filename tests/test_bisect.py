@@ -278,6 +278,22 @@ def test_a_subgraph_is_blamed_as_its_node(onnx_package: Callable[..., ModelPacka
     assert [blame.operator for blame in result.suspects] == ["If"]
 
 
+def test_a_residual_in_the_node_of_a_bias_is_no_fault(onnx_package: Callable[..., ModelPackage]) -> None:
+    """What a bias is added to may be added to a residual in the same node: its result is not the layer's."""
+    head = (
+        "g (float[n, 8] x, float[n, 8] r) => (float[n, 8] y) <float[8] b = {0.5,-0.5,0.5,1,-1,0.5,-0.5,1}> "
+    )
+    reference = onnx_package(head + "{ h = Exp(x) l = Add(h, b) s = Add(l, r) y = Tanh(s) }", "plain")
+    candidate = onnx_package(head + "{ k = Exp(x) t = Sum(k, r, b) y = Tanh(t) }", "fused")
+    backend = OrtBackend(threads=1)
+    with backend.open(reference, name="plain") as session:
+        cases = list(cases_for(session, limits={}, samples=2))
+        result = find_divergence(GraphReference(session, reference, backend), candidate, backend, cases)
+    assert result.passed, result.verdict
+    assert not result.suspects
+    assert {(trace.name, trace.reference) for trace in result.tensors} == {("k", "h"), ("t", "s"), ("y", "y")}
+
+
 def test_names_that_mean_something_else_are_not_believed(onnx_package: Callable[..., ModelPackage]) -> None:
     def chain(names: list[str]) -> str:
         operators = ["Sin", "Exp", "Neg", "Sqrt", "Tanh", "Cos"]
