@@ -50,6 +50,10 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
     """
     torch = require("torch", purpose="exporting")
     model: Any = loaded.module
+    choose_experts = getattr(model, "set_experts_implementation", None)
+    if choose_experts is not None and model._can_set_experts_implementation():
+        # transformers 5 multiplies the experts in groups, by an operator that ONNX does not have.
+        choose_experts("eager")
     with recorded_options() as options:
         shapes = _cache_shapes(loaded)
     if options & _DROPPED_BY_SDPA:
