@@ -179,8 +179,7 @@ def test_the_readme_names_what_exists() -> None:
     assert run | untried == set(PASSES)
     run, untried, _ = _row("Execution providers")
     assert run | untried == set(PROVIDERS)
-    # With the models that torch cannot trace and optimum does not know.
-    assert absent == {"text-to-audio"}
+    assert not absent
 
 
 def test_what_the_readme_calls_missing_is_missing() -> None:
