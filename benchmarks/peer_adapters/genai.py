@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +64,12 @@ class GenaiAdapter(Adapter):
     """The builder's defaults."""
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
-        from onnxruntime_genai.models.builder import create_model
-
-        create_model("", str(source), str(target), variant, "cpu", str(target / "cache"))
+        # As its documentation says to call it.
+        sys.argv = [
+            "builder", "-m", "local", "-i", str(source), "-o", str(target), "-p", variant, "-e", "cpu",
+            "-c", str(target / "cache"), "--extra_options", "hf_token=false",
+        ]  # fmt: skip
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
         return _Decoder(path, threads)
