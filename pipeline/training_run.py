@@ -267,7 +267,8 @@ class TrainingRun:
             fix_quantization(module)
         plain = dataclasses.asdict(result)
         plain |= {"examples": len(examples), "held_out": len(held) if held is not None else 0}
-        plain |= {"before": before, "objective": objective.described()}
+        plain |= {"before": before, "objective": objective.described(), "loss": result.curve[-1]["loss"]}
+        plain["after"] = next((e for e in result.evaluations if e["update"] == result.kept), {})
         return loaded, found | plain
 
     def _cross_validate(

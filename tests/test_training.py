@@ -370,6 +370,7 @@ def test_training_stops_when_its_time_is_over() -> None:
     seen: list[FitProgress] = []
     result = fit(bert(), sentences(64), Supervision(), settings, on_update=seen.append)
     assert result.ended == "time" and 0 < result.updates < 4000
+    assert result.curve[-1]["update"] == result.updates
     assert [p.update for p in seen] == list(range(1, result.updates + 1))
     assert seen[-1].updates == 4000 and (seen[-1].seconds_left or 0) > 0
 

@@ -140,6 +140,7 @@ def test_the_artifact_is_the_trained_model(ran: tuple[Report, Path, Listening], 
     assert lesson["data"]["rows"] == 400 and len(lesson["data"]["sha256"]) == 64
     assert lesson["seed"] == 0 and lesson["versions"]["torch"] == torch.__version__
     assert lesson["updates"] == 3 * 35 and "curve" not in lesson
+    assert 0 < lesson["loss"] < 1 and lesson["after"]["update"] == lesson["kept"]
     assert lesson["objective"]["teacher"] == "the original"
 
 
@@ -252,6 +253,30 @@ def test_a_given_student_takes_the_place_of_the_model(bench: Path) -> None:
     losses = [point["loss"] for point in trained.report["steps"][0]["evaluations"]]
     assert losses[-1] < 0.8 * losses[0]
     assert json.loads(trained.model.files["config.json"])["num_hidden_layers"] == 1
+
+
+def test_a_step_with_quantization_leaves_integers(bench: Path, tmp_path: Path) -> None:
+    """What goes on after a kill has the same first steps; the original is what was not rounded."""
+    steps = [
+        {"finetune": {**LEARN, "task": "text-classification", "epochs": 4}},
+        {"distill": {**LEARN, "epochs": 1, "quantization": "int8"}},
+    ]
+    recipe = recipe_of(bench, steps)
+    trained = train(recipe, bench, tmp_path / "states")
+    last = trained.report["steps"][1]
+    assert last["quantized_layers"] == 14
+    # Judged while it rounded: hardly worse than before, which is what it was taught by.
+    assert last["evaluations"][-1]["accuracy"] > last["before"]["accuracy"] - 0.1
+    kinds = [type(part).__name__ for part in trained.model.module.modules()]
+    assert kinds.count("QuantizedLinear") == 14 and "FakeQuantizedLinear" not in kinds
+    assert trained.original is not None
+    assert not any("Quantized" in type(part).__name__ for part in trained.original.module.modules())
+    again = train(recipe, bench, tmp_path / "states")
+    assert again.report["steps"][1]["resumed_at"] == last["updates"]
+    for (name, tensor), (_, other) in zip(
+        again.model.module.state_dict().items(), trained.model.module.state_dict().items(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
 
 
 def test_what_is_evaluated_on_is_not_learned(bench: Path, tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ class _Fit:
             if checkpoint is not None and (due or evaluated or self.ended):
                 write_checkpoint(checkpoint, self._state(), fingerprint=self.fingerprint)
                 written = time.perf_counter()
+        # What ended early ended between two points.
+        self._add_point()
         return resumed
 
     def _batches(self) -> Iterator[list[list[int]]]:
@@ -348,6 +350,10 @@ class _Fit:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.summed += 1
         if self.summed >= max(1, self.updates // _CURVE) or self.update == self.updates:
+            self._add_point()
+
+    def _add_point(self) -> None:
+        if self.summed:
             means = {name: value / self.summed for name, value in self.sums.items()}
             rate = self.settings.learning_rate_at(self.update - 1, self.updates)
             self.curve.append({"update": self.update, "learning_rate": rate, **means})
