@@ -79,7 +79,7 @@ def ids(paths: list[Path]) -> list[str]:
 
 
 def test_all_examples_are_found() -> None:
-    expected = {"readme", "add-a-pass", "add-a-task", "add-a-source", "add-a-backend"}
+    expected = {"readme", "pipeline", "add-a-pass", "add-a-task", "add-a-source", "add-a-backend"}
     assert set(EXAMPLES) == expected
     for name, files in EXAMPLES.items():
         assert "check.py" in files, f"{name} has no check.py"
@@ -91,6 +91,9 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.importorskip("torch")
     for file, content in EXAMPLES[name].items():
         (tmp_path / file).write_text(content, encoding="utf-8")
+    if name == "pipeline":
+        # It goes on with the model of the example before it.
+        (tmp_path / "my_model.py").write_text(EXAMPLES["readme"]["my_model.py"], encoding="utf-8")
     if name == "add-a-pass":
         _install(tmp_path, EXAMPLES[name]["pyproject.toml"])
     if name == "add-a-task":
@@ -106,6 +109,9 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             file = getattr(sys.modules[module], "__file__", None)
             if file and Path(file).parent == tmp_path:
                 del sys.modules[module]
+    if name == "pipeline":
+        assert left["report"].passed and left["report"].chosen == "int8"
+        assert (tmp_path / "artifact" / "report.html").is_file()
     if name == "readme":
         assert left["result"].passed
         assert left["result"].tolerance == TOLERANCES["int8"]
