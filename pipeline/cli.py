@@ -105,6 +105,10 @@ def run(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use what earlier runs made of the same inputs.")
     ] = True,
+    ignore_forecast: Annotated[
+        bool,
+        typer.Option("--ignore-forecast", help="Go on where memory or disk is not expected to suffice."),
+    ] = False,
     verify_each: VerifyEach = False,
     require_provider: RequireProvider = None,
     force: Force = False,
@@ -134,6 +138,7 @@ def run(
         verify_each=verify_each,
         cache=kept,
         resume=resume,
+        ignore_forecast=ignore_forecast,
         progress=progress_for(),
     )
     if json_target:

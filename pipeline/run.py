@@ -12,6 +12,7 @@ from onnxsmith.environment import describe_environment, usable_cpus
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.artifact_filling import fill_artifact
 from onnxsmith.pipeline.choosing import choose
+from onnxsmith.pipeline.forecast import require_resources
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.records import created_at
 from onnxsmith.pipeline.report import Report, StepTiming, write_report
@@ -41,6 +42,7 @@ def run_recipe(
     tuning: dict[str, Any] | None = None,
     cache: StepCache | None = None,
     resume: bool = False,
+    ignore_forecast: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Does everything that a recipe asks for.
@@ -59,6 +61,7 @@ def run_recipe(
         cache: What earlier runs left, and later ones find; see ``user_cache``.
         resume: Go on where an earlier run was ended: what it had finished is taken from the cache, with the
             times that it had measured. An artifact that is there may be the one that this run makes.
+        ignore_forecast: Go on where memory or disk is not expected to suffice.
         progress: Who listens.
 
     Raises:
@@ -86,6 +89,10 @@ def run_recipe(
     ) as bench:
         report = _new_report(recipe, source, bench.log.steps, command)
         report.tuning = tuning
+        with bench.log.step("forecast") as step:
+            step.note = require_resources(
+                recipe, source, destination, cached=cache is not None, force=ignore_forecast
+            )
         try:
             with staged_directory(destination, force=force, same=resume) as staging:
                 # Beside the artifact, so that packing is a rename and not a copy.
