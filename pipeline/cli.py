@@ -111,6 +111,9 @@ def run(
     ] = False,
     verify_each: VerifyEach = False,
     require_provider: RequireProvider = None,
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="URI", help="Also log the report to this tracking store of MLflow.")
+    ] = None,
     force: Force = False,
     json_target: Json = None,
 ) -> int:
@@ -141,6 +144,11 @@ def run(
         ignore_forecast=ignore_forecast,
         progress=progress_for(),
     )
+    if mlflow is not None:
+        from onnxsmith.pipeline.mlflow_logging import log_to_mlflow
+
+        place = destination if report.passed else destination.with_name(f"{destination.name}.failed")
+        log_to_mlflow(report, place, uri=mlflow)
     if json_target:
         emit_json(json_target, "run", {"report": report.to_json()})
     if json_target != "-":
