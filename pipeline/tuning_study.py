@@ -87,16 +87,13 @@ class Study:
         done = self._study.get_trials(deepcopy=False)
         self._seen = {self._key_of(trial.params) for trial in done if trial.state.is_finished()}
         self._open: dict[int, Any] = {}
-        for trial in done:
-            if not trial.state.is_finished():
-                # It ran when its process was killed; it is tried again, and reuses what was measured.
-                with _quiet():
-                    self._study.enqueue_trial(trial.params, skip_if_exists=False)
-                    self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         with _quiet():
             self._sampler = self._sampler_of(recipe, len(done))
             self._random = optuna.samplers.RandomSampler(seed=(recipe.seed + len(done) + 1) % 2**32)
         self._all = list(enumerate_points(recipe.tune)) if self.sampler == "grid" else None
+        for trial in done:
+            if not trial.state.is_finished():
+                self._take_up(trial)
 
     def told(self) -> list[Trial]:
         """What earlier processes measured, in order."""
@@ -131,7 +128,6 @@ class Study:
     def tell(self, number: int, trial: Trial) -> None:
         """Says what came of a point."""
         opened = self._open.pop(number)
-        states = self._optuna.trial.TrialState
         broken = trial.broken or ({"comparison": 1.0} if trial.state == "failed" else {})
         with _quiet():
             self._study.sampler = self._sampler
@@ -140,11 +136,29 @@ class Study:
             opened.set_user_attr(
                 "result", json.dumps({key: plain[key] for key in plain if key not in ("number", "point")})
             )
-            values = [trial.values.get(name) for name in self._objectives]
-            if trial.state == "complete" and None not in values:
-                self._study.tell(opened, values)
+        self._end(number, trial.state, trial.values)
+
+    def _end(self, number: int, state: str, values: Mapping[str, float]) -> None:
+        with _quiet():
+            self._study.sampler = self._sampler
+            found = [values.get(name) for name in self._objectives]
+            if state == "complete" and None not in found:
+                self._study.tell(number, found)
             else:
-                self._study.tell(opened, state=states.PRUNED)
+                self._study.tell(number, state=self._optuna.trial.TrialState.PRUNED)
+
+    def _take_up(self, trial: Any) -> None:
+        """Goes on with a point whose process was killed."""
+        if "result" in trial.user_attrs:
+            # Measured, and killed before it was told.
+            known = json.loads(trial.user_attrs["result"])
+            self._seen.add(self._key_of(trial.params))
+            self._end(trial.number, known["state"], known["values"])
+            return
+        with _quiet():
+            # It is tried again, and reuses what was measured.
+            self._study.enqueue_trial(trial.params, skip_if_exists=False)
+            self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def close(self) -> None:
         """Gives the file back; points that are open are tried again by the next process."""

@@ -68,6 +68,15 @@ def accuracy(model: Any, examples: Examples) -> float:
     return float(right[labels != IGNORED].float().mean())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small, threads that wait for each other beside other tests only cost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def taught() -> tuple[Any, FitResult]:
     """A teacher: it has learned the sentences."""
@@ -415,14 +424,6 @@ def long_training(checkpoint: Path | None, on_update: Callable[[FitProgress], No
         checkpoint=checkpoint, on_update=on_update,
     )  # fmt: skip
     return result, student
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 def test_what_was_killed_goes_on_to_the_same_bits(tmp_path: Path, one_thread: None) -> None:
