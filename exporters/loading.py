@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import logging
@@ -27,13 +26,14 @@ from onnxsmith.exporters.stored_weights import (
     skeleton,
 )
 from onnxsmith.exporters.transformers_import import import_transformers
+from onnxsmith.hashing import file_sha256
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "TASKS", "LoadedModel", "config_json", "file_sha256", "load_torch"]
+__all__ = ["DTYPES", "TASKS", "LoadedModel", "config_json", "load_torch"]
 
 # Task -> (the transformers classes that load it, the architecture suffix that implies it). Most architectures
 # stand in the tables of these classes; suffixes are for those that do not. The first task that fits is taken.
@@ -424,12 +424,6 @@ def _file_entries_begun(paths: Sequence[Path]) -> Callable[[], list[dict[str, An
     entries = [pool.submit(_file_entry, path) for path in paths]
     pool.shutdown(wait=False)
     return lambda: [entry.result() for entry in entries]
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

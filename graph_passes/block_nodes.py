@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.weights import lazy_initializer
+
 __all__ = ["BlockTarget", "add_node", "block_sums", "constant", "lazy", "reshape", "spread", "unused"]
 
 _DOMAIN = "com.microsoft"
@@ -109,16 +111,9 @@ def constant(into: BlockTarget, array: npt.NDArray[Any], name: str) -> ir.Value:
 
 def lazy(into: BlockTarget, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.Value:
     """An initializer that is computed when it is written."""
-    name = unused(into, name)
-    value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
-    value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=ir.Shape(list(shape)),
-        name=name,
+    return lazy_initializer(
+        into.graph, unused(into, name), dtype, shape, lambda: np.ascontiguousarray(compute())
     )
-    into.graph.register_initializer(value)
-    return value
 
 
 def reshape(

@@ -11,7 +11,9 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["Activations", "PassContext", "Probe", "Timings", "context_of", "in_context"]
+from onnxsmith.graph_passes.contract import PreconditionError
+
+__all__ = ["Activations", "PassContext", "Probe", "Timings", "activations_for", "context_of", "in_context"]
 
 _KEY = "onnxsmith.context"
 
@@ -64,3 +66,20 @@ def context_of(model: ir.Model) -> PassContext:
     """The context of a model; an empty one where nobody gave it any."""
     found = model.meta.get(_KEY)
     return found if isinstance(found, PassContext) else PassContext()
+
+
+def activations_for(model: ir.Model, name: str, *, method: str) -> Activations:
+    """What runs a model on calibration data, for a pass whose method cannot do without.
+
+    Raises:
+        PreconditionError: There is no calibration data.
+    """
+    activations = context_of(model).activations
+    if activations is None:
+        raise PreconditionError(
+            f"pass {name}",
+            got=f"method {method} without calibration data",
+            expected="data to run the model on",
+            remedy="Give --calibration-data, or the key calibration of the recipe",
+        )
+    return activations

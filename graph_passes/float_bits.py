@@ -6,7 +6,7 @@ https://arxiv.org/abs/2305.14314); 8 bits are ONNX's float8e4m3fn behind Dequant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import ml_dtypes
@@ -18,7 +18,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.block_operators import SharedWeight, find_weights, node_label
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
-from onnxsmith.graph_passes.weights import MatMulWeight
+from onnxsmith.graph_passes.weights import MatMulWeight, lazy_initializer
 from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["CODE_BOOKS", "QuantizeFloats", "code_book_blocks", "code_book_values"]
@@ -147,11 +147,11 @@ class QuantizeFloats(GraphPass):
             return found
 
         name = weight.name
-        codes = _lazy(
-            model, f"{name}_{book}", ir.DataType.UINT8, (rows * columns // 2,), lambda: rounded()[0]
+        codes = lazy_initializer(
+            model.graph, f"{name}_{book}", ir.DataType.UINT8, (rows * columns // 2,), lambda: rounded()[0]
         )
-        scales = _lazy(
-            model, f"{name}_absmax", ir.DataType.FLOAT, (rows * columns // size,), lambda: rounded()[1]
+        scales = lazy_initializer(
+            model.graph, f"{name}_absmax", ir.DataType.FLOAT, (rows * columns // size,), lambda: rounded()[1]
         )
         for user in weight.users:
             assert isinstance(user, MatMulWeight)
@@ -180,8 +180,8 @@ def _to_fp8(model: ir.Model, weight: SharedWeight, entry: dict[str, Any]) -> Non
         drop_pages(weight.tensor)
         return np.ascontiguousarray(made.T)
 
-    stored = _lazy(model, f"{name}_fp8", _FP8, (columns, rows), codes)
-    scales = _lazy(model, f"{name}_fp8_scale", ir.DataType.FLOAT, (rows,), steps)
+    stored = lazy_initializer(model.graph, f"{name}_fp8", _FP8, (columns, rows), codes)
+    scales = lazy_initializer(model.graph, f"{name}_fp8_scale", ir.DataType.FLOAT, (rows,), steps)
     for user in weight.users:
         assert isinstance(user, MatMulWeight)
         node = user.node
@@ -219,20 +219,6 @@ def code_book_values(codes: npt.NDArray[np.uint8], largest: Floats, book: str, b
     flat = np.empty(2 * len(codes), np.float32)
     flat[0::2], flat[1::2] = values[codes >> 4], values[codes & 15]
     return (flat.reshape(-1, block_size) * largest[:, None]).reshape(-1)
-
-
-def _lazy(
-    model: ir.Model, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], Any]
-) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
-    value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(compute(), dtype=dtype, name=name),
-        dtype=dtype,
-        shape=ir.Shape(list(shape)),
-        name=name,
-    )
-    model.graph.register_initializer(value)
-    return value
 
 
 def _put(model: ir.Model, old: ir.Node, new: ir.Node) -> None:

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import label
-from onnxsmith.graph_passes.weights import constant_of
+from onnxsmith.graph_passes.weights import constant_of, lazy_initializer
 
 __all__ = ["FastPrompts"]
 
@@ -274,8 +274,8 @@ class _Writer:
         inputs = list(node.inputs[1:4])
         bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
         memo = _Pair(lambda: _integers(inputs, offsets, columns, rows, bits, block))
-        codes = self._lazy(base, ir.DataType.INT8, (columns, rows), memo.first)
-        scales = self._lazy(f"{base}_scales", ir.DataType.FLOAT, (rows,), memo.second)
+        codes = lazy_initializer(self._graph, base, ir.DataType.INT8, (columns, rows), memo.first)
+        scales = lazy_initializer(self._graph, f"{base}_scales", ir.DataType.FLOAT, (rows,), memo.second)
         self.nbytes += columns * rows + 4 * rows
         return codes, scales
 
@@ -296,19 +296,6 @@ class _Writer:
 
     def _shared(self, array: npt.NDArray[Any], name: str) -> ir.Value:
         return _constant(self._graph, array, f"{name}{_SUFFIX}")
-
-    def _lazy(
-        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Callable[[], npt.NDArray[Any]]
-    ) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
-        value.const_value = ir.LazyTensor(
-            lambda: ir.Tensor(compute(), dtype=dtype, name=name),
-            dtype=dtype,
-            shape=ir.Shape(list(shape)),
-            name=name,
-        )
-        self._graph.register_initializer(value)
-        return value
 
 
 class _Pair:

@@ -22,7 +22,7 @@ from onnxsmith.graph_passes.block_operators import (
     node_label,
 )
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
-from onnxsmith.graph_passes.context import context_of
+from onnxsmith.graph_passes.context import activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import (
@@ -182,14 +182,7 @@ class QuantizeWeights(GraphPass):
     def _calibrated(self, model: ir.Model, choices: list[Choice]) -> dict[str, QuantizedBlocks | Rounding]:
         if not choices:
             return {}
-        activations = context_of(model).activations
-        if activations is None:
-            raise PreconditionError(
-                f"pass {self.name}",
-                got=f"method {choices[0].method} without calibration data",
-                expected="data to run the model on",
-                remedy="Give --calibration-data, or the key calibration of the recipe",
-            )
+        activations = activations_for(model, self.name, method=choices[0].method)
         return calibrated(model, choices, activations, search_steps=self.search_steps)
 
     def _settings_of(self, weight: SharedWeight) -> dict[str, Any]:

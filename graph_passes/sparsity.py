@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.block_operators import SharedWeight, find_weights
-from onnxsmith.graph_passes.context import Activations, context_of
+from onnxsmith.graph_passes.context import Activations, activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.gptq import output_error, second_moments
 from onnxsmith.graph_passes.matching import label
@@ -165,14 +165,7 @@ class PruneWeights(GraphPass):
     def _with_data(
         self, model: ir.Model, weights: Sequence[SharedWeight], layers: dict[str, dict[str, Any]]
     ) -> None:
-        activations = context_of(model).activations
-        if activations is None:
-            raise PreconditionError(
-                f"pass {self.name}",
-                got=f"method {self.method} without calibration data",
-                expected="data to run the model on",
-                remedy="Give --calibration-data, or the key calibration of the recipe",
-            )
+        activations = activations_for(model, self.name, method=self.method)
         readers: dict[str, list[SharedWeight]] = {}
         for weight in weights:
             # What a weight is used on twice is measured where it is used first.

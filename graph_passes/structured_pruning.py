@@ -25,7 +25,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.compensation import adapt_readers, hessian_scores
-from onnxsmith.graph_passes.context import Activations, context_of
+from onnxsmith.graph_passes.context import Activations, activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.gptq import second_moments
 from onnxsmith.graph_passes.observers import Channels
@@ -163,14 +163,7 @@ class _PruneUnits(GraphPass):
         if self.method in ("l1", "l2"):
             power = 1 if self.method == "l1" else 2
             return {group.name: magnitudes(found, group, power=power) for group in groups}
-        activations = context_of(model).activations
-        if activations is None:
-            raise PreconditionError(
-                f"pass {self.name}",
-                got=f"method {self.method} without calibration data",
-                expected="data to run the model on",
-                remedy="Give --calibration-data, or the key calibration of the recipe",
-            )
+        activations = activations_for(model, self.name, method=self.method)
         widths: dict[str, int] = {}
         for side in (side for group in groups for side in group.readers):
             given = side.node.inputs[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ __all__ = [
     "is_transpose",
     "join_concatenated_weights",
     "joined_weights",
+    "lazy_initializer",
 ]
 
 _CACHE_LINE_BYTES = 64
@@ -46,6 +47,23 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if node is not None and node.op_type == "Constant" and "value" in node.attributes:
         return node.attributes["value"].as_tensor()
     return None
+
+
+def lazy_initializer(
+    graph: ir.Graph,
+    name: str,
+    dtype: ir.DataType,
+    shape: Sequence[int],
+    compute: Callable[[], npt.NDArray[Any]],
+) -> ir.Value:
+    """A new initializer, under a name that is free, that is computed when it is read."""
+    sizes = ir.Shape(list(shape))
+    value = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype))
+    value.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(compute(), dtype=dtype, name=name), dtype=dtype, shape=sizes, name=name
+    )
+    graph.register_initializer(value)
+    return value
 
 
 def is_transpose(node: ir.Node | None) -> bool:

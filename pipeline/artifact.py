@@ -15,6 +15,7 @@ import pydantic
 from onnxsmith._version import __version__
 from onnxsmith.environment import describe_versions
 from onnxsmith.errors import ModelFileError, OnnxsmithError, SourceError
+from onnxsmith.hashing import file_sha256
 from onnxsmith.onnx_file import check_model
 from onnxsmith.package import ModelPackage
 from onnxsmith.package_io import MANIFEST_NAME, RECORD_NAMES, is_inside, load_package, read_manifest
@@ -114,7 +115,7 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in {MANIFEST_NAME, SIGNATURE_NAME, *RECORD_NAMES}:
-            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=_sha256(path))
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
     return entries
 
 
@@ -222,7 +223,7 @@ def _file_problem(directory: Path, name: str, entry: FileEntry) -> str | None:
         return "it is missing"
     if path.stat().st_size != entry.bytes:
         return f"it has {path.stat().st_size} bytes; expected {entry.bytes}"
-    return None if _sha256(path) == entry.sha256 else "its content was changed (SHA-256 differs)"
+    return None if file_sha256(path) == entry.sha256 else "its content was changed (SHA-256 differs)"
 
 
 def _graph_findings(directory: Path, manifest: Manifest) -> list[Finding]:
@@ -264,8 +265,3 @@ def _content_sha256(manifest: Manifest) -> str:
     content = manifest.model_dump(exclude={"content_sha256"})
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

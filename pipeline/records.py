@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pydantic
 
 from onnxsmith.errors import BadInputError, ModelFileError
+from onnxsmith.hashing import file_sha256
 from onnxsmith.package_io import MANIFEST_NAME, RECORD_NAMES, RECORDS_NAME
 
 __all__ = ["check_records", "created_at", "fixed_time", "write_records"]
@@ -75,14 +76,14 @@ def write_records(directory: Path, created: str) -> None:
         created: When the run began, in UTC.
     """
     files = {
-        name: _File(bytes=(directory / name).stat().st_size, sha256=_sha256(directory / name))
+        name: _File(bytes=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
         for name in sorted(RECORD_NAMES - {RECORDS_NAME})
         if (directory / name).is_file()
     }
     records = _Records(
         schema_version=1,
         created=created,
-        manifest_sha256=_sha256(directory / MANIFEST_NAME),
+        manifest_sha256=file_sha256(directory / MANIFEST_NAME),
         files=files,
         content_sha256="",
     )
@@ -120,7 +121,7 @@ def check_records(directory: Path, names: Collection[str]) -> dict[str, str]:
     problems = {}
     if records.content_sha256 != _content_sha256(plain):
         problems[RECORDS_NAME] = "it was edited (content_sha256 differs)"
-    elif records.manifest_sha256 != _sha256(directory / MANIFEST_NAME):
+    elif records.manifest_sha256 != file_sha256(directory / MANIFEST_NAME):
         problems[RECORDS_NAME] = "it is of another manifest"
     for name in sorted({*names, *records.files} - {RECORDS_NAME}):
         entry = records.files.get(name)
@@ -128,7 +129,7 @@ def check_records(directory: Path, names: Collection[str]) -> dict[str, str]:
             problems[name] = f"it is not in both {MANIFEST_NAME} and {RECORDS_NAME}"
         elif (directory / name).stat().st_size != entry.bytes:
             problems[name] = f"it has {(directory / name).stat().st_size} bytes; expected {entry.bytes}"
-        elif _sha256(directory / name) != entry.sha256:
+        elif file_sha256(directory / name) != entry.sha256:
             problems[name] = "its content was changed (SHA-256 differs)"
     return problems
 
@@ -137,8 +138,3 @@ def _content_sha256(plain: Mapping[str, Any]) -> str:
     content = {key: value for key, value in plain.items() if key != "content_sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from onnxsmith.hashing import file_sha256
 from onnxsmith.pipeline.artifact import to_plain
 from onnxsmith.pipeline.locks import share_lock, take_lock
 from onnxsmith.pipeline.step_keys import StepKey
@@ -145,7 +146,7 @@ class StepCache:
                 "files": {
                     path.relative_to(files).as_posix(): {
                         "bytes": path.stat().st_size,
-                        "sha256": _sha256(path),
+                        "sha256": file_sha256(path),
                     }
                     for path in sorted(files.rglob("*"))
                     if path.is_file()
@@ -233,7 +234,7 @@ class StepCache:
                 return None
             for name, file in entry["files"].items():
                 path = place / name
-                if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
+                if path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
                     return None
             facts: Mapping[str, Any] = entry["facts"]
             return facts
@@ -295,8 +296,3 @@ def _is_at(place: Path, descriptor: int) -> bool:
 
 def _entry_sha256(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsmith.environment import cpu_name, usable_cpus
 from onnxsmith.errors import OnnxsmithError
+from onnxsmith.hashing import file_sha256
 from onnxsmith.source import ModelSource, SourceKind
 
 if TYPE_CHECKING:
@@ -211,8 +212,7 @@ def _modules(root: Path) -> Iterator[Path]:
 @functools.cache
 def _file_sha256(path: Path, size: int, changed_ns: int, inode: int) -> str:
     del size, changed_ns, inode  # They are for the cache of this function: another file, another hash.
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def _tree(root: Path) -> dict[str, str]:
