@@ -8,6 +8,9 @@ the accuracy of a linear probe for encoders. A peer that cannot be had or fails 
 
 Results are written after each step to ``--output``, one file to a part, and what is there is not measured
 again; ``--fresh`` begins anew. The last step writes the page and its plots.
+
+``--kinds quantizers`` is a third table, of the algorithms of all tools on one language model. It takes about
+an hour, and is measured only when asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import gzip
 import json
 import os
 import shutil
@@ -34,6 +38,7 @@ sys.path.insert(0, str(HERE))
 
 from peer_adapters import ADAPTERS, BUILDS, ENVIRONMENTS  # noqa: E402
 from peers_page import write_page  # noqa: E402
+from quantizers_page import write_quantizers_page  # noqa: E402
 
 from onnxsmith.environment import describe_environment  # noqa: E402
 
@@ -103,8 +108,54 @@ ENCODERS = (
     Candidate("Olive int8", "olive", "int8", "checkpoint"),
     Candidate("onnxsmith cpu-int8", "onnxsmith", "cpu-int8", "checkpoint", note="blocks of 32"),
     Candidate("onnxsmith cpu-int8-dynamic", "onnxsmith", "cpu-int8-dynamic", "checkpoint"),
+    Candidate(
+        "onnxsmith cpu-int8-static",
+        "onnxsmith",
+        "cpu-int8-static",
+        "checkpoint",
+        note="calibrated on lines of Python's help",
+    ),
 )
-KINDS: Mapping[str, tuple[Candidate, ...]] = {"decoder": DECODERS, "encoder": ENCODERS}
+_FROM_FLOATS = "4 bits, from float weights"
+QUANTIZERS = (
+    Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
+    Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "checkpoint"),
+    Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="blocks of the file, kept"),
+    Candidate("onnxsmith cpu-gguf, floats", "onnxsmith", "gguf-floats", "gguf",
+              note="the same, accuracy_level 1"),
+    Candidate("onnxsmith cpu-int8", "onnxsmith", "cpu-int8", "checkpoint"),
+    Candidate("onnxsmith cpu-int4", "onnxsmith", "cpu-int4", "checkpoint", note=_FROM_FLOATS),
+    Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
+              note=f"{_FROM_FLOATS}, ONNX Runtime 1.32"),
+    Candidate("onnxsmith int4 HQQ", "onnxsmith", "hqq", "checkpoint", note=_FROM_FLOATS),
+    Candidate("onnxsmith int4 GPTQ", "onnxsmith", "gptq", "checkpoint",
+              note="calibrated on 128 pieces of 512 tokens"),
+    Candidate("onnxsmith int4 AWQ", "onnxsmith", "awq", "checkpoint", note="the same"),
+    Candidate("onnxsmith int4 zero points", "onnxsmith", "zero-points", "checkpoint",
+              note="integer zero points, as the others' formats"),
+    Candidate("onnxsmith cpu-int4-1pct", "onnxsmith", "cpu-int4-1pct", "checkpoint",
+              note="4 and 8 bits, at most 1 % worse"),
+    Candidate("onnxsmith mixed 115 MB", "onnxsmith", "mixed-115mb", "checkpoint",
+              note="4 and 8 bits, by size"),
+    Candidate("genai int8", "genai", "int8", "checkpoint"),
+    Candidate("genai int4", "genai", "int4", "checkpoint", note="the builder's default"),
+    Candidate("genai int4 rtn", "genai", "int4:rtn", "checkpoint"),
+    Candidate("genai int4 rtn_last", "genai", "int4:rtn_last", "checkpoint"),
+    Candidate("genai int4 k_quant", "genai", "int4:k_quant", "checkpoint"),
+    Candidate("genai int4 k_quant_last", "genai", "int4:k_quant_last", "checkpoint"),
+    Candidate("genai int4 k_quant_mixed", "genai", "int4:k_quant_mixed", "checkpoint"),
+    Candidate("ONNX Runtime int4 default", "ort_quantizers", "default", "onnxsmith cpu-fp32"),
+    Candidate("ONNX Runtime int4 RTN", "ort_quantizers", "rtn", "onnxsmith cpu-fp32"),
+    Candidate("ONNX Runtime int4 HQQ", "ort_quantizers", "hqq", "onnxsmith cpu-fp32"),
+    Candidate("ONNX Runtime int4 k-quant", "ort_quantizers", "k_quant", "onnxsmith cpu-fp32"),
+    Candidate("ONNX Runtime dynamic int8", "ort_quantizers", "dynamic", "onnxsmith cpu-fp32"),
+    Candidate("onnxsim int4", "simplifiers", "int4", "onnxsmith cpu-fp32"),
+    Candidate("mobius Q4_1", "mobius", "gguf", "gguf", note="blocks of the file, kept"),
+    Candidate("llama.cpp Q4_1", "llamacpp", "q4_1", "gguf", False, note="compiled here for this processor"),
+)  # fmt: skip
+KINDS: Mapping[str, tuple[Candidate, ...]] = {
+    "decoder": DECODERS, "encoder": ENCODERS, "quantizers": QUANTIZERS,
+}  # fmt: skip
 
 
 class Book:
@@ -284,7 +335,8 @@ def conversions(bench: Bench, kind: str) -> None:
     part = f"{kind}-conversion"
     known = bench.book.read(part)
     rows = [one for one in bench.rows(kind) if one.converts]
-    for number in range(min(bench.rounds, 3)):
+    # Some of the algorithms take minutes, and their seconds are compared by orders of magnitude.
+    for number in range(1 if kind == "quantizers" else min(bench.rounds, 3)):
         for one in rows:
             entry = known.setdefault(one.name, {"runs": []})
             target = bench.path(kind, one)
@@ -312,7 +364,7 @@ def _convert(bench: Bench, one: Candidate, source: Path, target: Path) -> dict[s
     began = time.perf_counter()
     done = subprocess.run(
         [str(python), "-c", START, *command], capture_output=True, text=True, check=False,
-        env=bench.places.variables(bench.threads), timeout=1800,
+        env=bench.places.variables(bench.threads), timeout=3600,
     )  # fmt: skip
     wall = time.perf_counter() - began
     lines = done.stdout.strip().splitlines()
@@ -335,7 +387,7 @@ def starts(bench: Bench, kind: str) -> None:
             if not path.exists() or len(entry["runs"]) > number or entry.get("error"):
                 continue
             process = Process(bench.places, one, path, bench.threads, kind)
-            if kind == "decoder":
+            if kind != "encoder":
                 first = process.ask("round", ids=list(range(1000, 1016)), count=0)
                 found = first | process.opened
                 if "error" not in found:
@@ -368,28 +420,42 @@ def texts() -> list[int]:
     return ids
 
 
-def decoder_quality(bench: Bench, windows: int) -> None:
+def prose(bench: Bench, given: Path | None) -> dict[str, list[int]]:
+    """Token ids of texts that no algorithm was calibrated on: editorials, and a text that is given."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bench.sources("quantizers")["checkpoint"] / "tokenizer.json"))
+    found = {}
+    if lines := labelled_lines(bench, "nytEditorialSnippets_GroundTruth.txt"):
+        found["editorials"] = "\n".join(line.split("\t", 2)[2] for line in lines)
+    if given is not None:
+        data = given.read_bytes()
+        text = (gzip.decompress(data) if given.suffix == ".gz" else data).decode()
+        # Debian's FAQ begins with a table of contents.
+        found[given.name.partition(".")[0]] = text[max(text.find("Chapter\xa01."), 0) :]
+    return {name: tokenizer.encode(text[:40000]).ids for name, text in found.items()}
+
+
+def decoder_quality(bench: Bench, kind: str, part: str, ids: list[int], windows: int) -> None:
     """Perplexity, and the KL divergence from PyTorch, over windows of a text."""
-    part = "decoder-quality"
     known = bench.book.read(part)
-    rows = [one for one in bench.rows("decoder") if one.name not in known]
-    reference = next(one for one in DECODERS if one.adapter == "pytorch")
+    rows = [one for one in bench.rows(kind) if one.name not in known]
+    reference = next(one for one in KINDS[kind] if one.adapter == "pytorch")
     if not rows:
         return
-    ids = texts()
     parts = [ids[WINDOW * number : WINDOW * (number + 1)] for number in range(windows)]
     folder = Path(tempfile.mkdtemp(prefix="onnxsmith-peers-"))
     try:
         expected = [folder / f"reference-{number}.npy" for number in range(windows)]
         for one in [reference, *[row for row in rows if row is not reference]]:
-            if not bench.path("decoder", one).exists():
+            if not bench.path(kind, one).exists():
                 continue
-            process = Process(bench.places, one, bench.path("decoder", one), bench.threads, "decoder")
+            process = Process(bench.places, one, bench.path(kind, one), bench.threads, kind)
             entry = _scores(process, parts, expected, folder, is_reference=one is reference)
             process.close()
             known[one.name] = entry
             bench.book.write(part, known)
-            print(f"  quality: {one.name}: {entry}", flush=True)
+            print(f"  {part}: {one.name}: {entry}", flush=True)
     finally:
         shutil.rmtree(folder)
 
@@ -410,7 +476,10 @@ def _scores(
             return answer
         found, want = _log_softmax(np.load(file)), _log_softmax(np.load(reference))
         losses.append(-found[np.arange(len(ids) - 1), ids[1:]])
-        divergences.append((np.exp(want) * (want - found)).sum(-1))
+        # Some rows at a time: a window's logits in float64 are 200 MB.
+        for begin in range(0, len(ids), 64):
+            some = slice(begin, begin + 64)
+            divergences.append((np.exp(want[some]) * (want[some] - found[some])).sum(-1))
         agreed.append(found.argmax(-1) == want.argmax(-1))
     return {
         "perplexity": float(np.exp(np.concatenate(losses).mean())),
@@ -420,19 +489,22 @@ def _scores(
 
 
 def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    found = np.empty(logits.shape, np.float64)
+    for begin in range(0, len(logits), 64):
+        some = slice(begin, begin + 64)
+        shifted = logits[some].astype(np.float64) - logits[some].max(-1, keepdims=True)
+        found[some] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return found
 
 
-def decoder_rounds(bench: Bench) -> None:
+def decoder_rounds(bench: Bench, kind: str) -> None:
     """All in turn: a prompt of 512 tokens, then 128 one by one."""
     ids = np.random.default_rng(0).integers(1000, 40000, PROMPT).tolist()
 
     def ask(process: Process) -> dict[str, Any]:
         return process.ask("round", ids=ids, count=NEW)
 
-    _in_turn(bench, "decoder", "decoder-inference", ask)
+    _in_turn(bench, kind, f"{kind}-inference", ask)
 
 
 def encoder_rounds(bench: Bench) -> None:
@@ -481,7 +553,15 @@ def _in_turn(bench: Bench, kind: str, part: str, ask: Callable[[Process], dict[s
 
 
 def sentences(bench: Bench) -> Iterator[tuple[float, str]]:
-    """Labelled snippets of movie reviews, from the source distribution of vaderSentiment."""
+    """Labelled snippets of movie reviews."""
+    for line in labelled_lines(bench, "movieReviewSnippets_GroundTruth.txt"):
+        _, score, text = line.split("\t", 2)
+        if abs(float(score)) >= 0.5:
+            yield float(score), text
+
+
+def labelled_lines(bench: Bench, file: str) -> list[str]:
+    """A file of the source distribution of vaderSentiment; nothing where pip cannot download it."""
     folder = bench.work / "labelled"
     if not folder.exists():
         fresh = folder.with_name("labelled.new")
@@ -489,7 +569,7 @@ def sentences(bench: Bench) -> Iterator[tuple[float, str]]:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
         command += ["--no-build-isolation", "-d", str(fresh), LABELLED]
         if subprocess.run(command, capture_output=True, check=False).returncode:
-            return
+            return []
         fresh.rename(folder)
     import io
     import tarfile
@@ -500,13 +580,10 @@ def sentences(bench: Bench) -> Iterator[tuple[float, str]]:
         stream = outer.extractfile(inner)
         assert stream is not None
         with tarfile.open(fileobj=io.BytesIO(stream.read())) as data:
-            name = next(n for n in data.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
+            name = next(n for n in data.getnames() if n.endswith(file))
             lines = data.extractfile(name)
             assert lines is not None
-            for line in lines.read().decode("utf-8", "replace").splitlines():
-                _, score, text = line.split("\t", 2)
-                if abs(float(score)) >= 0.5:
-                    yield float(score), text
+            return lines.read().decode("utf-8", "replace").splitlines()
 
 
 def encoder_quality(bench: Bench, count: int) -> None:
@@ -526,6 +603,7 @@ def encoder_quality(bench: Bench, count: int) -> None:
     reference = next(one for one in ENCODERS if one.adapter == "pytorch")
     want: npt.NDArray[Any] | None = None
     weights: npt.NDArray[Any] | None = None
+    want_right: npt.NDArray[Any] = np.zeros(0, bool)
     train = len(order) * 3 // 4
     with tempfile.TemporaryDirectory(prefix="onnxsmith-peers-") as folder:
         for one in [reference, *[row for row in rows if row is not reference]]:
@@ -546,9 +624,16 @@ def encoder_quality(bench: Bench, count: int) -> None:
                 weights = np.linalg.solve(x.T @ x + 0.1 * np.eye(x.shape[1]), x.T @ signs)
             cosine = (found * want).sum(-1)
             guessed = np.c_[found, np.ones(len(found))][train:] @ weights > 0
+            right = guessed == positive[train:]
+            if one is reference:
+                want_right = right
+            # Of the same sentences, so what counts is where the two disagree.
+            change = right.astype(float) - want_right
             known[one.name] = {
                 "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
-                "accuracy": float((guessed == positive[train:]).mean()), "held_out": len(order) - train,
+                "accuracy": float(right.mean()), "held_out": len(order) - train,
+                "accuracy_change": float(change.mean()), "disagree": int(np.abs(change).sum()),
+                "accuracy_change_error": float(change.std() / np.sqrt(len(change))),
             }  # fmt: skip
             bench.book.write(part, known)
             print(f"  quality: {one.name}: {known[one.name]}", flush=True)
@@ -574,7 +659,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], help="patterns of rows' names, PyTorch is always there"
     )
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["decoder", "encoder"])
+    parser.add_argument("--text", type=Path, help="a second text for the quantizers, such as Debian's FAQ")
+    parser.add_argument("--quantizers-page", type=Path, default=Path("docs/quantizers.md"))
     parser.add_argument(
         "--steps", nargs="+", default=["install", "convert", "start", "run", "quality", "page"],
         choices=["install", "convert", "start", "run", "quality", "page"],
@@ -604,30 +691,39 @@ def main() -> None:
         if "convert" in steps:
             conversions(bench, kind)
         if "run" in steps:
-            decoder_rounds(bench) if kind == "decoder" else encoder_rounds(bench)
+            encoder_rounds(bench) if kind == "encoder" else decoder_rounds(bench, kind)
         if "start" in steps:
             starts(bench, kind)
-        if "quality" in steps:
-            decoder_quality(bench, arguments.windows) if kind == "decoder" else encoder_quality(
-                bench, arguments.sentences
-            )
+        if "quality" in steps and kind == "encoder":
+            encoder_quality(bench, arguments.sentences)
+        elif "quality" in steps:
+            given = {"": texts()} if kind == "decoder" else prose(bench, arguments.text)
+            for name, ids in given.items():
+                part = "-".join([kind, "quality", *([name] if name else [])])
+                decoder_quality(bench, kind, part, ids, arguments.windows)
     settings = {
         "environment": describe_environment(), "threads": arguments.threads, "rounds": arguments.rounds,
         "prompt_tokens": PROMPT, "new_tokens": NEW, "window": WINDOW, "shapes": SHAPES,
         "load_average": os.getloadavg()[0], "seconds": time.monotonic() - began,
     }  # fmt: skip
-    if "run" in steps:
+    beside = [kind for kind in arguments.kinds if kind != "quantizers"]
+    if "run" in steps and beside:
         from onnxsmith.runtime.providers import choose_provider
         from onnxsmith.runtime.roofs import measure_roofs
 
         roofs = measure_roofs(choose_provider("cpu"), threads=arguments.threads)
         settings["bytes_per_s"] = roofs.bytes_per_s
     if set(steps) & {"convert", "run", "start", "quality"}:
-        book.write("settings", book.read("settings") | settings)
-    if "page" in steps:
-        notes = {kind: {one.name: one.note for one in rows} for kind, rows in KINDS.items()}
+        for part, asked in (("settings", beside), ("quantizers-settings", beside != arguments.kinds)):
+            if asked:
+                book.write(part, book.read(part) | settings)
+    notes = {kind: {one.name: one.note for one in rows} for kind, rows in KINDS.items()}
+    if "page" in steps and beside:
         write_page(book, notes, arguments.page)
         print(arguments.page)
+    if "page" in steps and beside != arguments.kinds:
+        write_quantizers_page(book, notes["quantizers"], arguments.quantizers_page)
+        print(arguments.quantizers_page)
 
 
 if __name__ == "__main__":

@@ -142,14 +142,15 @@ def _encoder(book: Results, notes: Mapping[str, str], settings: Mapping[str, Any
             continue
         error = next((body["error"] for body in bodies if "error" in body), "")
         if error:
-            rows.append([name, error, *[""] * (len(shapes) + 6)])
+            rows.append([name, error, *[""] * (len(shapes) + 7)])
             continue
         scores, opened = quality.get(name, {}), start.get(name, {"runs": []})["runs"]
         rows.append([
             name, *(_spread(times[shape].get(name, []), "{:.2f}") for shape in shapes),
             *(_inverse(times[shape], name, "optimum fp32") for shape in shapes),
             _number(scores, "cosine_mean", "{:.4f}"), _number(scores, "cosine_min", "{:.4f}"),
-            _number(scores, "accuracy", "{:.3f}"), _number(bodies[0].get("opened", {}), "size_mb", "{:.1f}"),
+            _number(scores, "accuracy", "{:.3f}"), _change(scores),
+            _number(bodies[0].get("opened", {}), "size_mb", "{:.1f}"),
             _spread([run["peak_mb"] for run in opened], "{:.0f}"), notes[name],
         ])  # fmt: skip
     head = ["", *(f"{shape} ms" for shape in shapes), *(f"x at {shape}" for shape in shapes)]
@@ -157,9 +158,10 @@ def _encoder(book: Results, notes: Mapping[str, str], settings: Mapping[str, Any
         "Latency of a batch of so many tokens, without padding; x is how many times as fast as ONNX Runtime "
         "on optimum's export. Cosine of mean-pooled embeddings to PyTorch's, and accuracy of a linear probe "
         f"that was fitted on PyTorch's, on {_first(quality, 'held_out', 0)} labelled snippets of movie "
-        "reviews in padded batches.",
+        "reviews in padded batches. Its change is in points, on the same sentences as PyTorch's, with the "
+        "standard error of that difference.",
         "",
-        *_table([*head, "cosine", "lowest", "accuracy", "MB", "peak MB", ""], rows),
+        *_table([*head, "cosine", "lowest", "accuracy", "change", "MB", "peak MB", ""], rows),
     ]
     for shape in shapes:
         lines += ["", *_plot(plots, f"benchmarks-{shape}", f"MiniLM {shape}, ms", times[shape])]
@@ -210,6 +212,14 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
 
 def _number(body: Mapping[str, Any], key: str, form: str) -> str:
     return form.format(body[key]) if key in body else str(body.get("error", ""))[:80]
+
+
+def _change(scores: Mapping[str, Any]) -> str:
+    """Points of accuracy against PyTorch on the same sentences, with the standard error of the difference."""
+    if "accuracy_change" not in scores:
+        return ""
+    change, error = 100 * scores["accuracy_change"], 100 * scores["accuracy_change_error"]
+    return f"{change:+.1f} ± {error:.1f}"
 
 
 def _first(part: Mapping[str, Any], key: str, default: Any) -> Any:

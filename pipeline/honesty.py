@@ -68,9 +68,19 @@ def add_warnings(
 
 
 def _slower(entry: VariantReport, source: Mapping[str, Any] | None, name: str) -> list[str]:
+    bench, other = entry.bench or {}, source or {}
+    found = _slower_graph(bench, other, name)
+    # A model of several graphs has the numbers of each.
+    for graph, own in (bench.get("graphs") or {}).items():
+        theirs = (other.get("graphs") or {}).get(graph) or {}
+        found += [f"{graph}: {said}" for said in _slower_graph(own, theirs, name)]
+    return found
+
+
+def _slower_graph(bench: Mapping[str, Any], source: Mapping[str, Any], name: str) -> list[str]:
     found = []
     for key, what in _NAMES.items():
-        ours, theirs = (entry.bench or {}).get(key), (source or {}).get(key)
+        ours, theirs = bench.get(key), source.get(key)
         if not ours or not theirs:
             continue
         if _low(ours) > _high(theirs):

@@ -107,4 +107,4 @@ class Original:
         if bench is None:
             return
         for key in ("latency_ms", "decode_tokens_per_s"):
-            self.report[key] = bench[key]["p50"] if bench[key] else None
+            self.report[key] = bench[key]["p50"] if bench.get(key) else None

@@ -24,7 +24,7 @@ def time_variants(
     recipe: Recipe,
     *,
     backend: OrtBackend,
-    components: int,
+    components: Sequence[str],
     steps: RunSteps,
     resume: bool = False,
     progress: Progress,
@@ -40,7 +40,8 @@ def time_variants(
         programs: Loads PyTorch, which is measured beside them if the recipe wants it.
         recipe: How.
         backend: What the variants run on.
-        components: Of how many graphs the model is.
+        components: Names of the model's graphs. Where there are several, each is measured by itself, and a
+            variant's numbers are in ``graphs``, by these names.
         steps: Where the times are left.
         resume: Whether to take times that were measured before.
         progress: Who listens.
@@ -54,12 +55,10 @@ def time_variants(
     made = [variant for variant in variants if not variant.failed]
     if spec is None or not made:
         return {}
-    if components > 1:
-        with progress.step("benchmark") as step:
-            step.note = "not measured: a model of several graphs; see `onnxsmith bench`, which measures each"
-        return {}
+    graphs = list(components) if len(components) > 1 else [""]
     key = step_key(
         "times",
+        graphs=graphs,
         variants=[variant.key.digest for variant in made if variant.key is not None],
         original=original.key.digest if original is not None and original.key is not None else None,
         source=source.key.digest if source is not None and source.key is not None else None,
@@ -70,26 +69,61 @@ def time_variants(
         summary=", ".join(variant.report.name for variant in made),
     )
     beside = sum([original is not None, source is not None, spec.reference])
-    with progress.step("benchmark", (spec.runs + 1) * (len(made) + beside)) as step:
+    with progress.step("benchmark", (spec.runs + 1) * (len(made) + beside) * len(graphs)) as step:
         before = steps.open(key) if resume else None
-        sound = before is not None and not any(error for _, error in before.facts["variants"])
-        found = steps.result(
-            key, lambda _: _times(made, programs, recipe, step, original, source), renew=not sound
+        sound = before is not None and not any(
+            error for facts in before.facts["graphs"].values() for _, error in facts["variants"]
         )
-        step.note = str(found.facts["note"]) + (": measured before" if found.hit else "")
-    facts = found.facts
-    if original is not None:
-        original.report.bench = facts["original"]
-    if source is not None:
-        source.report.bench = facts["source"]
-    for variant, (bench, error) in zip(made, facts["variants"], strict=True):
+
+        def measured(_: object) -> dict[str, Any]:
+            return {
+                "graphs": {
+                    name: _times(made, programs, recipe, step, original, source, name) for name in graphs
+                }
+            }
+
+        found = steps.result(key, measured, renew=not sound)
+        facts = dict(found.facts["graphs"])
+        step.note = "; ".join(
+            f"{name}: {part['note']}" if name else str(part["note"]) for name, part in facts.items()
+        ) + (": measured before" if found.hit else "")
+    _into_reports(made, facts, original, source, hit=found.hit)
+    return dict(facts[""]["reference"]) if "" in facts else {}
+
+
+def _into_reports(
+    made: Sequence[Made],
+    facts: Mapping[str, Mapping[str, Any]],
+    original: Made | None,
+    source: Made | None,
+    *,
+    hit: bool,
+) -> None:
+    """Where there are several graphs a report has the numbers of each, by its name."""
+    for beside, key in ((original, "original"), (source, "source")):
+        if beside is not None:
+            beside.report.bench = _joined({name: part[key] for name, part in facts.items()})
+    for number, variant in enumerate(made):
+        found = {name: part["variants"][number] for name, part in facts.items()}
+        error = next((error for _, error in found.values() if error), None)
         if error:
             variant.report.error = error
             continue
+        bench = _joined({name: bench for name, (bench, _) in found.items()})
+        assert bench is not None
         variant.report.bench = bench | {"name": variant.report.name}
-        if found.hit:
+        if hit:
             variant.report.from_cache.append("timed")
-    return dict(facts["reference"])
+
+
+def _joined(graphs: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    if "" in graphs:
+        return graphs[""]
+    found = {name: bench for name, bench in graphs.items() if bench}
+    if len(found) < len(graphs):
+        return None
+    # The keys of one, for who reads a report; what they say is said of each graph.
+    return {**dict.fromkeys(next(iter(found.values()))), "graphs": found}
 
 
 def _times(
@@ -99,19 +133,26 @@ def _times(
     step: Step,
     original: Made | None,
     source: Made | None,
+    graph: str,
 ) -> dict[str, Any]:
     from onnxsmith.runtime import BenchSettings, Candidate, benchmark
 
     spec = recipe.evaluation.benchmark
     assert spec is not None
     settings = BenchSettings(**spec.model_dump(exclude={"reference", "profile"}), seed=recipe.seed)
-    candidates = [Candidate(v.report.name, v.directory, recipe.provider) for v in made]
+    part = graph or None
+
+    def candidate(name: str, made: Made) -> Candidate:
+        return Candidate(name, made.directory, recipe.provider, component=part)
+
+    candidates = [candidate(v.report.name, v) for v in made]
     if original is not None:
-        candidates.append(Candidate("original", original.directory, recipe.provider))
+        candidates.append(candidate("original", original))
     if source is not None:
-        candidates.append(Candidate("float source", source.directory, recipe.provider))
+        candidates.append(candidate("float source", source))
     if spec.reference:
-        candidates.append(Candidate("torch", program=next(iter(programs().values()))))
+        known = programs()
+        candidates.append(Candidate("torch", program=known[graph] if graph else next(iter(known.values()))))
     results = benchmark(
         candidates,
         settings,

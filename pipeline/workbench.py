@@ -255,7 +255,7 @@ class Workbench:
             self.programs,
             self.recipe,
             backend=self.backend,
-            components=len(self._exported.components),
+            components=tuple(self._exported.components),
             steps=self._steps,
             resume=self._resume,
             progress=self.log,
@@ -272,8 +272,7 @@ class Workbench:
         """The float model that quantized variants come from, where none of the variants is it."""
         reports = [one.report for one in variants if not one.failed]
         quantized = [one for one in reports if is_quantized(one)]
-        assert self._exported is not None, "the model was not loaded"
-        timed = self.recipe.evaluation.benchmark is not None and len(self._exported.components) == 1
+        timed = self.recipe.evaluation.benchmark is not None
         if not timed or not quantized or all(source_among(one, reports) for one in quantized):
             return None
         made = self.make("_float-source", without_quantization(quantized[0]))

@@ -85,6 +85,22 @@ def test_without_a_float_variant_the_source_is_measured_apart() -> None:
     assert slow.warnings == ["a step takes 30 ms, 3.00 times as long as its float source (10 ms)"]
 
 
+def test_each_graph_of_several_is_held_against_its_own_source() -> None:
+    def timed(encoder: float, decoder: float) -> dict[str, Any]:
+        parts = {"encoder_model": encoder, "decoder_model": decoder}
+        graphs = {name: {"latency_ms": spread(ms), "first_token_ms": None} for name, ms in parts.items()}
+        return {"latency_ms": None, "first_token_ms": None, "graphs": graphs}
+
+    slow = variant("small", 0.0, passes=("quantize_weights",), bench=timed(30.0, 4.0))
+    add_warnings([variant("float", 0.0, bench=timed(20.0, 5.0)), slow])
+    assert slow.warnings == ["encoder_model: a step takes 30 ms, 1.50 times as long as float (20 ms)"]
+    apart = variant("small", 0.0, passes=("quantize_weights",), bench=timed(20.0, 6.0))
+    add_warnings([apart], source=timed(20.0, 3.0))
+    assert apart.warnings == [
+        "decoder_model: a step takes 6 ms, 2.00 times as long as its float source (3 ms)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
@@ -140,3 +156,31 @@ def test_it_is_red_in_the_report() -> None:
     add_warnings([variant("float", 20.0), slow])
     plain = dataclasses.asdict(slow) | {"passed": slow.passed, "reason": slow.reason}
     assert _reasons(plain) == ["warning: a step takes 30 ms, 1.50 times as long as float (20 ms)"]
+
+
+@pytest.mark.slow
+def test_a_recipe_measures_each_graph_of_several(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from onnxsmith import run_recipe
+
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(
+        json.dumps(
+            {
+                "schema_version": 1, "name": "t5", "source": str(tmp_path / "t5"),
+                "variants": [{"name": "float", "preset": "cpu-fp32"}, {"name": "int8", "preset": "cpu-int8"}],
+                "evaluation": {"benchmark": {"runs": 2, "prompt_tokens": 8, "new_tokens": 4, "threads": 1}},
+            }
+        )
+    )  # fmt: skip
+    report = run_recipe(load_recipe(recipe), tmp_path / "artifact")
+    for entry in report.variants:
+        assert entry.error is None and entry.bench is not None
+        assert set(entry.bench["graphs"]) == {"encoder_model", "decoder_model", "decoder_with_past_model"}
+        assert all(graph["latency_ms"]["p50"] > 0 for graph in entry.bench["graphs"].values())
+    made = json.loads((tmp_path / "artifact" / "report.json").read_text())
+    assert made["variants"][1]["bench"]["graphs"]

@@ -16,6 +16,7 @@ __all__ = ["ADAPTERS", "BUILDS", "ENVIRONMENTS", "adapter"]
 # Module to environment. None is the environment of this project.
 ADAPTERS: Mapping[str, str | None] = {
     "onnxsmith": None,
+    "ort_quantizers": None,
     "pytorch": None,
     "genai": "genai",
     "llamacpp": "llamacpp",
@@ -23,6 +24,7 @@ ADAPTERS: Mapping[str, str | None] = {
     "olive": "olive",
     "simplifiers": "simplifiers",
     "openvino": "openvino",
+    "mobius": "mobius",
 }
 
 _TORCH = ("torch==2.13.0",)
@@ -39,6 +41,7 @@ ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {
     "olive": ("olive-ai==0.13.0", "onnxruntime==1.32.0", "onnx==1.23.2", *_TORCH, "transformers==4.57.6"),
     "simplifiers": ("onnxsim==0.8.1", "onnxslim==0.1.98", "onnx==1.23.2", "onnxruntime==1.32.0"),
     "openvino": ("openvino==2026.4.1",),
+    "mobius": ("mobius-onnx==0.1.0", "onnxruntime==1.32.0", *_TORCH),
 }  # fmt: skip
 """Pinned, or a repetition would measure something else."""
 

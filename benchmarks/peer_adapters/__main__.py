@@ -51,7 +51,7 @@ class Server:
     def __init__(self, name: str, variant: str, path: str, threads: str, kind: str) -> None:
         began, used = time.perf_counter(), cpu_s()
         peer = adapter(name)
-        opener = peer.open_decoder if kind == "decoder" else peer.open_encoder
+        opener = peer.open_encoder if kind == "encoder" else peer.open_decoder
         self.model = opener(variant, Path(path), int(threads))
         self.opened = {
             "load_s": time.perf_counter() - began, "load_cpu_s": cpu_s() - used, "peak_mb": peak_mb(),

@@ -1,4 +1,4 @@
-"""onnxruntime-genai: its model builder and its runtime. A variant is the builder's precision."""
+"""onnxruntime-genai: its model builder and its runtime. A variant is ``PRECISION[:ALGORITHM]``."""
 
 from __future__ import annotations
 
@@ -64,10 +64,12 @@ class GenaiAdapter(Adapter):
     """The builder's defaults."""
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
+        precision, _, algorithm = variant.partition(":")
+        extra = [f"algo_config={algorithm}"] if algorithm else []
         # As its documentation says to call it.
         sys.argv = [
-            "builder", "-m", "local", "-i", str(source), "-o", str(target), "-p", variant, "-e", "cpu",
-            "-c", str(target / "cache"), "--extra_options", "hf_token=false",
+            "builder", "-m", "local", "-i", str(source), "-o", str(target), "-p", precision, "-e", "cpu",
+            "-c", str(target / "cache"), "--extra_options", "hf_token=false", *extra,
         ]  # fmt: skip
         runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
 

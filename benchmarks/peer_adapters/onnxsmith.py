@@ -1,13 +1,27 @@
-"""This project. A variant is a preset; conversions are those of a user, their checks left out."""
+"""This project, its checks left out. A variant is a preset, or one with another quantizing pass."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from peer_adapters.contract import Adapter, Decoder, Encoder, Floats, Tokens, mean_pooled
+
+_MINIMUMS = {"bits": 4, "minimums": True, "half_scales": True}
+# Name to preset, the pass that quantizes instead of the preset's own, and its parameters.
+_VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "gguf-floats": ("cpu-gguf", "keep_gguf_blocks", {"accuracy_level": 1}),
+    "hqq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "hqq"}),
+    "gptq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "gptq"}),
+    "awq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "awq"}),
+    "zero-points": ("cpu-int4", "quantize_weights", {"bits": 4}),
+    "mixed-115mb": ("cpu-int4", "quantize_mixed", {"size_mb": 113.0}),
+}
+_NEEDS_DATA = frozenset({"gptq", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"})
+_TOPICS = "pydoc_data.topics:topics"
 
 
 class _Decoder(Decoder):
@@ -62,15 +76,22 @@ class OnnxsmithAdapter(Adapter):
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
         from onnxsmith.graph_passes import PRESETS
-        from onnxsmith.graph_passes.context import PassContext
         from onnxsmith.package_io import save_package
-        from onnxsmith.source import ModelSource, SourceKind
+        from onnxsmith.pipeline.calibration import CalibrationData, context_for
+        from onnxsmith.source import ModelSource
 
         parsed = ModelSource.parse(str(source))
         loaded = load_torch(parsed)
         package = export(loaded, torch_program(loaded))
-        context = PassContext(gguf=parsed.path if parsed.kind is SourceKind.GGUF else None)
-        save_package(run_passes(package, make_passes(PRESETS[variant]), context=context), target)
+        preset, name, options = _VARIANTS.get(variant, (variant, "", {}))
+        specs = [
+            (name, options) if name and one.startswith(("quantize_", "keep_gguf_")) else (one, given)
+            for one, given in PRESETS[preset]
+        ]
+        # A decoder's samples are pieces of the text, an encoder's are its lines.
+        data = CalibrationData(_TOPICS, samples=128, tokens=512) if variant in _NEEDS_DATA else None
+        context = context_for(parsed, package, data)
+        save_package(run_passes(package, make_passes(specs), context=context), target)
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
         return _Decoder(path, threads)

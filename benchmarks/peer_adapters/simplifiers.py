@@ -1,11 +1,11 @@
-"""onnxsim and onnxslim on optimum's export, run by ONNX Runtime. A variant is the tool."""
+"""onnxsim and onnxslim on graphs of others, run by ONNX Runtime. A variant is the tool, or ``int4``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from peer_adapters.contract import Adapter, Encoder
-from peer_adapters.plain_ort import OrtEncoder, only_graph
+from peer_adapters.contract import Adapter, Decoder, Encoder
+from peer_adapters.plain_ort import OrtDecoder, OrtEncoder, only_graph
 
 
 class SimplifierAdapter(Adapter):
@@ -18,12 +18,22 @@ class SimplifierAdapter(Adapter):
             import onnxslim
 
             model = onnxslim.slim(str(only_graph(source)))
+        elif variant == "int4":
+            import onnxsim
+
+            graph = onnx.load(only_graph(source))
+            model = onnxsim.quantize_weight_only_int4(graph)
+            onnx.save(model, target / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+            return
         else:
             import onnxsim
 
             model, held = onnxsim.simplify(str(only_graph(source)))
             assert held, "onnxsim's own check failed"
         onnx.save(model, target / "model.onnx")
+
+    def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
+        return OrtDecoder(path, threads)
 
     def open_encoder(self, variant: str, path: Path, threads: int) -> Encoder:
         return OrtEncoder(path, threads)
