@@ -27,6 +27,7 @@ CLIENTS := $(if $(filter onnxruntime,$(ORT)),onnxruntime-genai optimum-onnx sent
 TEST_PROVIDERS := openvino==1.24.1 webgpu==1.27.0 nxrt==0.1.0.dev6
 PROVIDERS_READY := $(VENV)/.providers
 VULKAN := $(VENV)/vulkan
+CHROMIUM := $(VENV)/chromium
 PYTEST_ARGS ?=
 # Tests at a time.
 WORKERS ?= 2
@@ -41,10 +42,11 @@ TF5 := .venv-tf5
 # Nothing in the tests or the demo may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-# Where those environments are, and a Vulkan without a GPU for WebGPU.
-APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN)
+# Where those environments are, a Vulkan without a GPU for WebGPU, and a browser.
+APART := ONNXSMITH_HOME=$(CURDIR)/$(VENV)/onnxsmith ONNXSMITH_TEST_VULKAN=$(CURDIR)/$(VULKAN) \
+	ONNXSMITH_TEST_CHROMIUM=$(CURDIR)/$(CHROMIUM)/chromium
 
-.PHONY: help setup providers check lint typecheck test test-slow test-transformers5 models demo bench bench-passes bench-peers bench-quick bench-scale docs wheel clean
+.PHONY: help setup providers browser check lint typecheck test test-slow test-transformers5 models demo bench bench-passes bench-peers bench-quick bench-scale docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +54,10 @@ help:  ## list the targets
 setup: $(READY)  ## create or refresh .venv with everything pinned
 
 providers: $(PROVIDERS_READY)  ## environments of the providers that the tests run on, besides the CPU
+
+# A machine that cannot fetch it still runs the other tests.
+browser: $(READY)  ## a Chromium for the tests of the report, in .venv, where the system has none and apt-get can fetch it
+	@bash tests/chromium.sh $(CHROMIUM) || echo "tests of the report in a browser will be skipped"
 
 check: lint typecheck test  ## all that a change must pass: ruff, mypy, tests
 
@@ -62,10 +68,10 @@ lint: $(READY)  ## ruff check and ruff format --check
 typecheck: $(READY)  ## mypy, strict, on src
 	$(BIN)/mypy
 
-test: $(READY) $(PROVIDERS_READY)  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
+test: $(READY) $(PROVIDERS_READY) browser  ## the tests except the slow ones, with coverage; PYTEST_ARGS="-k name" for some
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
-test-slow: $(READY) $(PROVIDERS_READY) models  ## all tests, those on real models too
+test-slow: $(READY) $(PROVIDERS_READY) browser models  ## all tests, those on real models too
 	$(OFFLINE) $(APART) $(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 # Without apt-get the tests on speech are skipped and say so.

@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxsmith.pipeline._report_numbers import as_given, finite, number, part
 
-__all__ = ["Axis", "bars", "error_by_depth", "label_place", "scatter", "timeline"]
+__all__ = ["Axis", "bars", "error_by_depth", "kind_of", "label_place", "timeline"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +53,9 @@ class _Measured:
     value: float
     low: float
     high: float
-    size: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Point:
-    """A point of the scatter chart and where its label goes."""
-
-    name: str
-    kind: str
-    x: float
-    y: float
-    top: float
-    bottom: float
-    label_x: float
-    label_y: float
-    anchor: str
-    text: str
-
-
-def _measured(name: str, kind: str, value: Any, interval: Any = None, size: Any = None) -> list[_Measured]:
+def _measured(name: str, kind: str, value: Any, interval: Any = None) -> list[_Measured]:
     """The measurement as a list: empty if there is none, or it is nothing that a chart can place."""
     measured = finite(value)
     if measured is None or measured <= 0:
@@ -80,74 +63,38 @@ def _measured(name: str, kind: str, value: Any, interval: Any = None, size: Any 
     low, high = finite(part(interval, "low")), finite(part(interval, "high"))
     low = measured if low is None or low <= 0 else min(low, measured)
     high = measured if high is None else max(high, measured)
-    return [_Measured(name, kind, measured, low, high, finite(size))]
+    return [_Measured(name, kind, measured, low, high)]
 
 
-def _kind(variant: Mapping[str, Any]) -> str:
+def kind_of(variant: Mapping[str, Any]) -> str:
+    """How a variant is drawn: ``failed``, ``chosen`` or ``variant``."""
     if not variant["passed"]:
         return "failed"
     return "chosen" if variant["chosen"] else "variant"
 
 
-def _perplexities(reference: Mapping[str, Any], variants: Iterable[Mapping[str, Any]]) -> list[_Measured]:
-    found = []
-    for kind, item in (("reference", reference), *((_kind(v), v) for v in variants)):
-        perplexity = item["perplexity"]
-        found += _measured(item["name"], kind, part(perplexity, "value"), perplexity, item["size_mb"])
-    return [m for m in found if m.size is not None and m.size > 0]
-
-
 def _decode_speeds(reference: Mapping[str, Any], variants: Iterable[Mapping[str, Any]]) -> list[_Measured]:
-    speed = reference["decode_tokens_per_s"]
-    found = _measured(reference["name"], "reference", speed, size=reference["size_mb"])
+    found = _measured(reference["name"], "reference", reference["decode_tokens_per_s"])
     for variant in variants:
         speed = part(variant["bench"], "decode_tokens_per_s")
-        found += _measured(variant["name"], _kind(variant), part(speed, "p50"), speed, variant["size_mb"])
+        found += _measured(variant["name"], kind_of(variant), part(speed, "p50"), speed)
     return found
 
 
-def scatter(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Perplexity over size, or decode speed where that was not measured; None below two points."""
-    quantity, unit, better = "Perplexity", "", "lower left is better"
-    items = _perplexities(reference, variants)
-    if len(items) < 2:
-        quantity, unit, better = "Decode speed", "tokens/s", "upper left is better"
-        items = [m for m in _decode_speeds(reference, variants) if m.size is not None and m.size > 0]
-    if len(items) < 2:
-        return None
-    width, height = 440, 300
-    x_axis = Axis(0.0, max(m.size or 0.0 for m in items) * 1.08, 44, width - 12)
-    low, high = min(m.low for m in items), max(m.high for m in items)
-    if high / low > 8:
-        y_axis = Axis(low / 1.3, high * 1.3, height - 40, 12, logarithmic=True)
-    else:
-        margin = max((high - low) * 0.12, high * 0.01)
-        y_axis = Axis(max(low - margin, 0.0), high + margin, height - 40, 12)
-    places = [(x_axis.at(m.size or 0.0), y_axis.at(m.value)) for m in items]
-    taken = [(x - 7.0, y - 7.0, x + 7.0, y + 7.0) for x, y in places]
-    points = []
-    for item, (x, y) in zip(items, places, strict=True):
-        text = item.name if len(item.name) <= 22 else f"{item.name[:21]}…"
-        text = f"✕ {text}" if item.kind == "failed" else text
-        label_x, label_y, anchor = label_place(x, y, len(text) * 7.2, width, height - 40, taken)
-        top, bottom = y_axis.at(item.high), y_axis.at(item.low)
-        points.append(_Point(item.name, item.kind, x, y, top, bottom, label_x, label_y, anchor, text))
-    return {
-        "quantity": quantity,
-        "unit": unit,
-        "better": better,
-        "width": width,
-        "height": height,
-        "left": x_axis.start,
-        "right": x_axis.end,
-        "bottom": y_axis.start,
-        "top": y_axis.end,
-        "x_ticks": x_axis.ticks(),
-        "y_ticks": y_axis.ticks(),
-        "points": points,
-        "intervals": any(m.low < m.high for m in items),
-        "logarithmic": y_axis.logarithmic,
-    }
+def _call_speeds(reference: Mapping[str, Any], variants: Iterable[Mapping[str, Any]]) -> list[_Measured]:
+    """Calls in a second of models that do not decode: a thousand by the milliseconds of one."""
+
+    def inverse(value: Any) -> float | None:
+        time = finite(value)
+        return 1000 / time if time and time > 1e-9 else None
+
+    found = _measured(reference["name"], "reference", inverse(reference.get("latency_ms")))
+    for variant in variants:
+        latency = part(variant["bench"], "latency_ms")
+        slow, fast = (inverse((latency or {}).get(key)) for key in ("high", "low"))
+        interval = None if slow is None or fast is None else {"low": slow, "high": fast}
+        found += _measured(variant["name"], kind_of(variant), inverse(part(latency, "p50")), interval)
+    return found
 
 
 def label_place(
@@ -181,8 +128,10 @@ def label_place(
 
 
 def bars(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Decode speeds as horizontal bars with their ranges; None if none was measured."""
-    items = _decode_speeds(reference, variants)
+    """Speeds of decoding, or else of calls, as bars with their ranges; None if none was measured."""
+    title, unit, items = "Decode speed", "tokens/s", _decode_speeds(reference, variants)
+    if not any(m.kind != "reference" for m in items):
+        title, unit, items = "Speed", "calls/s", _call_speeds(reference, variants)
     if not any(m.kind != "reference" for m in items):
         return None
     width, row, left = 440, 46, 1.0
@@ -201,7 +150,9 @@ def bars(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) ->
         }
         for index, m in enumerate(items)
     ]
-    return {"width": width, "height": len(items) * row, "left": left, "bars": drawn}
+    return {
+        "title": title, "unit": unit, "width": width, "height": len(items) * row, "left": left, "bars": drawn
+    }  # fmt: skip
 
 
 def timeline(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

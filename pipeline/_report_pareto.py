@@ -20,6 +20,7 @@ _LABELS: Mapping[str, str] = {
     "perplexity_increase_pct": "perplexity increase, %",
     "perplexity": "perplexity",
     "kl_to_reference": "KL divergence, nats",
+    "output_error": "1 − lowest cosine of an output",
 }
 
 
@@ -87,6 +88,8 @@ def pareto_chart(
     middle = values[len(values) // 2]
     spread = max(middle - values[0], abs(limit_y) if limit_y else 0.0, 1e-12)
     top = min(values[-1], max(values[0] + 4 * spread, (limit_y or 0.0) * 2))
+    if limit_y is not None and top < limit_y <= 2 * top:
+        top = limit_y
     low = min(values[0], 0.0 if values[0] >= 0 else values[0])
     margin = max((top - low) * 0.08, abs(top) * 0.01, 1e-9)
     right = max(*(p.x for p in points), limit_x or 0.0) * 1.08
@@ -124,6 +127,7 @@ def pareto_chart(
         "bottom": y_axis.start, "top": y_axis.end, "x_label": quantity_label(x), "y_label": quantity_label(y),
         "x_ticks": x_axis.ticks(), "y_ticks": y_axis.ticks(), "points": drawn,
         "front": _steps(front, x_axis, up),
+        "intervals": any(p.low is not None and p.high is not None for p in points),
         "limit_x": None if limit_x is None else x_axis.at(limit_x),
         "limit_y": None if limit_y is None or limit_y > y_axis.high else up(limit_y),
     }  # fmt: skip

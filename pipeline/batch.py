@@ -13,6 +13,7 @@ from typing import Any
 
 from onnxsmith.environment import usable_cpus
 from onnxsmith.errors import BadInputError, OnnxsmithError, UnknownNameError, require
+from onnxsmith.free_memory import available_memory
 from onnxsmith.pipeline.batch_jobs import Job, expand_jobs, load_batch
 from onnxsmith.pipeline.batch_worker import Attempt, run_attempt
 from onnxsmith.pipeline.run_steps import user_cache
@@ -187,9 +188,9 @@ def _kept(job: Job, state: Path) -> JobResult | None:
 
 
 def _locally(jobs: Sequence[Job], state: Path, workers: int, force: bool) -> Iterator[JobResult]:
-    import psutil
-
-    room = _Room(int(psutil.virtual_memory().available * _USABLE))
+    total = int(available_memory() * _USABLE)
+    jobs = [dataclasses.replace(job, admitted=0 < job.memory_bytes <= total) for job in jobs]
+    room = _Room(total)
     stop = threading.Event()
 
     def run(job: Job) -> JobResult:
@@ -284,7 +285,8 @@ def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], I
         try:
             room = int(ray.cluster_resources().get("memory", 0))
             pending = {}
-            for job in sorted(jobs, key=lambda job: -job.memory_bytes):
+            admitted = [dataclasses.replace(job, admitted=0 < job.memory_bytes <= room) for job in jobs]
+            for job in sorted(admitted, key=lambda job: -job.memory_bytes):
                 # Ray starts again what a lost worker had; a job that crashed is started again by run_job.
                 task = ray.remote(run_job).options(
                     num_cpus=1, memory=min(job.memory_bytes, room), max_retries=job.retries

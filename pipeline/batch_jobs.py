@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
@@ -17,11 +17,17 @@ from onnxsmith.errors import RecipeError
 from onnxsmith.pipeline._recipe_text import RecipeText
 from onnxsmith.pipeline.recipe_placeholders import combinations, slug
 
+if TYPE_CHECKING:
+    from onnxsmith.pipeline.recipe import Recipe
+
 __all__ = ["BatchSpec", "Job", "JobSpec", "expand_jobs", "load_batch"]
 
 _NAME = r"^[A-Za-z0-9][\w.-]*$"
 # What decides what a job makes, besides its recipe: the libraries that do the work.
 _LIBRARIES = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers", "gguf", "tokenizers")
+
+# Of a factory, or of a model that is still on the hub: PyTorch and a model of a hundred million weights.
+_UNKNOWN = 1_500_000_000
 
 
 class _Model(pydantic.BaseModel):
@@ -44,7 +50,7 @@ class JobSpec(_Model):
     retries: int | None = pydantic.Field(default=None, ge=0, le=10)
     """How often a job is started again that crashed or took too long; the batch's own where absent."""
     memory_gb: float | None = pydantic.Field(default=None, gt=0)
-    """What a job may need at its peak, in 10**9 bytes; estimated from the size of its source where absent."""
+    """What a job may need at its peak, in 10**9 bytes; what `run` forecasts where absent."""
     timeout_s: float | None = pydantic.Field(default=None, gt=0)
     """Seconds after which a job is ended."""
 
@@ -69,7 +75,8 @@ class Job:
         settings: Overrides, as ``--set`` takes them.
         destination: Where its artifact is to be.
         retries: How often it is started again after a crash.
-        memory_bytes: What it is expected to need.
+        memory_bytes: What it is expected to need, with the processes that it starts.
+        admitted: Whether whoever runs it has seen to it that there is as much.
         timeout_s: Seconds after which it is ended; None for no limit.
         fingerprint: Of all that decides what it makes: recipe, settings, source files and library versions.
     """
@@ -82,6 +89,7 @@ class Job:
     memory_bytes: int
     timeout_s: float | None
     fingerprint: str
+    admitted: bool = False
 
 
 def load_batch(path: Path) -> BatchSpec:
@@ -162,7 +170,7 @@ def _facts(path: Path, settings: Sequence[str]) -> tuple[int, str]:
         "versions": _versions(),
     }
     text = json.dumps(content, sort_keys=True)
-    return _expected_memory(files), hashlib.sha256(text.encode()).hexdigest()
+    return _expected_memory(recipe, path.parent), hashlib.sha256(text.encode()).hexdigest()
 
 
 def _source_files(source: str, base: Path) -> Mapping[Path, Any]:
@@ -179,17 +187,20 @@ def _source_files(source: str, base: Path) -> Mapping[Path, Any]:
     return {file: file.stat() for file in found if file.is_file()}
 
 
-def _expected_memory(files: Mapping[Path, Any]) -> int:
-    """A bound that is meant to be high: PyTorch, and the weights in float32 three times.
+def _expected_memory(recipe: Recipe, base: Path) -> int:
+    """What the run itself will say that it needs; for sources that do not say how large they are, a guess."""
+    from onnxsmith.errors import OnnxsmithError
+    from onnxsmith.pipeline.forecast import forecast_run
+    from onnxsmith.pipeline.run_steps import user_cache
+    from onnxsmith.source import ModelSource
 
-    A GGUF file holds at least four bits a weight, so eight times its size is float32.
-    """
-    weights: int = sum(
-        stat.st_size * (8 if file.suffix == ".gguf" else 1)
-        for file, stat in files.items()
-        if file.suffix in {".gguf", ".safetensors", ".bin", ".onnx"}
-    )
-    return 1_000_000_000 + 3 * weights
+    try:
+        source = ModelSource.parse(recipe.source, base=base)
+        found = forecast_run(recipe, source, cached=user_cache() is not None)
+    except OnnxsmithError:
+        # The run says what is wrong.
+        return _UNKNOWN
+    return _UNKNOWN if found.peak is None else found.together
 
 
 def _versions() -> dict[str, str]:

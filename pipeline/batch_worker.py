@@ -65,6 +65,8 @@ def run_attempt(job: Job, log: Path, *, replace: bool, resume: bool = False) -> 
     for setting in job.settings:
         command += ["--set", setting]
     command += ["--json", str(result)] + ["--force"] * replace + ["--resume"] * resume
+    # What is free changes while others run; that there is enough was seen to.
+    command += ["--ignore-forecast"] * job.admitted
     began = time.perf_counter()
     with _lock(log.with_suffix(".lock")) as lock, log.open("ab") as stream:
         result.unlink(missing_ok=True)

@@ -105,6 +105,12 @@ def run(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Use what earlier runs made of the same inputs.")
     ] = True,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast", help="Only say what memory and disk it would need, and whether they are here."
+        ),
+    ] = False,
     ignore_forecast: Annotated[
         bool,
         typer.Option("--ignore-forecast", help="Go on where memory or disk is not expected to suffice."),
@@ -132,6 +138,19 @@ def run(
         overrides.append(f"require_provider={json.dumps(require_provider)}")
     loaded = load_recipe(recipe, overrides=overrides)
     destination = output or Path("artifacts") / loaded.name
+    if forecast:
+        from onnxsmith.pipeline.forecast import foresee
+
+        told = foresee(loaded, destination, base=recipe.resolve().parent, cached=kept is not None)
+        if json_target:
+            emit_json(json_target, "run", {"forecast": told.to_json()})
+        if json_target != "-":
+            sys.stdout.write(f"{told}\n")
+        return 0
+    if mlflow is not None:
+        from onnxsmith.pipeline.mlflow_logging import check_store, log_to_mlflow
+
+        check_store(mlflow)
     report = run_recipe(
         loaded,
         destination,
@@ -145,8 +164,6 @@ def run(
         progress=progress_for(),
     )
     if mlflow is not None:
-        from onnxsmith.pipeline.mlflow_logging import log_to_mlflow
-
         place = destination if report.passed else destination.with_name(f"{destination.name}.failed")
         log_to_mlflow(report, place, uri=mlflow)
     if json_target:

@@ -1,73 +1,224 @@
-"""What a run is expected to need, before any weight is read, and whether this machine has it."""
+"""What a run is expected to need, before the first minute of work, and whether this machine has it."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ResourceError
 from onnxsmith.free_memory import available_memory
-from onnxsmith.pipeline.model_size import model_size
+from onnxsmith.pipeline.model_size import ModelSize, loaded_size, model_size, why_unknown
 from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.run_steps import cache_directory
 from onnxsmith.pipeline.staging import require_space
-from onnxsmith.source import ModelSource
+from onnxsmith.pipeline.training_recipe import FitSpec
+from onnxsmith.source import ModelSource, SourceKind
 
-__all__ = ["expected_peak_bytes", "require_resources"]
+if TYPE_CHECKING:
+    from onnxsmith.exporters import LoadedModel
 
-# Fitted to runs of three variants, which docs/cache.md lists: Python with its libraries; copies of the float
-# weights that are resident together, PyTorch's and those of files that are mapped; predictions of a window.
+__all__ = ["Forecast", "forecast_run", "foresee", "require_resources"]
+
+# Python with torch, transformers, ONNX and ONNX Runtime; what a training adds to them.
 _BASE = 520_000_000
 _COPIES, _COPIES_CACHED = 2.3, 3.9
+# Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
 _WINDOWS = 7
+# A process that runs a model for the benchmark, before it has one.
+_WORKER = 110_000_000
+_OPENED = 1.6
+# Passes that make weights smaller, and their bits where they have no parameter of this name.
+_QUANTIZED: Mapping[str, float] = {
+    "quantize_weights": 4,
+    "keep_gguf_blocks": 5,
+    "quantize_mixed": 6,
+    "quantize_dynamic": 8,
+    "quantize_static": 8,
+}
 
 
-def expected_peak_bytes(recipe: Recipe, source: ModelSource, *, cached: bool) -> int | None:
-    """The peak of resident memory that a run's process is expected to reach; its workers come on top.
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to need, in bytes.
+
+    Attributes:
+        peak: Of resident memory of the run's process; None where nothing is known.
+        workers: Of the processes together that a benchmark opens beside it.
+        disk: At the destination; what is there at the same time.
+        cache: In the cache, if that is another disk or not.
+        phases: The peak of each part of a run.
+        reason: Why nothing is known; empty where something is.
+    """
+
+    peak: int | None
+    workers: int = 0
+    disk: int = 0
+    cache: int = 0
+    phases: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def together(self) -> int:
+        """What the machine has to have: the peak, or the benchmark with its processes."""
+        return max(self.peak or 0, self.phases.get("benchmark", 0) + self.workers)
+
+    def __str__(self) -> str:
+        """In a line."""
+        if self.peak is None:
+            return f"no forecast because {self.reason}"
+        more = f", and {self.workers / 1e6:.0f} MB in the processes of the benchmark" if self.workers else ""
+        disk = f"about {(self.disk + self.cache) / 1e6:.0f} MB of disk"
+        return f"about {self.peak / 1e6:.0f} MB of memory{more}; {disk}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data, in MB."""
+        return {
+            "peak_mb": None if self.peak is None else self.peak / 1e6,
+            "workers_mb": self.workers / 1e6,
+            "together_mb": None if self.peak is None else self.together / 1e6,
+            "disk_mb": None if self.peak is None else (self.disk + self.cache) / 1e6,
+            "cache_mb": self.cache / 1e6,
+            "phases_mb": {name: size / 1e6 for name, size in self.phases.items()},
+            "reason": self.reason,
+        }
+
+
+def forecast_run(
+    recipe: Recipe, source: ModelSource, *, cached: bool, loaded: LoadedModel | None = None
+) -> Forecast:
+    """What a run of a recipe is expected to need.
 
     Args:
         recipe: What is to be done.
-        source: The model.
-        cached: Whether the export is kept, and so mapped from a file.
-
-    Returns:
-        None where nothing is known: a source whose files do not say how large it is, or a recipe that trains.
+        source: The model. Only headers of its files are read.
+        cached: Whether steps are kept.
+        loaded: The model in memory, where the source does not say how large it is.
     """
-    size = model_size(source, task=recipe.task)
-    if size is None or recipe.training is not None:
-        return None
-    width = 4 if recipe.export.dtype == "float32" else 2
-    peak = _BASE + int((_COPIES_CACHED if cached else _COPIES) * size.parameters * width)
+    size = loaded_size(loaded) if loaded is not None else model_size(source, task=recipe.task)
+    if size is None:
+        return Forecast(None, reason=why_unknown(source))
+    width = 4 if recipe.export.dtype == "float32" or loaded is not None else 2
+    exported = size.parameters * width
+    written = [_variant_bytes(variant.specs(), size.parameters, width) for variant in recipe.variants]
+    phases = _phases(recipe, size, exported, written, cached=cached)
+    text = _text_bytes(recipe, size)
+    benchmark = recipe.evaluation.benchmark
+    return Forecast(
+        peak=max(phases.values()),
+        workers=sum(_WORKER + int(_OPENED * one) for one in written) if benchmark is not None else 0,
+        disk=sum(written) + text + (0 if cached else exported),
+        cache=exported + sum(written) if cached else 0,
+        phases=phases,
+    )
+
+
+def _phases(
+    recipe: Recipe, size: ModelSize, exported: int, written: Sequence[int], *, cached: bool
+) -> dict[str, int]:
+    """The peak of each part of a run."""
+    copies = _COPIES_CACHED if cached else _COPIES
+    peak = _BASE + int(copies * exported)
     spec = recipe.evaluation.perplexity
     if spec is not None:
         peak += (spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)) * size.vocabulary * 4
-    return peak
+    phases = {"check": peak}
+    if recipe.evaluation.benchmark is not None:
+        phases["benchmark"] = _BASE + exported
+    if recipe.training is not None:
+        phases["training"] = _training_bytes(recipe, size)
+    return phases
 
 
-def require_resources(
-    recipe: Recipe, source: ModelSource, destination: Path, *, cached: bool, force: bool = False
-) -> str:
-    """Says what a run is expected to need.
+def _training_bytes(recipe: Recipe, size: ModelSize) -> int:
+    """Weights, their gradients, moments and copies, and what a batch leaves for the gradients."""
+    spec = recipe.training
+    assert spec is not None
+    weights = size.parameters * 4
+    rows = max((step.spec.batch for step in spec.steps if isinstance(step.spec, FitSpec)), default=16)
+    tokens = rows * spec.max_length
+    left = tokens * (size.layers * (14 * size.width + 3 * size.inner)) * 4
+    if size.decoder:
+        left += 4 * tokens * size.vocabulary * 4
+    return _BASE + 6 * weights + left
+
+
+def _text_bytes(recipe: Recipe, size: ModelSize) -> int:
+    """The file of PyTorch's predictions of a text."""
+    spec = recipe.evaluation.perplexity
+    return 0 if spec is None else spec.max_tokens * size.vocabulary * 4
+
+
+def _variant_bytes(specs: Sequence[tuple[str, Mapping[str, Any]]], parameters: int, width: int) -> int:
+    """About what a variant's file has, as if all of the weights were quantized."""
+    each = float(width)
+    for name, given in specs:
+        if name == "to_float16":
+            each = min(each, 2.0)
+        elif name in _QUANTIZED:
+            bits = given.get("bits", _QUANTIZED[name])
+            # A scale for each block, and a zero point or a minimum.
+            each = (bits if isinstance(bits, int) else _QUANTIZED[name]) / 8 + 4 / int(
+                given.get("block_size") or 32
+            )
+        elif name == "fast_prompts":
+            each += 1
+    return int(parameters * each)
+
+
+def require_resources(forecast: Forecast, recipe: Recipe, destination: Path, *, force: bool = False) -> None:
+    """Refuses what this machine cannot do.
 
     Args:
+        forecast: What is needed.
         recipe: What is to be done.
-        source: The model.
         destination: Where the artifact is to be.
-        cached: Whether steps are kept.
         force: Go on where it is not there.
 
     Raises:
         ResourceError: This machine has not as much.
     """
-    peak, size = expected_peak_bytes(recipe, source, cached=cached), model_size(source, task=recipe.task)
-    if peak is None or size is None:
-        return "not known before the model is loaded"
-    disk = size.parameters * 4 * (len(recipe.variants) + 2)
+    if forecast.peak is None or force:
+        return
     free = available_memory()
-    if not force:
-        if free < peak:
-            raise ResourceError(
-                f"run of {recipe.name}", got=f"{free / 1e6:.0f} MB of memory available",
-                expected=f"about {peak / 1e6:.0f} MB at the peak",
-                remedy="Use a machine with more, fewer tokens of perplexity, or --ignore-forecast to go on",
-            )  # fmt: skip
-        require_space(destination.resolve().parent, disk, purpose=f"run of {recipe.name}")
-    return f"about {peak / 1e6:.0f} MB of memory, at most {disk / 1e6:.0f} MB of disk"
+    if free < forecast.together:
+        raise ResourceError(
+            f"run of {recipe.name}", got=f"{free / 1e6:.0f} MB of memory available",
+            expected=f"about {forecast.together / 1e6:.0f} MB at the peak",
+            remedy="Use a machine with more, or fewer variants or tokens, or --ignore-forecast to go on",
+        )  # fmt: skip
+    places = {destination.resolve().parent: forecast.disk}
+    if forecast.cache:
+        places[cache_directory()] = forecast.cache
+    disks: dict[int, tuple[Path, int]] = {}
+    for place, needed in places.items():
+        while not place.exists():
+            place = place.parent
+        device = place.stat().st_dev
+        disks[device] = (disks.get(device, (place, 0))[0], disks.get(device, (place, 0))[1] + needed)
+    for place, needed in disks.values():
+        require_space(place, needed, purpose=f"run of {recipe.name}")
+
+
+def foresee(recipe: Recipe, destination: Path, *, base: Path | None = None, cached: bool) -> Forecast:
+    """What a run would need, without running it; a factory is called for it.
+
+    Args:
+        recipe: What is to be done.
+        destination: Where the artifact would be.
+        base: The directory that relative paths of the recipe start from.
+        cached: Whether steps would be kept.
+
+    Raises:
+        ResourceError: This machine has not as much.
+        OnnxsmithError: A factory cannot be called.
+    """
+    source = ModelSource.parse(recipe.source, base=base)
+    found = forecast_run(recipe, source, cached=cached)
+    if found.peak is None and source.kind is SourceKind.FACTORY:
+        from onnxsmith.exporters import load_torch
+
+        found = forecast_run(recipe, source, cached=cached, loaded=load_torch(source, task=recipe.task))
+    require_resources(found, recipe, destination)
+    return found

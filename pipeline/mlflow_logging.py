@@ -10,9 +10,32 @@ from onnxsmith.errors import BadInputError, require
 from onnxsmith.pipeline.report import Report
 from onnxsmith.pipeline.run_tasks import budget_values
 
-__all__ = ["log_to_mlflow"]
+__all__ = ["check_store", "log_to_mlflow"]
 
 _MAX_PARAMETER = 500
+
+
+def check_store(uri: str) -> None:
+    """Sees that a tracking store answers, before the work whose report it is to have.
+
+    Args:
+        uri: As for ``log_to_mlflow``.
+
+    Raises:
+        MissingDependencyError: MLflow is not installed.
+        BadInputError: The store cannot be used.
+    """
+    mlflow: Any = require("mlflow", purpose="run --mlflow")
+    try:
+        mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except Exception as error:
+        # Its stores raise what their own libraries do.
+        raise _unusable(uri, error) from error
+
+
+def _unusable(uri: str, error: Exception) -> BadInputError:
+    text = str(error).strip().partition("\n")[0]
+    return BadInputError(f"--mlflow {uri}", got=text, expected="a tracking store that can be written")
 
 
 def log_to_mlflow(report: Report, directory: Path, *, uri: str, experiment: str = "onnxsmith") -> str:
@@ -62,10 +85,7 @@ def log_to_mlflow(report: Report, directory: Path, *, uri: str, experiment: str 
                 client.log_artifact(parent, str(directory / name))
         client.set_terminated(parent, "FINISHED" if report.passed else "FAILED")
     except mlflow.exceptions.MlflowException as error:
-        text = str(error).partition("\n")[0]
-        raise BadInputError(
-            f"--mlflow {uri}", got=text, expected="a tracking store that can be written"
-        ) from error
+        raise _unusable(uri, error) from error
     return str(parent)
 
 

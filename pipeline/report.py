@@ -126,6 +126,7 @@ class Report:
     generation: dict[str, Any] | None = None
     artifact: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    forecast: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

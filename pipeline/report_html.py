@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from onnxsmith.errors import BadInputError, require
-from onnxsmith.pipeline._report_charts import bars, scatter, timeline
+from onnxsmith.pipeline._report_charts import bars, timeline
 from onnxsmith.pipeline._report_layers import (
     bits_table,
     error_chart,
@@ -33,6 +33,7 @@ from onnxsmith.pipeline._report_numbers import (
     setting,
 )
 from onnxsmith.pipeline._report_pareto import tuning_charts
+from onnxsmith.pipeline._report_tradeoffs import tradeoffs
 from onnxsmith.pipeline._training_charts import loss_curves, training_table
 
 __all__ = ["render_html"]
@@ -109,9 +110,10 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "headlines": [] if chosen is None else _headlines(report["reference"], chosen),
         "failures": [(v["name"], _reasons(v)) for v in variants if not v["passed"]],
         "variants": [_variant_view(v) for v in variants],
-        "scatter": scatter(report["reference"], variants),
+        "tradeoffs": tradeoffs(report["reference"], variants),
         "bars": bars(report["reference"], variants),
         "timeline": timeline(report["steps"]),
+        "expected": _expected(report["forecast"], report["steps"]),
         "tasks": task_table(report["reference"], variants),
         "training": training_table(report.get("training")),
         "taught": (report.get("training") or {}).get("data"),
@@ -119,7 +121,31 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "original": report.get("original"),
         "tuning": None if report["tuning"] is None else _tuning_view(report["tuning"]),
         "dash": DASH,
+        **_columns(report["reference"], variants),
     }
+
+
+def _columns(reference: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Which columns of the table of variants say anything: of a text, and of decoding."""
+    text = [reference["perplexity"], *(v[key] for v in variants for key in ("perplexity", "kl_to_reference"))]
+    decodes = [reference["decode_tokens_per_s"], *(part(v["bench"], "decode_tokens_per_s") for v in variants)]
+    timed = [reference.get("latency_ms"), *(v["bench"] for v in variants)]
+    return {
+        "text": any(value is not None for value in text) or not variants,
+        "decodes": any(value is not None for value in decodes) or not any(timed),
+    }
+
+
+def _expected(forecast: Mapping[str, Any] | None, steps: Sequence[Mapping[str, Any]]) -> str:
+    """What the run had said that it would need, beside what it needed; empty where it said nothing."""
+    if forecast is None:
+        return ""
+    peak, disk = finite(forecast["peak_mb"]), megabytes(forecast["disk_mb"])
+    measured = [size for step in steps if (size := finite(step["peak_rss_mb"])) is not None]
+    if peak is None or not measured:
+        return ""
+    said = f"{megabytes(peak)} expected, {megabytes(max(measured))} measured"
+    return f"Peak memory of the run: {said}. Disk: {disk} expected."
 
 
 def _tuning_view(tuning: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,11 +195,35 @@ def _headlines(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> list
         found.append(_Headline("Decoding", ratio, word, note or f"{number(decode)} tokens/s"))
     elif decode:
         found.append(_Headline("Decoding", number(decode), "tokens/s", "reference not measured"))
+    else:
+        found += _call_headline(reference, variant)
+    found += _metric_headline(reference, variant)
     if finite(variant["top1_agreement"]) is not None:
         divergence = variant["kl_to_reference"]
         note = "" if finite(divergence) is None else f"KL divergence {number(divergence)} nats"
         found.append(_Headline("Same next token", percent(variant["top1_agreement"]), "", note))
     return found
+
+
+def _call_headline(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> list[_Headline]:
+    """How fast one call is, of a model that does not decode."""
+    time = finite(part(part(variant["bench"], "latency_ms"), "p50"))
+    full = finite(reference.get("latency_ms"))
+    if not time or time <= 0:
+        return []
+    if not full or full <= 0:
+        return [_Headline("One call", number(time), "ms", "reference not measured")]
+    ratio, word = _compared(full / time, "faster", "slower")
+    return [_Headline("One call", ratio, word, f"{number(time)} against {number(full)} ms")]
+
+
+def _metric_headline(reference: Mapping[str, Any], variant: Mapping[str, Any]) -> list[_Headline]:
+    """The first metric on labelled data."""
+    for name, values in (variant["task_metrics"] or {}).items():
+        full = finite(part((reference.get("task_metrics") or {}).get(name), "value"))
+        note = "" if full is None else f"{number(full)} is the reference’s"
+        return [_Headline(name.replace("_", " ").capitalize(), number(values["value"]), "", note)]
+    return []
 
 
 def _compared(ratio: float, above: str, below: str) -> tuple[str, str]:
@@ -213,6 +263,7 @@ def _variant_view(variant: Mapping[str, Any]) -> dict[str, Any]:
         "groups": _comparison_groups(tensors),
         "failed": failed[:_FAILED_TENSORS_SHOWN],
         "failed_count": len(failed),
+        "cosine": _worst(min, (t["cosine"] for t in tensors)),
         "operators": [(n, b, a, _signed(a - b)) for n, b, a in changes if a != b],
         "operators_unchanged": sum(a == b for _, b, a in changes),
         "operators_before": sum(before.values()),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith._version import __version__
 from onnxsmith.environment import describe_environment, usable_cpus
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.artifact_filling import fill_artifact
 from onnxsmith.pipeline.choosing import choose
-from onnxsmith.pipeline.forecast import require_resources
+from onnxsmith.pipeline.forecast import Forecast, forecast_run, require_resources
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.records import created_at
 from onnxsmith.pipeline.report import Report, StepTiming, write_report
@@ -23,6 +23,9 @@ from onnxsmith.pipeline.variant_making import Made, passes_of
 from onnxsmith.pipeline.workbench import Workbench
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
+
+if TYPE_CHECKING:
+    from onnxsmith.exporters import LoadedModel
 
 __all__ = ["report_nothing", "run_recipe"]
 
@@ -89,16 +92,24 @@ def run_recipe(
     ) as bench:
         report = _new_report(recipe, source, bench.log.steps, command)
         report.tuning = tuning
+
+        def expect(loaded: LoadedModel | None) -> Forecast:
+            told = forecast_run(recipe, source, cached=cache is not None, loaded=loaded)
+            report.forecast = told.to_json()
+            require_resources(told, recipe, destination, force=ignore_forecast)
+            return told
+
         with bench.log.step("forecast") as step:
-            step.note = require_resources(
-                recipe, source, destination, cached=cache is not None, force=ignore_forecast
-            )
+            told = expect(None)
+            step.note = str(told)
+        # What only the model itself can say is known once it is loaded.
+        later = expect if told.peak is None else None
         try:
             with staged_directory(destination, force=force, same=resume) as staging:
                 # Beside the artifact, so that packing is a rename and not a copy.
                 work = staging.with_name("work")
                 work.mkdir()
-                chosen = _judge_all(bench, report, work)
+                chosen = _judge_all(bench, report, work, on_loaded=later)
                 if chosen is None:
                     raise _NothingChosenError
                 fill_artifact(
@@ -165,12 +176,14 @@ def _new_report(recipe: Recipe, source: ModelSource, steps: list[StepTiming], co
     )
 
 
-def _judge_all(bench: Workbench, report: Report, work: Path) -> Made | None:
+def _judge_all(
+    bench: Workbench, report: Report, work: Path, *, on_loaded: Callable[[LoadedModel], object] | None
+) -> Made | None:
     """Exports, makes, checks and measures the variants of a recipe, and chooses one."""
     recipe = bench.recipe
     # Everything that can be wrong with the recipe is found before the first minute of work.
     plans = {variant.name: passes_of(variant.specs()) for variant in recipe.variants}
-    bench.load(work, variants=len(plans))
+    bench.load(work, variants=len(plans), on_loaded=on_loaded)
     report.source |= {
         key: bench.provenance[key]
         for key in ("files", "architecture", "parameters")

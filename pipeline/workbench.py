@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -141,12 +141,19 @@ class Workbench:
         """Lets go of the cache."""
         self._steps.close()
 
-    def load(self, work: Path, *, variants: int = 1) -> None:
+    def load(
+        self,
+        work: Path,
+        *,
+        variants: int = 1,
+        on_loaded: Callable[[LoadedModel], object] | None = None,
+    ) -> None:
         """Loads and exports the model, or finds it in the cache.
 
         Args:
             work: A directory for what the cache does not take.
             variants: How many there will be at the same time, to see whether the disk has room for them.
+            on_loaded: Called with the model, if it is not found in the cache, before anything is made of it.
 
         Raises:
             ResourceError: It has not.
@@ -161,6 +168,8 @@ class Workbench:
             step.note = (
                 f"{self.provenance['architecture']}, {self.provenance['parameters'] / 1e6:.1f} M parameters"
             )
+        if on_loaded is not None and self._loaded is not None:
+            on_loaded(self._loaded)
         if self._training is not None:
             self._trained = self._train(self._training)
             found = self._find_export(work)
