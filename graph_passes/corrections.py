@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
+
+from onnxsmith.graph_passes.attention_guards import guard_biases, guard_results
+from onnxsmith.graph_passes.matching import constant_integers
 
 __all__ = ["corrected_onnxscript"]
 
@@ -19,26 +23,37 @@ _ABSENT = object()
 def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
     """Corrects onnxscript for one model, in one thread at a time.
 
-    - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet.
+    - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet, writes
+      forms of Split that came with operator sets 13 and 18, and heeds keepdims where ONNX says not to.
     - Its folding of ConcatFromSequence writes an Unsqueeze with axes as an input, which came with opset 13.
     - Its fusions into GroupQueryAttention drop the attention mask, on the assumption that it is all ones: a
       padded batch would silently compute something else. Where the mask allows it, the exporter writes
       GroupQueryAttention itself.
-    - Those into MultiHeadAttention take a rotation of a part of each head for one of the whole.
+    - Those into MultiHeadAttention take a rotation of a part of each head for one of the whole, whatever
+      Reshape comes after attention for one to rows, and whatever is added to a projection for a bias.
     """
     from onnxscript.optimizer import _constant_folding
     from onnxscript.rewriter.ort_fusions import _core
 
-    folded = ["SplitToSequence"] + ["ConcatFromSequence"] * (model.opset_imports.get("", 0) < 13)
     evaluators, own = _constant_folding.registry.op_evaluators, vars(_core)
+    opset = model.opset_imports.get("", 0)
+    folded = {
+        ("", "SplitToSequence"): [
+            dataclasses.replace(one, function=_where_splits_are_known(one.function, opset))
+            for one in evaluators["", "SplitToSequence"]
+        ]
+    }
+    if opset < 13:
+        folded["", "ConcatFromSequence"] = []
     fusions = {
         "fuse_gqa": _fuse_nothing,
         "fuse_qkv_gqa": _fuse_nothing,
-        "fuse_mha1": _unless_partly_rotated(own["fuse_mha1"]),
+        "fuse_mha1": _after(guard_results, _unless_partly_rotated(own["fuse_mha1"])),
         "fuse_mha2": _unless_partly_rotated(own["fuse_mha2"]),
+        "fuse_mha_bias": _after(guard_biases, own["fuse_mha_bias"]),
     }
     with _LOCK, contextlib.ExitStack() as stack:
-        stack.enter_context(_replaced(evaluators, {("", name): [] for name in folded}))
+        stack.enter_context(_replaced(evaluators, folded))
         stack.enter_context(_replaced(own, fusions))
         yield
 
@@ -57,9 +72,36 @@ def _replaced(mapping: Any, entries: Mapping[Any, Any]) -> Iterator[None]:
                 mapping[key] = value
 
 
+def _where_splits_are_known(fold: Callable[..., Any], opset: int) -> Callable[..., Any]:
+    def guarded(node: ir.Node, op: Any, state: Any) -> Any:
+        data, sizes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+        if sizes is None or data is None or data.shape is None or opset < 13:
+            return None
+        # ONNX ignores keepdims where sizes are given; the folding does not.
+        if node.attributes.get_int("keepdims", 1) == 0:
+            return None
+        if sizes.shape is not None and sizes.shape.rank() == 1:
+            return fold(node, op, state)
+        axis, known = node.attributes.get_int("axis", 0), constant_integers(sizes)
+        length = data.shape[axis] if -len(data.shape) <= axis < len(data.shape) else None
+        if known is None or len(known) != 1 or known[0] < 1 or not isinstance(length, int) or not length:
+            return None
+        return None if opset < 18 and length % known[0] == 0 else fold(node, op, state)
+
+    return guarded
+
+
 def _fuse_nothing(model: ir.Model, *, debug: bool = False) -> int:
     del model, debug
     return 0
+
+
+def _after(guard: Callable[[ir.Model], None], fuse: Callable[..., int]) -> Callable[..., int]:
+    def guarded(model: ir.Model, *, debug: bool = False) -> int:
+        guard(model)
+        return fuse(model, debug=debug)
+
+    return guarded
 
 
 def _unless_partly_rotated(fuse: Callable[..., int]) -> Callable[..., int]:

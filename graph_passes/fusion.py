@@ -7,6 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from onnxsmith.graph_passes.attention_guards import keep_cached_heads
 from onnxsmith.graph_passes.cleanup import operator_counts
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
@@ -45,6 +46,7 @@ class FuseTransformer(GraphPass):
             with corrected_onnxscript(model):
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
+        heads = keep_cached_heads(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
         joined = join_concatenated_weights(model, min_elements=_MAX_CONSTANT_ELEMENTS)
@@ -67,6 +69,7 @@ class FuseTransformer(GraphPass):
                 "fused": fired,
                 "made": made,
                 **({"weights_joined": joined} if joined else {}),
+                **({"caches_read_as_heads": heads} if heads else {}),
                 "nodes_before": sum(before.values()),
                 "nodes_after": sum(after.values()),
             },

@@ -19,6 +19,7 @@ from onnxsmith.graph_passes.matching import (
     label,
     small_constant,
 )
+from onnxsmith.graph_passes.reshapes import rows_refusal, same_rows_as
 from onnxsmith.graph_passes.weights import constant_of, joined_weights
 
 __all__ = ["FuseAttention"]
@@ -112,7 +113,7 @@ def _fuse(
         raise _NoMatchError("its result is not swapped back to (batch, sequence, heads, size)")
     final = _only_user(back.outputs[0], "Reshape")
     width = value.heads * value.size
-    _require_shape(final, query.rows, [width])
+    _require_rows(final, query.rows, [width])
     bias = _whole_mask(graph, mask, query.rows, key.rows, masks, before=final) if mask is not None else None
     kind, made = _operator(graph, query, key, value, bias, query.scale * key.scale * after, final)
     made.type = final.outputs[0].type or query.rows.type
@@ -122,6 +123,12 @@ def _fuse(
         made.name, output.name = output.name, f"{output.name}_unfused"
     output.replace_all_uses_with(made, replace_graph_outputs=True)
     return kind
+
+
+def _require_rows(node: ir.Node, like: ir.Value, tail: list[int]) -> None:
+    reason = rows_refusal(node, like, tail)
+    if reason:
+        raise _NoMatchError(reason)
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node:
@@ -222,87 +229,8 @@ def _heads(value: ir.Value, *, keys: bool) -> _Heads:
     heads, size = (int(axis) for axis in axes[2:] if axis is not None)
     if rows[2] != heads * size:
         raise _NoMatchError(f"the heads of {value.name!r} are not all of its columns")
-    _require_shape(view, view.inputs[0], [heads, size])
+    _require_rows(view, view.inputs[0], [heads, size])
     return _Heads(view.inputs[0], heads, size, scale)
-
-
-def _root(value: ir.Value) -> ir.Value:
-    """The value whose rows a projection still has."""
-    while True:
-        node = value.producer()
-        if node is None or node.op_type not in ("Add", "MatMul"):
-            return value
-        varying = [one for one in node.inputs if one is not None and constant_of(one) is None]
-        if len(varying) != 1 or (node.op_type == "MatMul" and varying[0] is not node.inputs[0]):
-            return value
-        value = varying[0]
-
-
-def _require_shape(node: ir.Node, like: ir.Value, tail: list[int]) -> None:
-    """A Reshape keeps batch and sequence of ``like`` and ends in ``tail``, whatever the sizes are."""
-    known, wanted = axes_of(node.outputs[0]), axes_of(like)
-    entries = _entries(node.inputs[1])
-    if entries is None or len(entries) != 2 + len(tail):
-        raise _NoMatchError(f"the shape that {label(node)} makes is not known")
-    if known is not None and [axis for axis in known[2:] if axis is not None] != tail:
-        raise _NoMatchError(f"{label(node)} makes another shape")
-    inferred = 0
-    for index, entry in enumerate(entries):
-        if entry == -1:
-            inferred += 1
-        elif index >= 2:
-            if entry != tail[index - 2]:
-                raise _NoMatchError(f"{label(node)} makes another shape")
-        elif entry == 0 and not int_attribute(node, "allowzero"):
-            # Batch is where it was; sequence is too only if the input has it there.
-            source = axes_of(node.inputs[0])
-            if source is None or len(source) < 3:
-                raise _NoMatchError(f"{label(node)} copies an axis of an unknown shape")
-        elif isinstance(entry, tuple):
-            value, axis = entry
-            names = axes_of(value)
-            same = (
-                names is not None
-                and wanted is not None
-                and names[axis] is not None
-                and names[axis] == wanted[axis]
-            )
-            if axis != index or not (_root(value) is _root(like) or same):
-                raise _NoMatchError(f"{label(node)} takes axis {index} from something else")
-        elif wanted is None or wanted[index] != entry:
-            raise _NoMatchError(f"{label(node)} fixes axis {index} at {entry}")
-    if inferred > 1:
-        raise _NoMatchError(f"{label(node)} leaves two axes open")
-
-
-def _entries(value: ir.Value | None) -> list[int | tuple[ir.Value, int]] | None:
-    """Each entry of a shape: a number, or a value and the axis of it that the entry is the size of."""
-    numbers = constant_integers(value)
-    if numbers is not None:
-        return list(numbers)
-    node = value.producer() if value is not None else None
-    if node is None:
-        return None
-    if is_operator(node, "Concat"):
-        parts = [_entries(one) for one in node.inputs]
-        if any(part is None for part in parts):
-            return None
-        return [entry for part in parts if part is not None for entry in part]
-    if node.op_type in ("Unsqueeze", "Squeeze", "Identity", "Reshape") and node.domain in ("", "ai.onnx"):
-        inner = _entries(node.inputs[0])
-        return inner if inner is not None and len(inner) == 1 else None
-    if is_operator(node, "Shape") and node.inputs[0] is not None:
-        axes = axes_of(node.inputs[0])
-        if axes is None:
-            return None
-        start, end = int_attribute(node, "start"), int_attribute(node, "end", len(axes))
-        return [(node.inputs[0], axis) for axis in range(len(axes))[start:end]]
-    if is_operator(node, "Gather"):
-        shape, index = _entries(node.inputs[0]), constant_integers(node.inputs[1])
-        if shape is None or index is None or len(index) != 1 or not -len(shape) <= index[0] < len(shape):
-            return None
-        return [shape[index[0]]]
-    return None
 
 
 def _whole_mask(
@@ -315,7 +243,7 @@ def _whole_mask(
     before: ir.Node,
 ) -> ir.Value:
     """The mask with its last two axes in full, which the operator does not broadcast."""
-    where = (mask, _root(query), _root(key))
+    where = (mask, same_rows_as(query), same_rows_as(key))
     if where in known:
         return known[where]
     nodes = []

@@ -14,6 +14,7 @@ PassSpec = tuple[str, Mapping[str, Any]]
 _FUSED: tuple[PassSpec, ...] = (
     ("transpose_weights", {}),
     ("cleanup", {}),
+    ("gemm_to_matmul", {}),
     ("fuse_transformer", {}),
     ("fuse_attention", {}),
     ("fuse_silu", {}),
@@ -92,6 +93,7 @@ PURPOSES: Mapping[str, str] = {
 REASONS: Mapping[str, str] = {
     "transpose_weights": "first, or folding would compute turned copies of the weights in memory",
     "cleanup": "before fusion: patterns are written for graphs without no-ops and computed constants",
+    "gemm_to_matmul": "before fusion and quantization, which look for MatMul and Add",
     "fuse_transformer": "before quantization, which keeps MatMul and replaces its weight",
     "fuse_attention": "what fuse_transformer does not recognise: attention in graphs of other exporters",
     "fuse_silu": "after cleanup, which takes away what stands between Sigmoid and Mul",

@@ -29,6 +29,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",
         "fuse_silu": "onnxsmith.graph_passes.activations:FuseSilu",
         "fuse_transformer": "onnxsmith.graph_passes.fusion:FuseTransformer",
+        "gemm_to_matmul": "onnxsmith.graph_passes.gemm:GemmToMatMul",
         "infer_shapes": "onnxsmith.graph_passes.shapes:InferShapes",
         "keep_gguf_blocks": "onnxsmith.graph_passes.transcoding:KeepGgufBlocks",
         "logits_to_keep": "onnxsmith.graph_passes.signature:LogitsToKeep",

@@ -26,6 +26,7 @@ __all__ = [
     "join_concatenated_weights",
     "joined_weights",
     "lazy_initializer",
+    "turned_weight",
 ]
 
 _CACHE_LINE_BYTES = 64
@@ -188,21 +189,28 @@ class TransposeWeights(GraphPass):
             if output.is_graph_output():
                 skipped[source.name or "?"] = "its transpose is an output of the graph"
                 continue
-            tensor = source.const_value
-            assert tensor is not None
-            shape = ir.Shape(tensor.shape.numpy()[::-1])
-            name = source.name
-            graph.initializers.pop(name or "")
-            # Before it is renamed, because that would rename the tensor, which other models may share.
-            source.const_value = None
-            source.name = f"{name}_untransposed"
-            value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
-            value.const_value = _transposed(tensor, shape, name)
-            graph.register_initializer(value)
-            output.replace_all_uses_with(value)
+            output.replace_all_uses_with(turned_weight(graph, source))
             graph.remove(node, safe=True)
             count += 1
         return Changes(count, {"transposed": count}, skipped)
+
+
+def turned_weight(graph: ir.Graph, source: ir.Value) -> ir.Value:
+    """A matrix the other way round, under the name and in the place of one that nobody will read any more.
+
+    It is computed when it is written.
+    """
+    tensor, name = source.const_value, source.name
+    assert tensor is not None
+    shape = ir.Shape(tensor.shape.numpy()[::-1])
+    graph.initializers.pop(name or "")
+    # Before it is renamed, because that would rename the tensor, which other models may share.
+    source.const_value = None
+    source.name = f"{name}_untransposed"
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
+    value.const_value = _transposed(tensor, shape, name)
+    graph.register_initializer(value)
+    return value
 
 
 def _transposed(tensor: ir.TensorProtocol, shape: ir.Shape, name: str | None) -> ir.LazyTensor:

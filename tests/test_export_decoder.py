@@ -243,6 +243,8 @@ def test_standard_attention_equals_torch(name: str) -> None:
     domains = {node.domain for node in package.main.model.graph.all_nodes()}
     assert domains <= {"", "ai.onnx"}
     assert_equal(program, package, "clean")
+    comparison = compared(program, run_passes(package, make_passes(PRESETS["cpu-fp32"])))
+    assert comparison.passed, comparison.reason
 
 
 @pytest.mark.parametrize("name", [n for n in EXPORTABLE if n not in FUSABLE])

@@ -183,3 +183,134 @@ def test_a_part_of_a_head_is_not_rotated_as_a_whole(tmp_path: Path) -> None:
     assert after.steps[-1].details["fused"]["partial_rotary_embedding"] == 2
     [result] = compare_models(str(tmp_path / "source"), [tmp_path / "fused"])
     assert result.passed, result.reason
+
+
+ATTENTION = """
+  [viewq] q4 = Reshape(x, view) q = Transpose<perm = [0, 2, 1, 3]>(q4)
+  k4 = Reshape(k3, view) k = Transpose<perm = [0, 2, 3, 1]>(k4)
+  v4 = Reshape(v3, view) v = Transpose<perm = [0, 2, 1, 3]>(v4)
+  scores = MatMul(q, k) s = Mul(scores, scale) masked = Add(s, mask) p = Softmax<axis = -1>(masked)
+  o = MatMul(p, v) ot = Transpose<perm = [0, 2, 1, 3]>(o) r = Reshape(ot, rows) y = Abs(r)
+"""
+
+
+def attention(rows: list[int], shape: str, *, mask: str = "batch, 1, tokens, tokens") -> ir.Model:
+    import onnx_ir.passes.common as common
+
+    inputs = ", ".join(f"float[batch, tokens, 32] {name}" for name in ("x", "k3", "v3"))
+    model = graph(
+        HEAD + f"g ({inputs}, float[{mask}] mask) => (float[{shape}] y) {{ {ATTENTION} }}",
+        view=np.array([0, 0, 4, 8]), rows=np.array(rows), scale=np.array(0.3, np.float32),
+    )  # fmt: skip
+    common.ShapeInferencePass()(model)
+    return model
+
+
+def attention_feeds(batch: int, tokens: int, mask: tuple[int, ...]) -> dict[str, Array]:
+    random = np.random.default_rng(batch)
+    feeds = {n: random.standard_normal((batch, tokens, 32)).astype(np.float32) for n in ("x", "k3", "v3")}
+    return feeds | {"mask": random.standard_normal(mask).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "reshapes"),
+    [
+        ([0, 0, 32], "batch, tokens, 32", 0),
+        ([0, 0, -1], "batch, tokens, 32", 0),
+        # As GPT-2 has it, for a Gemm.
+        ([-1, 32], "rows, 32", 1),
+        ([0, -1], "batch, width", 1),
+        ([0, 0, 8, 4], "batch, tokens, 8, 4", 1),
+        ([0, 0, -1, 16], "batch, tokens, 2, 16", 1),
+        ([-1], "all", 1),
+    ],
+)
+def test_what_reads_attention_gets_the_shape_that_it_asked_for(
+    rows: list[int], shape: str, reshapes: int
+) -> None:
+    """onnxscript puts MultiHeadAttention in the place of any Reshape that comes after attention."""
+    model = attention(rows, shape)
+    cases = [attention_feeds(b, t, (b, 1, t, t)) for b, t in ((1, 3), (2, 1), (3, 5))]
+    before = [run(model, case) for case in cases]
+    assert FuseTransformer()(model).modified
+    counts = operator_counts(model)
+    assert counts["com.microsoft.MultiHeadAttention"] == 1
+    assert counts.get("Reshape", 0) == reshapes
+    for case, want in zip(cases, before, strict=True):
+        assert_same(want, run(model, case), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(before[2], run(model, cases[2] | {"mask": cases[2]["mask"] * 0}), rtol=1e-3)
+
+
+def test_an_axis_that_is_copied_from_the_heads_is_still_there() -> None:
+    model = attention([0, 0, 0, 2, -1], "batch, tokens, 4, 2, 4")
+    case = attention_feeds(2, 3, (2, 1, 3, 3))
+    before = run(model, case)
+    assert FuseTransformer()(model).modified
+    assert_same(before, run(model, case), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["batch, 1, 1, 1", "batch, 1, tokens, 1", "1, 4, tokens, tokens", "tokens"])
+def test_a_mask_that_is_broadcast_is_spread(mask: str) -> None:
+    model = attention([0, 0, 32], "batch, tokens, 32", mask=mask)
+    sizes = {"batch": 2, "tokens": 5}
+    shape = tuple(sizes.get(name) or int(name) for name in mask.split(", "))
+    case = attention_feeds(2, 5, shape)
+    before = run(model, case)
+    FuseTransformer()(model)
+    assert_same(before, run(model, case), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["rows", "tensor", "one number"])
+def test_what_is_added_to_a_projection_need_not_be_a_bias(bias: str) -> None:
+    """onnxscript takes it for one, and joins three of them, whatever their shapes."""
+    import onnx_ir.passes.common as common
+
+    kinds = {"rows": np.ones((1, 32), np.float32), "one number": np.ones(1, np.float32), "tensor": None}
+    added = kinds[bias]
+    body = ATTENTION.replace("Reshape(x, view)", "Reshape(xs, view)")
+    inputs = ", ".join(f"float[batch, tokens, 32] {name}" for name in ("x", "k3", "v3"))
+    more = "" if added is not None else ", float[batch, tokens, 32] e"
+    model = graph(
+        HEAD + f"g ({inputs}, float[batch, 1, tokens, tokens] mask{more}) => (float[batch, tokens, 32] y) "
+        f"{{ xs = Add(x, e) {body} }}",
+        view=np.array([0, 0, 4, 8]), rows=np.array([0, 0, 32]), scale=np.array(0.3, np.float32),
+        **({} if added is None else {"e": added}),
+    )  # fmt: skip
+    common.ShapeInferencePass()(model)
+    case = attention_feeds(2, 3, (2, 1, 3, 3))
+    if added is None:
+        case["e"] = case["x"] * 2
+    before = run(model, case)
+    assert FuseTransformer()(model).modified
+    assert operator_counts(model)["com.microsoft.MultiHeadAttention"] == 1
+    assert_same(before, run(model, case), rtol=1e-5)
+
+
+def test_a_cache_of_other_tokens_is_read_as_it_is() -> None:
+    """Cross-attention of a decoder with cache: keys and values come as (batch, heads, length, size)."""
+    import onnx_ir.passes.common as common
+
+    body = """
+      q4 = Reshape(x, view) q = Transpose<perm = [0, 2, 1, 3]>(q4)
+      kt = Transpose<perm = [0, 1, 3, 2]>(k) scores = MatMul(q, kt) s = Mul(scores, scale)
+      p = Softmax<axis = -1>(s) o = MatMul(p, v) ot = Transpose<perm = [0, 2, 1, 3]>(o) r = Reshape(ot, rows)
+      y = Abs(r)
+    """
+    model = graph(
+        HEAD + "g (float[batch, tokens, 32] x, float[batch, 4, others, 8] k, float[batch, 4, others, 8] v) "
+        f"=> (float[batch, tokens, 32] y) {{ {body} }}",
+        view=np.array([0, 0, 4, 8]), rows=np.array([0, 0, 32]), scale=np.array(0.3, np.float32),
+    )  # fmt: skip
+    common.ShapeInferencePass()(model)
+    random = np.random.default_rng(0)
+    feeds = {"x": random.standard_normal((2, 3, 32)), "k": random.standard_normal((2, 4, 7, 8))}
+    feeds["v"] = random.standard_normal((2, 4, 7, 8))
+    case = {name: array.astype(np.float32) for name, array in feeds.items()}
+    before = run(model, case)
+    outcome = FuseTransformer()(model)
+    assert outcome.changes.details["caches_read_as_heads"] == 1
+    assert operator_counts(model) == {"com.microsoft.MultiHeadAttention": 1, "Abs": 1}
+    assert_same(before, run(model, case), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same(before, run(model, case | {"k": case["v"]}), rtol=1e-3)
