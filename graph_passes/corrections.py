@@ -23,8 +23,8 @@ _ABSENT = object()
 def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
     """Corrects onnxscript for one model, in one thread at a time.
 
-    - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet, writes
-      forms of Split that came with operator sets 13 and 18, and heeds keepdims where ONNX says not to.
+    - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet,
+      writes forms of Split that came with operator sets 13 and 18, and heeds keepdims where ONNX does not.
     - Its folding of ConcatFromSequence writes an Unsqueeze with axes as an input, which came with opset 13.
     - Its fusions into GroupQueryAttention drop the attention mask, on the assumption that it is all ones: a
       padded batch would silently compute something else. Where the mask allows it, the exporter writes

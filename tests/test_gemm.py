@@ -120,7 +120,7 @@ def test_a_weight_that_is_shared_is_turned_in_the_graph() -> None:
         ("", "", {"b": np.ones((6, 10), np.float32)}, "same for all rows"),
         ("y = Reshape(g, shape)", "h = Relu(g) y = Reshape(h, shape)", {}, "not read by Reshape alone"),
         ("y = Reshape(g, shape)", "y = Reshape(g, copied)", {"copied": np.array([0, 10])}, "copies an axis"),
-        ("", "", {"flat": np.array([-1, 12]), "w": np.ones((12, 10), np.float32)}, "no axes before those of size 12"),
+        ("", "", {"flat": np.array([-1, 12]), "w": np.ones((12, 10), np.float32)}, "no axes before those"),
     ],
 )  # fmt: skip
 def test_near_misses_stay_with_a_reason(old: str, new: str, weights: dict[str, Array], reason: str) -> None:
