@@ -24,7 +24,7 @@ def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
     """Corrects onnxscript for one model, in one thread at a time.
 
     - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet,
-      writes forms of Split that came with operator sets 13 and 18, and heeds keepdims where ONNX does not.
+      writes forms of Split that came with operator sets 13 and 18, and drops axes where ONNX does not.
     - Its folding of ConcatFromSequence writes an Unsqueeze with axes as an input, which came with opset 13.
     - Its fusions into GroupQueryAttention drop the attention mask, on the assumption that it is all ones: a
       padded batch would silently compute something else. Where the mask allows it, the exporter writes
@@ -77,7 +77,7 @@ def _where_splits_are_known(fold: Callable[..., Any], opset: int) -> Callable[..
         data, sizes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         if sizes is None or data is None or data.shape is None or opset < 13:
             return None
-        # ONNX ignores keepdims where sizes are given; the folding does not.
+        # ONNX ignores keepdims where sizes are given; ONNX Runtime and the folding do not.
         if node.attributes.get_int("keepdims", 1) == 0:
             return None
         if sizes.shape is not None and sizes.shape.rank() == 1:

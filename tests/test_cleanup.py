@@ -435,3 +435,34 @@ def test_types_need_their_ir_version(dtype: str, version: int, where: str) -> No
         model.graph.append(node)
     LowerIrVersion()(model)
     assert model.ir_version == version
+
+
+@pytest.mark.parametrize(
+    ("split", "left"),
+    [
+        ("SplitToSequence<axis = -1>(x, three)", {"Split": 1, "Add": 1}),
+        ("SplitToSequence<axis = 1>(x, four)", {"Split": 1, "Add": 1}),
+        ("SplitToSequence<axis = 1>(x, sizes)", {"Split": 1, "Add": 1}),
+        ("SplitToSequence<axis = 1>(x, asked)", None),
+        ("SplitToSequence<axis = 1, keepdims = 0>(x)", None),
+    ],
+)
+@pytest.mark.parametrize("opset", [12, 17, 18])
+def test_parts_of_a_sequence_that_are_known_become_split(
+    split: str, left: dict[str, int] | None, opset: int
+) -> None:
+    """Torch writes ``split`` so: GPT-2's query, key and value."""
+    output = "float[2] y" if split.endswith("keepdims = 0>(x)") else "float[2, width] y"
+    model = graph(
+        f'<ir_version: 7, opset_import: ["" : {opset}]> g (float[2, 6] x, int64 asked) => ({output}) '
+        f"{{ parts = {split} a = SequenceAt(parts, zero) b = SequenceAt(parts, one) y = Add(a, b) }}",
+        three=np.array(3), four=np.array(5), sizes=np.array([3, 3]), zero=np.array(0), one=np.array(1),
+    )  # fmt: skip
+    case = {"x": np.arange(12, dtype=np.float32).reshape(2, 6), "asked": np.array(3)}
+    before = run(model, case)
+    Cleanup()(model)
+    if left is not None and opset >= (18 if "three" in split else 13):
+        assert operator_counts(model) == left
+    else:
+        assert "SplitToSequence" in operator_counts(model)
+    assert_same(before, run(model, case))
