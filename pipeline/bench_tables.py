@@ -55,6 +55,8 @@ def show_bench(results: Sequence[BenchResult]) -> None:
     what = "p90 and p99 of one decoded token" if decoder else "p90 and p99 of one call"
     sys.stdout.write(f"median [95 % interval] of {runs} rounds in turn; {what}\n")
     for r in results:
+        if r.tokens_per_call:
+            sys.stdout.write(f"GUESSES    {r.name}: {r.tokens_per_call.p50:.2f} tokens for each call\n")
         if fallback := fallback_of(r.placement, r.provider):
             sys.stdout.write(f"FALL-BACK  {r.name}: {fallback}\n")
         if r.copies:

@@ -15,7 +15,7 @@ from onnxsmith.pipeline.sequence_generation import is_encoder_decoder, sequence_
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 
 if TYPE_CHECKING:
-    from onnxsmith.runtime import SamplingSettings
+    from onnxsmith.runtime import LookupSettings, SamplingSettings
 
 __all__ = ["Generated", "TextStream", "chat_prompt", "generate_text", "generate_texts"]
 
@@ -166,6 +166,7 @@ def generate_text(
     stop: Sequence[str] = (),
     chat: bool = False,
     system: str | None = None,
+    speculation: LookupSettings | None = None,
 ) -> Iterator[str]:
     """Continues a text, piece by piece.
 
@@ -178,6 +179,7 @@ def generate_text(
         stop: Strings that end the text; they are not given back.
         chat: Whether the prompt goes through the model's chat template.
         system: With ``chat``, what the model is told beforehand.
+        speculation: Whether the model checks guesses of several tokens at once; the text stays the same.
 
     Yields:
         Text, as soon as it is certain: characters of several tokens come when they are whole.
@@ -189,7 +191,7 @@ def generate_text(
 
     package, tokenizer = _open(model, max_new_tokens, stop)
     if is_encoder_decoder(package):
-        _refuse_chat(chat, system)
+        _refuse_for_sequences(chat, system, speculation)
         answer = TextStream(tokenizer, [], stop)
         for token in sequence_tokens(
             package, tokenizer, prompt, max_new_tokens=max_new_tokens, provider=provider, sampling=sampling
@@ -205,8 +207,9 @@ def generate_text(
     stream = TextStream(tokenizer, ids, stop)
     with OrtBackend(provider).open(package, name=str(model)) as session:
         for token in generate(
-            session, ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling
-        ):
+            session, ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling,
+            speculation=speculation,
+        ):  # fmt: skip
             piece = stream.add(token)
             if piece:
                 yield piece
@@ -228,8 +231,11 @@ def generate_texts(
     stop: Sequence[str] = (),
     chat: bool = False,
     system: str | None = None,
+    speculation: LookupSettings | None = None,
 ) -> Iterator[Generated]:
     """Continues many texts, ``batch`` of them at once; see ``generate_text`` for the other arguments.
+
+    Guesses are checked for one text at a time, so with ``speculation`` the batch has to be 1.
 
     Yields:
         One result for each prompt, in their order, as soon as its batch is done.
@@ -237,13 +243,20 @@ def generate_texts(
     Raises:
         OnnxsmithError: The model is no decoder, or has no tokenizer.
     """
-    from onnxsmith.runtime import OrtBackend, generate_batch
+    from onnxsmith.runtime import OrtBackend, generate, generate_batch
 
     if batch < 1:
         raise BadInputError("generate: --batch", got=str(batch), expected="at least 1")
+    if speculation is not None and batch > 1:
+        raise BadInputError(
+            "generate: --speculate",
+            got=f"{batch} prompts at once",
+            expected="one at a time: rows of a batch accept different numbers of guesses",
+            remedy="Give --batch 1, or leave out --speculate",
+        )
     package, tokenizer = _open(model, max_new_tokens, stop)
     if is_encoder_decoder(package):
-        _refuse_chat(chat, system)
+        _refuse_for_sequences(chat, system, speculation)
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "provider": provider,
@@ -265,9 +278,13 @@ def generate_texts(
             rows = [_ids(package, tokenizer, prompt, chat=chat, system=system) for prompt in part]
             streams = [TextStream(tokenizer, ids, stop) for ids in rows]
             ended = [False] * len(rows)
-            for tokens in generate_batch(
-                session, rows, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling
-            ):
+            options = {"max_new_tokens": max_new_tokens, "stop": tokenizer.stop_ids, "sampling": sampling}
+            steps = (
+                generate_batch(session, rows, **options)
+                if speculation is None
+                else ([token] for token in generate(session, rows[0], speculation=speculation, **options))
+            )
+            for tokens in steps:
                 for number, token in enumerate(tokens):
                     if token is None or streams[number].ended:
                         ended[number] = True
@@ -295,7 +312,11 @@ def _open(model: Path, max_new_tokens: int, stop: Sequence[str]) -> tuple[ModelP
     return package, PackageTokenizer(package)
 
 
-def _refuse_chat(chat: bool, system: str | None) -> None:
+def _refuse_for_sequences(chat: bool, system: str | None, speculation: LookupSettings | None) -> None:
+    if speculation is not None:
+        raise BadInputError(
+            "generate: --speculate", got="an encoder-decoder", expected="a decoder, which continues a text"
+        )
     if chat or system is not None:
         raise BadInputError(
             "generate", got="--chat or --system for an encoder-decoder", expected="the text that it reads"

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import BadInputError, UnknownNameError
+from onnxsmith.package import ModelPackage, cache_pairs
 from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
@@ -29,6 +31,8 @@ def bench_models(
     torch_compile: bool = False,
     task: str | None = None,
     profile: bool = False,
+    prompt: str = "",
+    speculate: str = "off",
     on_results: Callable[[list[BenchResult]], None] | None = None,
     progress: Progress | None = None,
 ) -> list[BenchResult]:
@@ -42,24 +46,29 @@ def bench_models(
         torch_compile: Whether PyTorch models run through ``torch.compile`` too.
         task: Of PyTorch models; found from the model where None.
         profile: Whether to profile ONNX candidates by operators and nodes.
+        prompt: For ONNX decoders with a tokenizer, the text of the prompt, in place of random tokens.
+        speculate: How ONNX decoders guess tokens; see ``LookupSettings.parse``. Unless it is ``off``, each is
+            measured without it too, in turn.
         on_results: See ``benchmark``.
         progress: Who listens.
 
     Raises:
         OnnxsmithError: A provider is not there, or a model cannot be read.
     """
-    from onnxsmith.runtime import BenchSettings, benchmark, choose_provider, requirements_of
+    from onnxsmith.runtime import BenchSettings, LookupSettings, benchmark, choose_provider, requirements_of
 
     progress = progress or Progress()
     wanted = requirements_of(requirements, providers)
+    LookupSettings.parse(speculate)
     for provider in providers:
         choose_provider(provider)
     sources = [ModelSource.parse(str(model)) for model in models]
-    found: dict[str | Path, list[str]] = {
-        model: list(load_package(Path(model)).components)
+    packages = {
+        model: load_package(Path(model))
         for model, source in zip(models, sources, strict=True)
         if not source.is_torch
     }
+    found = {model: list(package.components) for model, package in packages.items()}
     # What a PyTorch model of several graphs consists of is asked of the ONNX models beside it.
     known = list(dict.fromkeys(name for names in found.values() for name in names))
     candidates: list[Candidate] = []
@@ -67,7 +76,8 @@ def bench_models(
         if source.is_torch:
             candidates += _torch_candidates(str(model), known, torch_compile=torch_compile, task=task)
         else:
-            candidates += _onnx_candidates(Path(model), found[model], providers)
+            plain = _onnx_candidates(Path(model), found[model], providers)
+            candidates += _with_prompts(plain, packages[model], prompt, speculate)
     points = [settings] if isinstance(settings, BenchSettings) else list(settings)
     rounds = sum(point.runs + 1 for point in points) * len(candidates)
     with progress.step("benchmark", rounds) as step:
@@ -90,6 +100,28 @@ def _onnx_candidates(path: Path, components: Sequence[str], providers: Sequence[
         Candidate(name if len(providers) == 1 else f"{name} [{provider}]", path, provider, component=part)
         for name, part in parts.items()
         for provider in providers
+    ]
+
+
+def _with_prompts(
+    candidates: Sequence[Candidate], package: ModelPackage, prompt: str, speculate: str
+) -> list[Candidate]:
+    """The candidates with their prompt, and each with speculation beside it, where they are decoders."""
+    decodes = len(package.components) == 1 and cache_pairs(package.main.inputs, package.main.outputs)
+    if not decodes:
+        return list(candidates)
+    if prompt:
+        ids = tuple(PackageTokenizer(package).encode(prompt))
+        candidates = [dataclasses.replace(one, prompt=ids) for one in candidates]
+    if speculate == "off":
+        return list(candidates)
+    return [
+        one
+        for plain in candidates
+        for one in (
+            plain,
+            dataclasses.replace(plain, name=f"{plain.name} [{speculate}]", speculate=speculate),
+        )
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,16 @@ def bench(
     prompt_tokens: Annotated[
         str, typer.Option(metavar="N,...", help="Length of the prompt or sequence; several for a sweep.")
     ] = "128",
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A text as the prompt of decoders, in place of random tokens."),
+    ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="lookup[:N]", help="Decoders: measure them with guessed tokens too (see generate)."
+        ),
+    ] = "off",
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate (decoders).")] = 32,
     batch: Annotated[str, typer.Option(metavar="N,...", help="Rows; several for a sweep.")] = "1",
     threads: Annotated[
@@ -85,6 +96,8 @@ def bench(
             torch_compile=torch_compile,
             task=task,
             profile=profile,
+            prompt=_text_of(prompt_file),
+            speculate=speculate,
             on_results=results.extend,
             progress=progress_for(),
         )
@@ -105,6 +118,20 @@ def bench(
         message("onnxsmith: interrupted; what was measured until then is above")
         return INTERRUPTED
     return max((result.exit_status for result in results), default=FAILED)
+
+
+def _text_of(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            f"bench: --prompt-file {path}", got=f"cannot be read: {error}", expected="a text in UTF-8"
+        ) from error
+    if not text.strip():
+        raise BadInputError(f"bench: --prompt-file {path}", got="no text", expected="a prompt")
+    return text
 
 
 def _numbers(option: str, text: str | None) -> list[int]:

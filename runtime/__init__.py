@@ -29,6 +29,7 @@ from onnxsmith.runtime.sampling import SamplingSettings
 from onnxsmith.runtime.scoring import Perplexity, perplexity
 from onnxsmith.runtime.seq2seq import Seq2SeqDecoder, generate_sequences
 from onnxsmith.runtime.session import Session
+from onnxsmith.runtime.speculation import LookupSettings
 from onnxsmith.runtime.torch_session import TorchSession
 from onnxsmith.runtime.worker_session import WorkerSession
 
@@ -42,6 +43,7 @@ __all__ = [
     "Case",
     "Divergence",
     "GraphReference",
+    "LookupSettings",
     "OrtBackend",
     "OrtSession",
     "Perplexity",

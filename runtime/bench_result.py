@@ -148,6 +148,7 @@ class BenchResult:
         throughput: Rows a second; for a decoder new tokens a second over the whole round.
         prefill_tokens_per_s: None without a cache.
         decode_tokens_per_s: None without a cache.
+        tokens_per_call: What a call of the model gave; None where tokens are not guessed.
         peak_rss_mb: Of the candidate's own process; None for a PyTorch program that shares this one.
         device_memory_mb: Memory of NVIDIA GPUs that its process holds; None where there is none.
         size_mb: Of the model's files; None for PyTorch.
@@ -173,6 +174,7 @@ class BenchResult:
     throughput: Spread | None = None
     prefill_tokens_per_s: Spread | None = None
     decode_tokens_per_s: Spread | None = None
+    tokens_per_call: Spread | None = None
     peak_rss_mb: float | None = None
     device_memory_mb: float | None = None
     size_mb: float | None = None

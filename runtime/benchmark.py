@@ -49,6 +49,8 @@ class Candidate:
         arguments: Of that function; plain data.
         compiled: For PyTorch: whether ``torch.compile`` makes kernels of it.
         component: For ONNX, which graph of a model of several; the only one where None.
+        prompt: For an ONNX decoder, the tokens of the prompt; random ones where empty.
+        speculate: For an ONNX decoder, how tokens are guessed; see ``LookupSettings.parse``.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Candidate:
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compiled: bool = False
     component: str | None = None
+    prompt: tuple[int, ...] = ()
+    speculate: str = "off"
 
     def __post_init__(self) -> None:
         """Refuses a candidate that is no model, or two."""
@@ -250,14 +254,16 @@ def _summary(times: Sequence[Mapping[str, list[float]]], settings: BenchSettings
             "throughput": Spread.of([settings.batch * len(calls) / sum(calls) for calls in latency]),
         }
     first, tokens = [t["first_token"][0] for t in times], [t["token"] for t in times]
-    steps = settings.new_tokens - 1
+    steps, prompt = settings.new_tokens - 1, times[0]["prompt_tokens"][0]
+    calls = [t["token_calls"][0] for t in times if "token_calls" in t]
     return {
+        "tokens_per_call": Spread.of([steps / count for count in calls]) if calls else None,
         "latency_ms": Spread.of([[1e3 * s for s in one] for one in tokens]),
         "first_token_ms": Spread.of([1e3 * s for s in first]),
         "throughput": Spread.of(
             [settings.batch * settings.new_tokens / (a + sum(b)) for a, b in zip(first, tokens, strict=True)]
         ),
-        "prefill_tokens_per_s": Spread.of([settings.batch * settings.prompt_tokens / s for s in first]),
+        "prefill_tokens_per_s": Spread.of([settings.batch * prompt / s for s in first]),
         "decode_tokens_per_s": Spread.of([settings.batch * steps / sum(one) for one in tokens]),
     }
 
@@ -367,7 +373,8 @@ class _ProcessRunner(_Runner):
         )
 
     def prepare_inputs(self) -> None:
-        self._ask({"do": "prepare", "settings": dataclasses.asdict(self.settings)})
+        own = {"prompt": self.candidate.prompt, "speculate": self.candidate.speculate}
+        self._ask({"do": "prepare", "settings": dataclasses.asdict(self.settings) | own})
 
     def measure(self) -> Mapping[str, list[float]]:
         answer = self._ask({"do": "round"})

@@ -88,9 +88,32 @@ class Decoder(abc.ABC):
         self.length = whole.shape[1]
         return logits
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first positions, as if the others had never come.
+
+        Args:
+            length: Positions that stay, padding included.
+
+        Raises:
+            FeedError: There are not so many, or the model keeps only the last ones.
+        """
+        if not 0 <= length <= self.length:
+            raise FeedError(
+                self.session.name, got=f"{length} positions to stay", expected=f"at most {self.length}"
+            )
+        if length == self.length:
+            return
+        self._rewind(length)
+        self.length = length
+        self._mask = None if self._mask is None else self._mask[:, :length]
+
     @abc.abstractmethod
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
         """One call; the mask covers the cache too."""
+
+    @abc.abstractmethod
+    def _rewind(self, length: int) -> None:
+        """Cuts the cache."""
 
 
 class _ArrayDecoder(Decoder):
@@ -109,6 +132,10 @@ class _ArrayDecoder(Decoder):
         outputs = self.session.run(feeds)
         self._past = {pair.past.name: outputs[pair.present.name] for pair in self.session.cache}
         return outputs["logits"]
+
+    def _rewind(self, length: int) -> None:
+        past = self._past or {}
+        self._past = {name: _cut(array, self.length, length, self.session) for name, array in past.items()}
 
 
 class _OrtDecoder(Decoder):
@@ -138,6 +165,11 @@ class _OrtDecoder(Decoder):
         }
         logits: Array = results[0].numpy()
         return logits
+
+    def _rewind(self, length: int) -> None:
+        for name, value in self._past.items():
+            array = _cut(value.numpy(), self.length, length, self.session)
+            self._past[name] = self._ort.ort_value(array)
 
 
 class _SharedDecoder(Decoder):
@@ -181,6 +213,9 @@ class _SharedDecoder(Decoder):
         self._ort.run_bound(binding)
         return logits
 
+    def _rewind(self, length: int) -> None:
+        """Nothing: what lies behind the valid positions is written over."""
+
     def _reserve(self, batch: int, length: int) -> None:
         rows = next(iter(self._buffers.values())).shape[0] if self._buffers else 0
         if length <= self._capacity and batch == rows:
@@ -199,6 +234,16 @@ class _SharedDecoder(Decoder):
             _bind(binding.bind_output, pair.present.name, buffer)
             buffers[pair.past.name] = buffer
         self._buffers, self._binding, self._capacity = buffers, binding, capacity
+
+
+def _cut(array: Array, positions: int, length: int, session: Session) -> Array:
+    if array.ndim != 4 or array.shape[2] != positions:
+        raise FeedError(
+            session.name,
+            got=f"a cache of shape {array.shape} after {positions} positions",
+            expected="one entry for each position, to go back",
+        )
+    return array[:, :, :length]
 
 
 def _can_cut(session: OrtSession) -> bool:

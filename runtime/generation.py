@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.runtime.decoding import open_decoder
 from onnxsmith.runtime.sampling import Sampler, SamplingSettings
 from onnxsmith.runtime.session import Session
+from onnxsmith.runtime.speculation import LookupSettings, speculative_calls
 
 __all__ = ["generate", "generate_batch"]
 
@@ -24,6 +26,7 @@ def generate(
     max_new_tokens: int,
     stop: Collection[int] = (),
     sampling: SamplingSettings | None = None,
+    speculation: LookupSettings | None = None,
 ) -> Iterator[int]:
     """Continues one prompt, token by token.
 
@@ -33,10 +36,23 @@ def generate(
         max_new_tokens: Upper bound of tokens.
         stop: Tokens that end the text; they are not given back.
         sampling: How tokens are chosen; greedy where None.
+        speculation: Whether calls of the model check guesses of several tokens, and how those are made; see
+            ``runtime.speculation``. The text stays the same.
 
     Raises:
         BadInputError: The prompt is empty.
     """
+    if speculation is not None:
+        _require_tokens([prompt])
+        room = len(prompt) + min(max_new_tokens, _MAX_RESERVED_TOKENS) + speculation.tokens
+        decoder = open_decoder(session, capacity=room)
+        sampler = Sampler(sampling or SamplingSettings(), [prompt])
+        calls = speculative_calls(decoder, prompt, sampler, speculation, max_new_tokens=max_new_tokens)
+        for token in itertools.chain.from_iterable(calls):
+            if token in stop:
+                return
+            yield token
+        return
     for tokens in generate_batch(
         session, [prompt], max_new_tokens=max_new_tokens, stop=stop, sampling=sampling
     ):
@@ -69,12 +85,7 @@ def generate_batch(
     Raises:
         BadInputError: A prompt is empty.
     """
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            where = "prompt" if len(prompts) == 1 else f"prompt {number + 1}"
-            raise BadInputError(where, got="no tokens", expected="at least one")
-    if not prompts:
-        raise BadInputError("prompts", got="none", expected="at least one")
+    _require_tokens(prompts)
     longest = max(len(prompt) for prompt in prompts)
     decoder = open_decoder(session, capacity=longest + min(max_new_tokens, _MAX_RESERVED_TOKENS))
     sampler = Sampler(sampling or SamplingSettings(), list(prompts))
@@ -89,3 +100,12 @@ def generate_batch(
             return
         yield [None if done else int(token) for done, token in zip(ended, chosen, strict=True)]
         tokens, mask = chosen[:, None], np.ones((len(prompts), 1), np.bool_)
+
+
+def _require_tokens(prompts: Sequence[list[int]]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            where = "prompt" if len(prompts) == 1 else f"prompt {number + 1}"
+            raise BadInputError(where, got="no tokens", expected="at least one")
+    if not prompts:
+        raise BadInputError("prompts", got="none", expected="at least one")

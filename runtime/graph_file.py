@@ -38,6 +38,7 @@ class GraphFile:
         limits: For integer inputs, one above the highest valid value.
         shares_cache: See ``cache_is_shareable``.
         needs_folding: See ``scales_are_computed``.
+        most_alike: See ``most_positions_alike``.
         cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with; see
             ``cache_scales_of``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
@@ -49,6 +50,7 @@ class GraphFile:
     limits: Mapping[str, int]
     shares_cache: bool = False
     needs_folding: bool = False
+    most_alike: int | None = None
     cache_scales: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     temporary: Path | None = None
 
@@ -74,7 +76,7 @@ class GraphFile:
         graph = cls(
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
-            cache_scales_of(chosen.model),
+            most_positions_alike(chosen.model), cache_scales_of(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -109,6 +111,7 @@ class GraphFile:
             "limits": dict(self.limits),
             "shares_cache": self.shares_cache,
             "needs_folding": self.needs_folding,
+            "most_alike": self.most_alike,
             "cache_scales": {name: scale.tolist() for name, scale in self.cache_scales.items()},
         }
 
@@ -129,6 +132,7 @@ class GraphFile:
             plain["limits"],
             plain["shares_cache"],
             plain["needs_folding"],
+            plain["most_alike"],
             {name: np.array(scale, np.float32) for name, scale in plain["cache_scales"].items()},
         )
 
@@ -163,3 +167,21 @@ def scales_are_computed(model: ir.Model) -> bool:
         node.op_type == "MatMulNBits" and node.inputs[2] is not None and not node.inputs[2].is_initializer()
         for node in model.graph.all_nodes()
     )
+
+
+def most_positions_alike(model: ir.Model) -> int | None:
+    """Up to how many positions a call goes through the branch for single tokens; None without branches.
+
+    A graph with a branch for prompts compares the number of positions with a constant.
+    """
+    for node in model.graph:
+        condition = node.inputs[0].producer() if node.op_type == "If" and node.inputs[0] is not None else None
+        if condition is None or condition.op_type != "Greater":
+            continue
+        size, bound = condition.inputs
+        shape = None if size is None else size.producer()
+        if shape is None or shape.op_type != "Shape" or bound is None or bound.const_value is None:
+            continue
+        if shape.inputs[0] is not None and shape.inputs[0].name == "input_ids":
+            return int(bound.const_value.numpy().reshape(-1)[0])
+    return None

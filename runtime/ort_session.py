@@ -105,6 +105,7 @@ class OrtSession(Session):
         self.limits = self._graph.limits
         self.shares_cache = self._graph.shares_cache
         self.cache_scales = self._graph.cache_scales
+        self.most_alike = self._graph.most_alike
 
     @property
     def ort_session(self) -> Any:

@@ -13,7 +13,9 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.runtime.decoding import open_decoder
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.samples import cases_for, decoder_feeds
+from onnxsmith.runtime.sampling import Sampler, SamplingSettings
 from onnxsmith.runtime.session import Array, Session
+from onnxsmith.runtime.speculation import LookupSettings, speculative_calls
 
 __all__ = ["LlmRound", "PlainRound", "Round", "round_of"]
 
@@ -64,16 +66,28 @@ def round_of(session: Session, settings: Mapping[str, Any], limits: Mapping[str,
 
 
 class LlmRound(Round):
-    """A prompt, then tokens one by one: ``first_token``, and ``token`` for each further one."""
+    """A prompt, then tokens one by one: ``first_token``, and ``token`` for each further one.
+
+    With speculation a call gives several tokens, and each has its share of the call's time; ``token_calls``
+    says how many calls there were.
+    """
 
     kind = "llm"
 
     def __init__(self, session: Session, settings: Mapping[str, Any], limits: Mapping[str, int]) -> None:
-        """Makes a prompt of random tokens; see ``round_of``."""
+        """Takes the prompt of the settings, or makes one of random tokens; see ``round_of``."""
         random = np.random.default_rng(settings["seed"])
         shape = (settings["batch"], settings["prompt_tokens"])
         self._session = session
         self._prompt = random.integers(0, limits.get("input_ids", 2), shape, dtype=np.int64)
+        if settings.get("prompt"):
+            self._prompt = np.repeat(np.array([settings["prompt"]], np.int64), settings["batch"], axis=0)
+        self._speculation = LookupSettings.parse(settings.get("speculate") or "off")
+        if self._speculation is not None and settings["batch"] > 1:
+            raise BadInputError(
+                f"{session.name}: speculation", got=f"{settings['batch']} rows", expected="one",
+                remedy="Measure it with --batch 1",
+            )  # fmt: skip
         self._decoder = open_decoder(session)
         self._new_tokens = settings["new_tokens"]
 
@@ -81,15 +95,35 @@ class LlmRound(Round):
         """Measures one prompt and its continuation, from an empty cache."""
         decoder = self._decoder
         decoder.reset()
+        if self._speculation is not None:
+            return self._speculated(self._speculation) | {"prompt_tokens": [self._prompt.shape[1]]}
         times = []
         began = time.perf_counter()
         tokens = decoder.step(self._prompt, last_only=True)[:, -1].argmax(-1)[:, None]
         first = time.perf_counter()
         for _ in range(self._new_tokens - 1):
             before = time.perf_counter()
-            tokens = decoder.step(tokens)[:, -1].argmax(-1)[:, None]
+            tokens = decoder.step(tokens, last_only=True)[:, -1].argmax(-1)[:, None]
             times.append(time.perf_counter() - before)
-        return {"first_token": [first - began], "token": times}
+        return {"first_token": [first - began], "token": times, "prompt_tokens": [self._prompt.shape[1]]}
+
+    def _speculated(self, speculation: LookupSettings) -> dict[str, list[float]]:
+        prompt = self._prompt[0].tolist()
+        calls = speculative_calls(
+            self._decoder, prompt, Sampler(SamplingSettings(), [prompt]), speculation,
+            max_new_tokens=self._new_tokens,
+        )  # fmt: skip
+        began = time.perf_counter()
+        next(calls)
+        first = before = time.perf_counter()
+        times: list[float] = []
+        count = 0
+        for tokens in calls:
+            now = time.perf_counter()
+            times += [(now - before) / len(tokens)] * len(tokens)
+            before = now
+            count += 1
+        return {"first_token": [first - began], "token": times, "token_calls": [count]}
 
     def feeds(self) -> Mapping[str, Array]:
         """One decoded token behind the prompt: where a decoder spends its time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -83,6 +84,23 @@ class Sampler:
             seen.add(int(token))
         return chosen
 
+    def margin(self, logits: Array) -> float:
+        """How far the first row's choice is from the second best; infinite where tokens are drawn.
+
+        Args:
+            logits: (vocabulary,).
+        """
+        settings = self._settings
+        if settings.temperature > 0 or len(logits) < 2:
+            return math.inf
+        scores = logits.copy()
+        if settings.repetition_penalty != 1:
+            scores = _penalised(logits.astype(np.float64), settings.repetition_penalty, self._seen[0])
+        best = int(scores.argmax())
+        highest = float(scores[best])
+        scores[best] = -np.inf
+        return highest - float(scores.max())
+
     def _row(self, logits: Array, number: int) -> int:
         settings = self._settings
         probabilities = next_token_distribution(logits, settings, self._seen[number])
@@ -104,12 +122,7 @@ def next_token_distribution(
     Returns:
         (vocabulary,), with the sum 1.
     """
-    scores = logits.astype(np.float64)
-    if settings.repetition_penalty != 1 and seen:
-        index = np.fromiter(seen, np.int64)
-        known = scores[index]
-        penalty = settings.repetition_penalty
-        scores[index] = np.where(known > 0, known / penalty, known * penalty)
+    scores = _penalised(logits.astype(np.float64), settings.repetition_penalty, seen)
     if settings.temperature == 0:
         certain = np.zeros_like(scores)
         certain[scores.argmax()] = 1.0
@@ -125,6 +138,17 @@ def next_token_distribution(
         probabilities[order[before >= settings.top_p]] = 0.0
         probabilities /= probabilities.sum()
     return probabilities
+
+
+def _penalised(
+    scores: npt.NDArray[np.float64], penalty: float, seen: Collection[int]
+) -> npt.NDArray[np.float64]:
+    """Changes the scores of tokens that were there, in place."""
+    if penalty != 1 and seen:
+        index = np.fromiter(seen, np.int64)
+        known = scores[index]
+        scores[index] = np.where(known > 0, known / penalty, known * penalty)
+    return scores
 
 
 def _softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

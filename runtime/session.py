@@ -28,6 +28,8 @@ class Session(abc.ABC):
         provider: Where it runs: ``torch`` or an execution provider of ONNX Runtime.
         name: For messages and reports.
         cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with.
+        most_alike: Calls of up to so many positions are computed alike, longer ones in another way; None
+            where all are computed alike.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -35,6 +37,7 @@ class Session(abc.ABC):
     provider: str
     name: str
     cache_scales: Mapping[str, Array] = {}
+    most_alike: int | None = None
 
     @property
     def cache(self) -> tuple[CachePair, ...]:

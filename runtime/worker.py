@@ -129,6 +129,10 @@ class _Worker:
             assert self._decoder is not None
             self._decoder.reset()
             return {}
+        if what == "rewind":
+            assert self._decoder is not None
+            self._decoder.rewind(request["length"])
+            return {}
         if what == "step":
             assert self._decoder is not None
             given = self._reader.read(request["feeds"])

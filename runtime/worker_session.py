@@ -49,6 +49,7 @@ class WorkerSession(Session):
         )
         self.inputs, self.outputs = self._graph.inputs, self._graph.outputs
         self.cache_scales = self._graph.cache_scales
+        self.most_alike = self._graph.most_alike
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")
@@ -114,6 +115,9 @@ class WorkerDecoder(Decoder):
         """Empties the cache."""
         super().reset()
         self._worker.ask({"do": "reset"})
+
+    def _rewind(self, length: int) -> None:
+        self._worker.ask({"do": "rewind", "length": length})
 
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
         # The other side remembers the mask of what is in the cache.
