@@ -31,8 +31,11 @@ def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
       GroupQueryAttention itself.
     - Those into MultiHeadAttention take a rotation of a part of each head for one of the whole, whatever
       Reshape comes after attention for one to rows, and whatever is added to a projection for a bias.
+    - It asks every rule about every node, and a rule with several outputs then indexes the whole graph. A
+      rule about another operator is told no at once, which is most of the time that fusion takes.
     """
     from onnxscript.optimizer import _constant_folding
+    from onnxscript.rewriter import _matcher
     from onnxscript.rewriter.ort_fusions import _core
 
     evaluators, own = _constant_folding.registry.op_evaluators, vars(_core)
@@ -55,6 +58,7 @@ def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
     with _LOCK, contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(evaluators, folded))
         stack.enter_context(_replaced(own, fusions))
+        stack.enter_context(_operator_first(_matcher))
         yield
 
 
@@ -70,6 +74,24 @@ def _replaced(mapping: Any, entries: Mapping[Any, Any]) -> Iterator[None]:
                 del mapping[key]
             else:
                 mapping[key] = value
+
+
+@contextlib.contextmanager
+def _operator_first(matching: Any) -> Iterator[None]:
+    matcher = matching.SimplePatternMatcher
+    match = matcher.match
+
+    def filtered(self: Any, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
+        first = self.pattern.output_nodes[0]
+        if not first.op.matches(node.op_type) or not first.domain.matches(node.domain):
+            return matching._basics.MatchResult().fail("another operator", node)
+        return match(self, model, graph, node, **options)
+
+    matcher.match = filtered
+    try:
+        yield
+    finally:
+        matcher.match = match
 
 
 def _where_splits_are_known(fold: Callable[..., Any], opset: int) -> Callable[..., Any]:
