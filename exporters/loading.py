@@ -22,6 +22,7 @@ from onnxsmith.exporters.other_sources import base_of_adapter, load_exported_pro
 from onnxsmith.exporters.stored_weights import (
     StoredWeights,
     gguf_weights,
+    quick_gguf,
     safetensors_weights,
     skeleton,
 )
@@ -220,7 +221,7 @@ def _load_hugging_face(
             assert source.path is not None
             weights = safetensors_weights(source.path, module)
     if weights is None:
-        with _quiet(), _readable(source):
+        with _quiet(), _readable(source), quick_gguf():
             module, info = auto.from_pretrained(
                 where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
             )
@@ -373,12 +374,13 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
     with _quiet(), _readable(source):
         module = None
         if lazy:
-            config = transformers.AutoConfig.from_pretrained(where, **options)
+            with quick_gguf():
+                config = transformers.AutoConfig.from_pretrained(where, **options)
             module = _skeleton(auto, config, dtype)
         if module is not None:
             weights = gguf_weights(gguf, module)
     if weights is None:
-        with _quiet(), _readable(source):
+        with _quiet(), _readable(source), quick_gguf():
             module, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
         _refuse_missing(source, info, expected="all weights of the architecture")
     assert module is not None

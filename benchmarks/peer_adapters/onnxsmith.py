@@ -81,7 +81,7 @@ class OnnxsmithAdapter(Adapter):
         from onnxsmith.source import ModelSource
 
         parsed = ModelSource.parse(str(source))
-        loaded = load_torch(parsed)
+        loaded = load_torch(parsed, lazy=True)
         package = export(loaded, torch_program(loaded))
         preset, name, options = _VARIANTS.get(variant, (variant, "", {}))
         specs = [
