@@ -29,6 +29,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "slow_blocks": "onnxsmith.graph_passes.block_findings:slow_blocks",
         "accuracy_level": "onnxsmith.graph_passes.block_findings:accuracy_level",
         "float_weights": "onnxsmith.graph_passes.block_findings:float_weights",
+        "inline_weights": "onnxsmith.graph_passes.weight_findings:inline_weights",
     }
 )
 

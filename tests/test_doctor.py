@@ -22,8 +22,8 @@ from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.onnx_file import load_model, save_model
 from onnxsmith.pipeline.cli import app
 from onnxsmith.pipeline.doctor import Diagnosed, diagnose
-from onnxsmith.pipeline.doctor_gains import Gain, gain_of
-from onnxsmith.runtime import BenchResult, BenchSettings, OrtBackend
+from onnxsmith.pipeline.doctor_gains import Gain, gain_of, thread_finding
+from onnxsmith.runtime import BenchResult, BenchSettings, OrtBackend, OrtSession, Placement
 from onnxsmith.runtime.behaviour import observe
 from onnxsmith.runtime.bench_result import Spread
 from onnxsmith.runtime.machine import MACHINE_RULES, Machine, machine_findings, read_machine
@@ -320,6 +320,70 @@ def test_a_choice_is_only_applied_when_asked_for(tmp_path: Path, monkeypatch: py
     result = diagnose(path, fix=tmp_path / "out", rules=["float_weights"], measure=False)
     assert result.fixed == tmp_path / "out"
     assert load_package(tmp_path / "out").precision == "int8"
+
+
+def test_fallback_says_what_ran_elsewhere(onnx_package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = onnx_package("g (float[batch, 8] x) => (float[batch, 8] y) { z = Abs(x) y = Exp(z) }")
+    real = OrtSession.placement
+
+    def placed(self: OrtSession, *arguments: Any, **options: Any) -> Placement:
+        found = real(self, *arguments, **options)
+        assert found.only_provider == "CPUExecutionProvider"
+        return Placement(
+            {"CPUExecutionProvider": 1, "AnotherExecutionProvider": 1},
+            {"CPUExecutionProvider": {"Abs": 1}, "AnotherExecutionProvider": {"Exp": 1}},
+            {"CPUExecutionProvider": 0.25, "AnotherExecutionProvider": 0.75},
+        )
+
+    assert "fallback" not in seen(package)
+    monkeypatch.setattr(OrtSession, "placement", placed)
+    finding = seen(package)["fallback"]
+    assert finding.what == "1 of 2 nodes on Another, 75% of the time (Exp)"
+    assert (finding.kind, finding.nodes, finding.count) == ("slow", ("Exp",), 1)
+
+
+@pytest.mark.parametrize(
+    ("default_ms", "fewer_ms", "found"),
+    [
+        ((4.0, 4.1, 4.2), (2.0, 2.1, 2.2), True),
+        ((4.0, 4.1, 4.2), (4.3, 4.4, 4.5), False),
+        # Certain, and not worth setting.
+        ((4.0, 4.01, 4.02), (3.9, 3.91, 3.92), False),
+        # Not certain.
+        ((4.0, 9.0, 2.0), (2.0, 5.0, 3.0), False),
+    ],
+    ids=["faster", "slower", "hardly", "unknown"],
+)
+def test_fewer_threads_have_to_be_faster_for_certain(
+    default_ms: tuple[float, ...],
+    fewer_ms: tuple[float, ...],
+    found: bool,
+    slow_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from onnxsmith.pipeline import measuring
+
+    asked: list[list[int]] = []
+
+    def measured(models: Any, points: list[BenchSettings], **options: Any) -> list[BenchResult]:
+        asked.append([point.thread_count for point in points])
+        return [bench("model", spread(*default_ms)), bench("model", spread(*fewer_ms))]
+
+    monkeypatch.setattr(measuring, "bench_models", measured)
+    result = thread_finding(slow_model, "cpu", dataclasses.replace(FAST, threads=4))
+    assert asked == [[4, 2], [4, 1]]
+    assert (result is not None) == found
+    if result is not None:
+        finding, gains = result
+        assert (finding.rule, finding.what) == ("threads", "2 threads are faster than 4")
+        assert gains[0].ratios["latency"] == pytest.approx(4.1 / 2.1)
+
+
+def test_threads_are_really_measured(slow_model: Path) -> None:
+    result = thread_finding(slow_model, "cpu", dataclasses.replace(FAST, threads=2))
+    # Which is faster depends on the machine, and what is said has to follow from the numbers.
+    assert result is None or all(ratio > 1.05 for gain in result[1] for ratio in gain.ratios.values())
+    assert thread_finding(slow_model, "cpu", FAST) is None
 
 
 def test_the_machine_alone() -> None:

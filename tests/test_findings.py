@@ -16,12 +16,12 @@ import pytest
 from generated_graphs import Array, graph, serialized
 from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.finding import Finding
-from onnxsmith.graph_passes import make_passes
+from onnxsmith.graph_passes import make_passes, weight_findings
 from onnxsmith.graph_passes.block_repairs import SetAccuracyLevel
 from onnxsmith.graph_passes.blocks import dequantize_blocks, pack_codes, quantize_blocks
 from onnxsmith.graph_passes.findings import RULES, Target, examine
 from onnxsmith.graph_passes.quantization import QuantizeWeights
-from onnxsmith.onnx_file import load_model
+from onnxsmith.onnx_file import load_model, save_model
 
 RANDOM = np.random.default_rng(0)
 CPU = Target(features=frozenset({"avx2", "avx512_vnni"}))
@@ -171,6 +171,20 @@ def test_float_weights_beside_quantized_ones() -> None:
     )
     (choice,) = find(large, "float_weights")
     assert (choice.kind, choice.optional) == ("large", True)
+
+
+def test_weights_inside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block_model()
+    assert not find(model, "inline_weights")
+    monkeypatch.setattr(weight_findings, "_LARGE_BYTES", 1000)
+    (finding,) = find(model, "inline_weights")
+    assert (finding.kind, finding.passes, finding.exact) == ("large", (), True)
+    assert finding.nodes[0].startswith("w")
+    # Written beside the graph they are mapped.
+    save_model(model, tmp_path / "beside.onnx", inline_limit_bytes=100)
+    assert not find(load_model(tmp_path / "beside.onnx"), "inline_weights")
+    save_model(model, tmp_path / "inside.onnx")
+    assert find(load_model(tmp_path / "inside.onnx"), "inline_weights")
 
 
 def test_half_on_cpu() -> None:

@@ -169,6 +169,19 @@ def test_a_share_that_it_does_not_have_fails(running: str, block: Path) -> None:
     assert result.copies == 2
 
 
+@pytest.mark.parametrize("provider", ["webgpu"], indirect=True)
+def test_doctor_says_what_fell_back(running: str, block: Path) -> None:
+    from onnxsmith.runtime.behaviour import observe
+
+    backend = OrtBackend(f"{running}:forceCpuNodeNames=second")
+    findings = {one.rule: one for one in observe(load_package(block), backend, name="block").findings}
+    finding = findings["fallback"]
+    assert finding.what.startswith("1 of 5 nodes on CPU") and "(MatMul)" in finding.what
+    assert (finding.nodes, finding.count) == (("MatMul",), 1)
+    whole = observe(load_package(block), OrtBackend(running), name="block")
+    assert "fallback" not in {one.rule for one in whole.findings}
+
+
 @pytest.mark.parametrize("provider", ["openvino"], indirect=True)
 def test_a_device_that_is_not_there_is_said(provider: str, block: Path) -> None:
     with pytest.raises(ProviderUnavailableError, match=r"fell back to CPU.*Device NPU is not"):
