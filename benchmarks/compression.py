@@ -2,16 +2,20 @@
 
     python examples/snippets.py .models/snippets
     python benchmarks/compression.py encoder --data .models/snippets
+    python benchmarks/compression.py quantization --data .models/snippets
 
 A classifier is trained on movie-review snippets. Then half of its heads and MLP neurons go, by Taylor scores
 and by magnitude, without and with distillation from the classifier. Each is exported, and judged in ONNX
 Runtime: F1 on 2,000 snippets that no training saw, and latency, all in turn. A run that is killed goes on
-where it was.
+where it was. `quantization` takes the classifier of the first and makes 8 bits of it: afterwards, with and
+without data, and by training with rounded numbers; and it says how far the exported graph is from what was
+trained, in steps of the quantization.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
@@ -19,10 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxsmith.environment import describe_environment
 from onnxsmith.exporters import LoadedModel, export, load_torch, torch_programs
 from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
 from onnxsmith.package_io import load_package, save_package
+from onnxsmith.pipeline.calibration import CalibrationData, context_for
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.task_runs import RunSettings, run_task
@@ -130,6 +137,165 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         expected = expected or outcome
         results[name]["training"] = costs.get(name)
         print(name, {k: v for k, v in results[name].items() if k != "training"}, flush=True)
+    _time(results, made, arguments)
+    _print_table(results, arguments.tokens)
+    return results
+
+
+def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Post-training quantization beside quantization-aware training, on one classifier."""
+    work, data = arguments.work, arguments.data
+    source = work / "teacher"
+    if not source.exists():
+        raise SystemExit(f"{source} is not there: run `compression.py encoder` first")
+    teacher = load_torch(ModelSource.parse(str(source)))
+    made = dict(zip(
+        ("float32", "dynamic"), make(teacher, work / "made" / "original", int8=True), strict=True
+    ))  # fmt: skip
+    exported = export(teacher, torch_programs(teacher))
+    texts = work / "texts.txt"
+    rows = load_dataset(str(data / "train.jsonl"), limit=arguments.rows)
+    texts.write_text("\n".join(" ".join(str(text).split()) for text in rows.column("text")) + "\n")
+    context = context_for(None, exported, CalibrationData(str(texts), samples=256, tokens=128))
+    made["static"] = work / "made" / "static"
+    made["static"].mkdir(parents=True, exist_ok=True)
+    static = run_passes(exported, make_passes(PRESETS["cpu-int8-static"]), context=context)
+    save_package(static, made["static"])
+    made["quantization-aware"] = work / "made" / "aware"
+    matched = _quantization_aware(teacher, arguments, made["quantization-aware"])
+    print(json.dumps(matched), flush=True)
+    test = load_dataset(str(data / "test.jsonl"))
+    expected: Outcome | None = None
+    results: dict[str, Any] = {}
+    for name, directory in made.items():
+        outcome, results[name] = judge(directory, test, expected)
+        expected = expected or outcome
+        results[name]["training"] = None
+    _time(results, made, arguments)
+    _print_table(results, arguments.tokens)
+    return {"models": results, "matched": matched}
+
+
+def _quantization_aware(
+    teacher: LoadedModel, arguments: argparse.Namespace, directory: Path
+) -> dict[str, Any]:
+    """Trains, exports, and compares integers of the graph with those of the model that was trained."""
+    import copy
+
+    import torch
+
+    from onnxsmith.pipeline.training_data import TrainingData
+    from onnxsmith.training import Distillation, DistillationWeights, TorchTeacher, TrainingSettings, fit
+    from onnxsmith.training.fake_quantization import fix_quantization, prepare_quantization
+
+    torch.set_num_threads(arguments.threads)
+    recipe = recipe_for(str(arguments.work / "teacher"), arguments.data, [{"distill": {}}], arguments)
+    lessons = TrainingData(recipe, base=None).lessons(teacher)
+    student = dataclasses.replace(teacher, module=copy.deepcopy(teacher.module))
+    began = time.process_time()
+    first = [lessons.train.batch(list(range(i, i + 16))) for i in range(0, 128, 16)]
+    layers = prepare_quantization(student.module, first)
+    settings = TrainingSettings(
+        epochs=arguments.aware_epochs, batch=32, learning_rate=5e-5, dropout=0.0,
+        precision=arguments.precision, freeze=("*word_embeddings*",),
+    )  # fmt: skip
+    objective = Distillation(TorchTeacher(teacher.module), DistillationWeights(hidden=1.0))
+    result = fit(
+        student.module, lessons.extra, objective, settings, validation=lessons.held,
+        checkpoint=arguments.work / "states" / "aware.pt",
+    )  # fmt: skip
+    spent = time.process_time() - began
+    learned = copy.deepcopy(student.module).eval()
+    fix_quantization(student.module)
+    package = export(student, torch_programs(student))
+    directory.mkdir(parents=True, exist_ok=True)
+    save_package(run_passes(package, make_passes(PRESETS["cpu-fp32"])), directory)
+    plain = directory.with_name("aware-plain")
+    plain.mkdir(parents=True, exist_ok=True)
+    save_package(package, plain)
+    found = _steps_apart(learned, plain, lessons.held)
+    return {"layers": len(layers), "updates": result.updates, "cpu_seconds": spent, **found}
+
+
+def _steps_apart(learned: Any, directory: Path, held: Any) -> dict[str, Any]:
+    """How many steps the integers of the graph's activations are from those of the trained model.
+
+    Each tensor that is rounded is compared twice: in the whole graph, where what an earlier rounding turned
+    over is carried on, and with the trained model given the very values that the graph rounds.
+    """
+    import onnx
+    import onnxruntime
+    import torch
+
+    [path] = directory.glob("*.onnx")
+    model = onnx.load(path)
+    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    rounding = [part for part in learned.modules() if type(part).__name__ == "FakeQuantizedInput"]
+    assert len(nodes) == len(rounding), (len(nodes), len(rounding))
+    for node in nodes:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
+    shown = directory / "shown" / "model.onnx"
+    shown.parent.mkdir(exist_ok=True)
+    onnx.save(model, shown)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(shown, options, providers=["CPUExecutionProvider"])
+    seen: list[tuple[Any, Any]] = []
+    known: set[int] = set()
+
+    def hook(part: Any, given: Any, made: Any) -> None:
+        # Query, key and value read one tensor, which the graph rounds once.
+        if id(part) not in known:
+            known.add(id(part))
+            seen.append((part, torch.round(made / part.log_step.exp()) + part.zero))
+
+    hooks = [part.register_forward_hook(hook) for part in rounding]
+    whole, alone, counts = [0] * 4, [0] * 4, 0
+    logits = 0.0
+    for begin in range(0, min(len(held), 256), 32):
+        batch = held.batch(list(range(begin, min(begin + 32, len(held)))))
+        batch.pop("labels")
+        seen.clear()
+        known.clear()
+        with torch.no_grad():
+            wanted = learned(**batch).logits
+        feeds = {i.name: batch[i.name].numpy() for i in session.get_inputs() if i.name in batch}
+        for missing in (i for i in session.get_inputs() if i.name not in batch):
+            feeds[missing.name] = np.zeros_like(batch["input_ids"].numpy())
+        found = session.run(None, feeds)
+        logits = max(logits, float(np.abs(found[0] - wanted.numpy()).max()))
+        for (part, integers), made, given in zip(seen, found[1::2], found[2::2], strict=True):
+            kept = batch["attention_mask"].bool()
+            if integers.dim() == 3 and integers.shape[:2] == kept.shape:
+                integers, made, given = integers[kept], made[kept.numpy()], given[kept.numpy()]
+            codes = torch.from_numpy(made.astype(np.int64))
+            with torch.no_grad():
+                same = torch.round(part(torch.from_numpy(given)) / part.log_step.exp()) + part.zero
+            counts += codes.numel()
+            for sums, wanted_codes in ((whole, integers), (alone, same)):
+                apart = (codes - wanted_codes.long()).abs()
+                for steps in (0, 1, 2):
+                    sums[steps] += int((apart == steps).sum())
+                sums[3] = max(sums[3], int(apart.max()))
+    for handle in hooks:
+        handle.remove()
+
+    def told(sums: Sequence[int]) -> dict[str, Any]:
+        return {
+            "equal": sums[0] / counts,
+            "within_one_step": (sums[0] + sums[1]) / counts,
+            "most_steps": sums[3],
+        }
+
+    return {
+        "values": counts, "in_the_whole_graph": told(whole), "given_the_same_values": told(alone),
+        "largest_difference_of_logits": logits,
+    }  # fmt: skip
+
+
+def _time(results: dict[str, Any], made: Mapping[str, Path], arguments: argparse.Namespace) -> None:
+    """Adds latencies, all in turn, and their ratios to the first."""
     for tokens in arguments.tokens:
         settings = BenchSettings(prompt_tokens=tokens, runs=arguments.runs, threads=arguments.threads)
         timed = benchmark([Candidate(name, directory) for name, directory in made.items()], settings)
@@ -139,8 +305,6 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
             results[result.name][f"ms_{tokens}"] = result.latency_ms.p50
             results[result.name][f"ratio_{tokens}"] = result.latency_ms.p50 / base
             results[result.name][f"spread_{tokens}"] = result.spread_pct
-    _print_table(results, arguments.tokens)
-    return results
 
 
 def _print_table(results: Mapping[str, Mapping[str, Any]], tokens: Sequence[int]) -> None:
@@ -159,7 +323,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("encoder", help="MiniLM, a sentiment classifier")
+    for name, about in (
+        ("encoder", "MiniLM, a sentiment classifier: pruned and taught back"),
+        ("quantization", "the same classifier in 8 bits, afterwards and by training"),
+    ):
+        _add_arguments(commands.add_parser(name, help=about))
+    arguments = parser.parse_args()
+    run = {"encoder": encoder, "quantization": quantization}[arguments.command]
+    results = {"environment": describe_environment(), arguments.command: run(arguments)}
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    (arguments.work / f"{arguments.command}.json").write_text(
+        json.dumps(results, indent=2, default=str) + "\n"
+    )
+
+
+def _add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--data", type=Path, default=Path(".models/snippets"))
     one.add_argument("--work", type=Path, default=Path(".models/compression"))
     one.add_argument("--rows", type=int, help="training rows; all where absent")
@@ -169,10 +347,7 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     one.add_argument("--runs", type=int, default=15)
     one.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
-    arguments = parser.parse_args()
-    results = {"environment": describe_environment(), "encoder": encoder(arguments)}
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    (arguments.work / "encoder.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+    one.add_argument("--aware-epochs", type=float, default=1.0, help="quantization: epochs of training")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, block_grid, pack_codes, packed_blocks
 from onnxsmith.graph_passes.context import Activations
 
-__all__ = ["gptq_blocks", "output_error", "second_moments"]
+__all__ = ["gptq_blocks", "second_moments"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -71,17 +71,6 @@ def _groups(widths: Mapping[str, int], limit_bytes: int) -> Iterator[list[str]]:
         used += size
     if group:
         yield group
-
-
-def output_error(matrix: Floats, rounded: Floats, moments: Floats) -> float:
-    """The mean squared error of ``x @ w.T``, relative to its mean square."""
-    error = square = 0.0
-    for begin in range(0, len(matrix), _ROWS):
-        part = matrix[begin : begin + _ROWS]
-        difference = rounded[begin : begin + _ROWS] - part
-        error += float(np.vdot(difference @ moments, difference))
-        square += float(np.vdot(part @ moments, part))
-    return error / square if square > 0 else 0.0
 
 
 def gptq_blocks(

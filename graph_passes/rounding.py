@@ -20,8 +20,9 @@ from onnxsmith.graph_passes.awq import (
 from onnxsmith.graph_passes.block_operators import BlockFormat, SharedWeight
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import Activations
-from onnxsmith.graph_passes.gptq import gptq_blocks, output_error, second_moments
+from onnxsmith.graph_passes.gptq import gptq_blocks, second_moments
 from onnxsmith.onnx_file import drop_pages
+from onnxsmith.sparse_rounding import output_error
 
 __all__ = ["NEEDS_DATA", "Choice", "Rounding", "calibrated", "entry_of", "method_for", "relative_error"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,28 +9,28 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.block_operators import SharedWeight, find_weights
 from onnxsmith.graph_passes.context import Activations, activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
-from onnxsmith.graph_passes.gptq import output_error, second_moments
+from onnxsmith.graph_passes.gptq import second_moments
 from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.observers import Channels
 from onnxsmith.graph_passes.pruning_choice import Scope
-from onnxsmith.graph_passes.sparse_rounding import prune_magnitude, prune_sparsegpt, prune_wanda
 from onnxsmith.graph_passes.spilled_weights import spilled
+from onnxsmith.sparse_rounding import (
+    NOT_FASTER,
+    check_sparsity,
+    magnitude_threshold,
+    output_error,
+    prune_magnitude,
+    prune_sparsegpt,
+    prune_wanda,
+    stored_mb,
+)
 
-__all__ = ["NOT_FASTER", "PruneWeights"]
+__all__ = ["PruneWeights"]
 
 Floats = npt.NDArray[np.float32]
-_PATTERN = re.compile(r"(\d+):(\d+)")
-NOT_FASTER = (
-    "not smaller and not faster: ONNX Runtime stores zeros and multiplies with them like with other numbers, "
-    "on the CPU and on all other providers but TensorRT with 2:4 and trt_sparsity_enable. Remove heads, "
-    "neurons or layers to save time."
-)
-# Of each layer's weights, to find a threshold for all layers.
-_SAMPLE = 1 << 16
 
 
 class PruneWeights(GraphPass):
@@ -68,31 +67,15 @@ class PruneWeights(GraphPass):
             BadInputError: A ratio that is not from 0 to below 1, a pattern that is none, or a scope or
                 threshold that does not go with the method.
         """
-        if not 0 <= ratio < 1:
-            raise BadInputError(f"pass {self.name}: ratio", got=f"{ratio:g}", expected="0 to below 1")
-        match = _PATTERN.fullmatch(pattern)
-        known = match is not None and 0 < int(match[1]) < int(match[2]) and 128 % int(match[2]) == 0
-        if pattern != "unstructured" and not known:
-            raise BadInputError(
-                f"pass {self.name}: pattern",
-                got=pattern,
-                expected="unstructured, or N:M such as 2:4, with N below M and M a power of two up to 128",
-            )
-        if (scope == "global" or threshold is not None) and (method != "magnitude" or match is not None):
-            raise BadInputError(
-                f"pass {self.name}",
-                got=f"scope global or a threshold with method {method} and pattern {pattern}",
-                expected="method magnitude, unstructured",
-            )
-        if threshold is not None and not threshold >= 0:
-            raise BadInputError(f"pass {self.name}: threshold", got=f"{threshold:g}", expected="0 or more")
+        self._group = check_sparsity(
+            f"pass {self.name}", method=method, ratio=ratio, pattern=pattern, scope=scope, threshold=threshold
+        )
         self.method = method
         self.ratio = ratio
         self.pattern = pattern
         self.scope = scope
         self.threshold = threshold
         self.skip_nodes = tuple(skip_nodes)
-        self._group = (int(match[1]), int(match[2])) if match is not None else None
 
     def apply(self, model: ir.Model) -> Changes:
         """Sets weights to zero; by magnitude when they are written, else now.
@@ -122,9 +105,11 @@ class PruneWeights(GraphPass):
             )
         layers: dict[str, dict[str, Any]] = {}
         if self.method == "magnitude":
-            threshold = self.threshold if self.threshold is not None else self._global_threshold(weights)
+            threshold = self.threshold
+            if threshold is None and self.scope == "global":
+                threshold = magnitude_threshold((weight.rows() for weight in weights), self.ratio)
             for weight in weights:
-                made = self._by_magnitude(weight.rows(), threshold)
+                made = prune_magnitude(weight.rows(), self.ratio, self._group, threshold=threshold)
                 layers[weight.name] = {"zeros": float((made == 0).mean())}
                 _put(weight, made)
         else:
@@ -140,27 +125,6 @@ class PruneWeights(GraphPass):
         if self._group is not None and weight.shape[1] % self._group[1]:
             return f"rows of {weight.shape[1]} are no multiple of {self._group[1]}"
         return ""
-
-    def _global_threshold(self, weights: Sequence[SharedWeight]) -> float | None:
-        """The magnitude below which the ratio of all weights lies, from samples of large matrices."""
-        if self.scope == "layer":
-            return None
-        sizes = np.array([weight.tensor.size for weight in weights], np.float64)
-        parts = []
-        for weight in weights:
-            flat = np.abs(weight.rows().reshape(-1))
-            parts.append(flat[:: max(1, len(flat) // _SAMPLE)])
-        values = np.concatenate(parts)
-        shares = np.concatenate([np.full(len(p), s / len(p)) for p, s in zip(parts, sizes, strict=True)])
-        order = np.argsort(values)
-        reached = np.cumsum(shares[order])
-        index = min(int(np.searchsorted(reached, self.ratio * sizes.sum())), len(values) - 1)
-        return float(values[order][index])
-
-    def _by_magnitude(self, matrix: Floats, threshold: float | None) -> Floats:
-        if threshold is not None:
-            return np.where(np.abs(matrix) < threshold, np.float32(0), matrix)
-        return prune_magnitude(matrix, self.ratio, self._group)
 
     def _with_data(
         self, model: ir.Model, weights: Sequence[SharedWeight], layers: dict[str, dict[str, Any]]
@@ -194,13 +158,11 @@ class PruneWeights(GraphPass):
     ) -> dict[str, Any]:
         total = sum(weight.tensor.size for weight in weights)
         zeros = sum(layers[weight.name]["zeros"] * weight.tensor.size for weight in weights)
-        stored = sum(weight.tensor.nbytes for weight in weights)
+        stored = sum(int(weight.tensor.nbytes) for weight in weights)
         return {
             "matrices": len(weights),
             "zeros": zeros / total,
-            # A bit for each weight, and the weights that stay.
-            "mb": stored / 1e6,
-            "mb_if_packed": (stored * (1 - zeros / total) + total / 8) / 1e6,
+            **stored_mb(total, zeros / total, stored),
             "speed": NOT_FASTER,
             "layers": dict(layers),
         }

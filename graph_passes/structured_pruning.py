@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,15 @@ Floats = npt.NDArray[np.float64]
 _NEEDS_DATA = ("wanda", "hessian")
 
 
+def _refuse_gradients(name: str, method: object) -> None:
+    if method == "taylor":
+        raise BadInputError(
+            f"pass {name}: method", got="taylor, which needs gradients, and ONNX Runtime computes none",
+            expected=", ".join(get_args(Method)),
+            remedy="Prune in PyTorch: `prune: {method: taylor}` in `training.steps` of a recipe",
+        )  # fmt: skip
+
+
 class _PruneUnits(GraphPass):
     @property
     @abc.abstractmethod
@@ -77,6 +86,7 @@ class _PruneUnits(GraphPass):
         Raises:
             BadInputError: A ratio that is not from 0 to below 1, or a threshold below 0.
         """
+        _refuse_gradients(self.name, method)
         if not 0 <= ratio < 1:
             raise BadInputError(f"pass {self.name}: ratio", got=f"{ratio:g}", expected="0 to below 1")
         if threshold is not None and not threshold >= 0:
@@ -87,6 +97,17 @@ class _PruneUnits(GraphPass):
         self.threshold = threshold
         self.skip_nodes = tuple(skip_nodes)
         self.seed = seed
+
+    @classmethod
+    def create(cls, arguments: Mapping[str, Any]) -> GraphPass:
+        """Makes the pass from plain data.
+
+        Raises:
+            BadInputError: A value that it does not take; of ``taylor``, where that can be had.
+            UnknownNameError: A parameter that the pass does not have.
+        """
+        _refuse_gradients(cls.name, arguments.get("method"))
+        return super().create(arguments)
 
     def apply(self, model: ir.Model) -> Changes:
         """Removes the units with the lowest scores.

@@ -13,6 +13,7 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionErro
 from onnxsmith.graph_passes.matching import int_attribute, is_operator
 from onnxsmith.graph_passes.spilled_weights import spilled
 from onnxsmith.graph_passes.weights import constant_of
+from onnxsmith.vocabulary_rows import compact_rows
 
 __all__ = ["PruneVocabulary"]
 
@@ -105,30 +106,25 @@ class PruneVocabulary(GraphPass):
         tensor = constant_of(table)
         assert table is not None and tensor is not None
         array = tensor.numpy()
-        kept = np.zeros(len(array), bool)
-        # A negative id counts from the end, as Gather has it.
-        kept[[number for number in seen if -len(array) <= number < len(array)]] = True
-        sizes = {"rows_before": len(array), "rows_left": int(kept.sum())}
-        if kept.sum() >= len(array) - 1:
+        found = compact_rows(array, seen)
+        if found is None:
             return {"rows_before": len(array), "rows_left": len(array)}
-        mean = array[~kept].astype(np.float64).mean(0, keepdims=True).astype(array.dtype)
-        places = np.where(kept, np.cumsum(kept) - 1, kept.sum()).astype(np.int32)
-        sizes["rows_left"] += 1
+        left, places = found
         graph, name = model.graph, table.name or "table"
         graph.initializers.pop(name, None)
         # Renamed without its tensor, which other models may share.
         table.const_value = None
         table.name = f"{name}_whole"
-        rows = _constant(graph, np.concatenate([array[kept], mean]), tensor.dtype, name)
+        rows = _constant(graph, left, tensor.dtype, name)
         where = _constant(graph, places, ir.DataType.INT32, f"{name}_row_of_id")
-        found = ir.node("Gather", [where, node.inputs[1]], {"axis": 0}, name=f"{name}_rows")
-        graph.insert_before(node, found)
+        lookup = ir.node("Gather", [where, node.inputs[1]], {"axis": 0}, name=f"{name}_rows")
+        graph.insert_before(node, lookup)
         index = node.inputs[1]
-        found.outputs[0].type = ir.TensorType(ir.DataType.INT32)
-        found.outputs[0].shape = None if index is None else index.shape
+        lookup.outputs[0].type = ir.TensorType(ir.DataType.INT32)
+        lookup.outputs[0].shape = None if index is None else index.shape
         node.replace_input_with(0, rows)
-        node.replace_input_with(1, found.outputs[0])
-        return sizes
+        node.replace_input_with(1, lookup.outputs[0])
+        return {"rows_before": len(array), "rows_left": len(left)}
 
 
 def _constant(graph: ir.Graph, array: npt.NDArray[np.generic], dtype: ir.DataType, name: str) -> ir.Value:

@@ -32,6 +32,15 @@ def training_table(training: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         if "parameters_after" in step:
             before, after = step["parameters_before"] / 1e6, step["parameters_after"] / 1e6
             said.append(f"{before:.2f} to {after:.2f} M parameters")
+        if "vocabulary" in step:
+            rows_of = step["vocabulary"]
+            said.append(f"{rows_of['rows_before']:,} to {rows_of['rows_left']:,} rows of the embedding")
+        if "weights" in step:
+            zeros = step["weights"]
+            said.append(
+                f"{zeros['zeros']:.0%} of the weights of {zeros['matrices']} matrices are zero "
+                f"({zeros['pattern']}, by {zeros['method']}): {zeros['speed']}"
+            )
         if step.get("objective", {}).get("teacher"):
             said.append(f"taught by {step['objective']['teacher']}")
         if "updates" in step:

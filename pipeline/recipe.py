@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline._recipe_text import RecipeText
 from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
 from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
 from onnxsmith.pipeline.recipe_placeholders import combinations, fill_matrix, matrix_keys, slug
 from onnxsmith.pipeline.training_recipe import TrainingSpec
-from onnxsmith.pipeline.tuning_space import TuneSpec
+from onnxsmith.pipeline.tuning_space import TuneSpec, alternatives
 
 __all__ = [
     "BenchmarkSpec",
@@ -304,8 +305,8 @@ class Recipe(_Model):
     def _consistent(self) -> Recipe:
         if not self.variants and self.tune is None:
             raise _broken_rule(("variants",), "no variant", "at least one, or a key tune")
-        if self.tune is not None and self.training is not None:
-            raise _broken_rule(("tune",), "a recipe that trains", "the model that training made, as source")
+        if self.tune is not None and self.tune.training:
+            self._check_open_training(self.tune)
         names: set[str] = set()
         expanded = [variant.expanded() for variant in self.variants]
         for number, variants in enumerate(expanded):
@@ -338,6 +339,18 @@ class Recipe(_Model):
             if part and getattr(self.evaluation, part) is None:
                 raise _broken_rule(at, f"no evaluation.{part}", "one, to measure this by")
         return self
+
+    def _check_open_training(self, tune: TuneSpec) -> None:
+        """Each value that a search may choose is one that the training takes."""
+        if self.training is None:
+            raise _broken_rule(("tune", "training"), "a recipe without training", "the key training")
+        for key, value in tune.training.items():
+            for one in alternatives(value, ("tune", "training", key)):
+                try:
+                    self.training.with_values({key: one})
+                except BadInputError as error:
+                    got = f"{one!r}: {error.got}"
+                    raise _broken_rule(("tune", "training", key), got, error.expected or "") from error
 
     def _check_training(self) -> None:
         scored = self.evaluation

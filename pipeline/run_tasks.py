@@ -103,9 +103,15 @@ class TaskMeasure:
         assert self._expected is not None, "torch was not measured"
         return self._task, self._expected
 
-    def recall(self, task: str, expected: Outcome) -> None:
-        """Takes what torch said of these rows in another process."""
+    @property
+    def original_outcome(self) -> Outcome | None:
+        """What the model before it was made smaller said; None where there is none."""
+        return self._original
+
+    def recall(self, task: str, expected: Outcome, original: Outcome | None = None) -> None:
+        """Takes what torch said of these rows in another process, and what the original said."""
         self._task, self._expected = task, expected
+        self._original = original or self._original
 
     def _judged(self, name: str, provider: str, outcome: Outcome, against: Outcome | None) -> dict[str, Any]:
         result = judge(

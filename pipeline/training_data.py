@@ -41,6 +41,12 @@ class Lessons:
         """Keeps them."""
         self.train, self.held, self.extra, self.labels = train, held, extra, tuple(labels)
 
+    def token_ids(self) -> set[int]:
+        """All tokens in any of the examples."""
+        parts = [self.train, self.extra, *([self.held] if self.held is not None else [])]
+        found = {int(token) for part in parts for row in part.rows for token in row.ids}
+        return found | {part.pad_id for part in parts}
+
 
 class TrainingData:
     """The data of a recipe's training, read before the first minute of work."""
@@ -81,6 +87,12 @@ class TrainingData:
             found |= {"unlabelled": self.spec.unlabelled, "unlabelled_sha256": text_sha256(self.unlabelled)}
         return found
 
+    def held_sha256(self) -> str | None:
+        """A hash of the held-out rows that were given; None where they are drawn."""
+        if self.held is None:
+            return None
+        return text_sha256(json.dumps(list(self.held.rows), sort_keys=True, ensure_ascii=False, default=str))
+
     def label_names(self) -> list[str]:
         """Names of the classes of a new head: as the data set calls them, else all labels in order.
 
@@ -101,6 +113,14 @@ class TrainingData:
                 return []
             return [str(int(n)) for n in sorted(known)]
         return sorted(found)
+
+    def special_ids(self, loaded: LoadedModel) -> set[int]:
+        """The tokens that a tokenizer adds by itself, whether they are in the data or not."""
+        try:
+            added = json.loads(loaded.files["tokenizer.json"]).get("added_tokens") or ()
+            return {int(token["id"]) for token in added if token.get("special")}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return set()
 
     def lessons(self, loaded: LoadedModel) -> Lessons:
         """Examples for a model.

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.recipe_base import RecipeModel, broken_rule
 from onnxsmith.training.objectives import DistillationWeights
 from onnxsmith.training.settings import TrainingSettings
+from onnxsmith.training.sparsity import SparsitySettings
 from onnxsmith.training.structured import PruningSettings
 
-__all__ = ["DistillSpec", "FinetuneSpec", "FitSpec", "PruneSpec", "TrainingSpec", "TrainingStep"]
+__all__ = [
+    "DistillSpec",
+    "FinetuneSpec",
+    "FitSpec",
+    "PruneSpec",
+    "TrainingSpec",
+    "TrainingStep",
+    "VocabularySpec",
+    "WeightsSpec",
+]
 
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
@@ -101,8 +113,36 @@ class DistillSpec(FitSpec):
         return DistillationWeights(**{n: v for n, v in self.model_dump().items() if n in names})
 
 
+class WeightsSpec(RecipeModel):
+    """Which single weights become zero; tensors keep their size."""
+
+    ratio: Share = 0.5
+    """Share of each matrix that goes; of each row with wanda."""
+    pattern: str = "unstructured"
+    """unstructured, or N:M such as 2:4: N of each M weights in a row stay, whatever the ratio."""
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    """What goes: the smallest; the smallest products with activations; what can be made up for best."""
+    scope: Literal["layer", "global"] = "layer"
+    """Whether each matrix loses the same share, or all are ranked together (magnitude)."""
+    threshold: float | None = pydantic.Field(default=None, ge=0)
+    """Take what is smaller than this, in place of a ratio (magnitude)."""
+    skip: tuple[str, ...] = ()
+    """Patterns of names of modules that keep their weights."""
+
+    def settings(self) -> SparsitySettings:
+        """The same for the pruning itself."""
+        return SparsitySettings(**self.model_dump())
+
+
+class VocabularySpec(RecipeModel):
+    """Which rows of the embedding stay: those of tokens in the training data, and of special tokens."""
+
+    keep: tuple[int, ...] = ()
+    """Ids that keep their row though the data have none of them."""
+
+
 class PruneSpec(RecipeModel):
-    """Remove what is needed least; tensors become smaller."""
+    """Remove what is needed least; tensors become smaller, but for single weights."""
 
     heads: Share = 0.0
     """Share of the attention heads to remove."""
@@ -118,15 +158,41 @@ class PruneSpec(RecipeModel):
     """Also remove what scores below this part of its layer's mean."""
     samples: int = pydantic.Field(default=256, ge=1)
     """Training rows that scores are measured on."""
+    vocabulary: VocabularySpec | None = None
+    """Remove rows of the embedding that the training data never use."""
+    weights: WeightsSpec | None = None
+    """Set single weights to zero, after everything else; they stay zero in later steps."""
 
     def settings(self, *, seed: int) -> PruningSettings:
         """The same for the pruning itself."""
-        return PruningSettings(**self.model_dump(exclude={"samples"}), seed=seed)
+        return PruningSettings(**self.model_dump(exclude={"samples", "vocabulary", "weights"}), seed=seed)
+
+    @property
+    def removes_units(self) -> bool:
+        """Whether heads, neurons or layers go."""
+        return bool(self.heads or self.neurons or self.layers or self.threshold is not None)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, data: Any) -> Any:
+        # `vocabulary:` in YAML gives null, and means all defaults; so does `vocabulary: true`.
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: {} if key in ("vocabulary", "weights") and value in (None, True) else value
+            for key, value in data.items()
+        }
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> PruneSpec:
-        if not (self.heads or self.neurons or self.layers or self.threshold is not None):
-            raise broken_rule((), "nothing to prune", "heads, neurons, layers or threshold")
+        if not (self.removes_units or self.vocabulary or self.weights):
+            known = "heads, neurons, layers, threshold, vocabulary or weights"
+            raise broken_rule((), "nothing to prune", known)
+        if self.weights is not None:
+            try:
+                self.weights.settings()
+            except BadInputError as error:
+                raise broken_rule(("weights",), error.got, error.expected or "other values") from error
         return self
 
 
@@ -201,6 +267,49 @@ class TrainingSpec(RecipeModel):
     """Threads of the training; torch's own number where absent."""
     device: str = "auto"
     """cpu, cuda, ...; a GPU where there is one."""
+
+    def with_values(self, values: Mapping[str, Any]) -> TrainingSpec:
+        """The same with other values.
+
+        Args:
+            values: ``STEP.KEY`` to a value. STEP is the name of a step, and a number where there are several
+                of that name: ``prune.heads``, ``finetune2.epochs``, ``prune.weights.ratio``.
+
+        Raises:
+            BadInputError: There is no such step, or a value, or all of them together, make no sense.
+        """
+        plain = self.model_dump(exclude_unset=True, mode="json")
+        for key, value in values.items():
+            name, _, rest = key.partition(".")
+            *keys, last = rest.split(".")
+            found: Any = plain["steps"][self._step(name, key)]
+            for part in [name.rstrip("0123456789"), *keys]:
+                found[part] = dict(found[part]) if found.get(part) else {}
+                found = found[part]
+            found[last] = value
+        try:
+            return TrainingSpec.model_validate(plain)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(str(part) for part in first["loc"])
+            told = ", ".join(f"{key} {value!r}" for key, value in values.items())
+            raise BadInputError(
+                f"training: {told}", got=f"{at}: {first['msg']}", expected="values that training takes"
+            ) from error
+
+    def _step(self, name: str, key: str) -> int:
+        """The number of a step that a name means."""
+        names = [step.name for step in self.steps]
+        known = [
+            f"{step}{names[:number].count(step) + 1}" if names.count(step) > 1 else step
+            for number, step in enumerate(names)
+        ]
+        if name not in known or not key.partition(".")[2]:
+            raise BadInputError(
+                f"training: {key}", got="no such step and key",
+                expected=f"STEP.KEY, with a step of {', '.join(known)}",
+            )  # fmt: skip
+        return known.index(name)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> TrainingSpec:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,14 @@ from onnxsmith.errors import BadInputError, require
 from onnxsmith.package import StepRecord
 from onnxsmith.pipeline.training_data import Lessons, TrainingData
 from onnxsmith.pipeline.training_metrics import held_out_metrics
-from onnxsmith.pipeline.training_recipe import DistillSpec, FinetuneSpec, FitSpec, PruneSpec, TrainingStep
+from onnxsmith.pipeline.training_recipe import (
+    DistillSpec,
+    FinetuneSpec,
+    FitSpec,
+    PruneSpec,
+    TrainingSpec,
+    TrainingStep,
+)
 from onnxsmith.progress import Progress
 from onnxsmith.source import ModelSource
 
@@ -60,13 +69,22 @@ class Trained:
 class TrainingRun:
     """The training of a recipe. What is wrong with its data is found when it is made."""
 
-    def __init__(self, recipe: Recipe, *, base: Path | None, checkpoints: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        base: Path | None,
+        checkpoints: Path | None = None,
+        shared_by: str | None = None,
+    ) -> None:
         """Reads the data, and checks the settings of every step.
 
         Args:
             recipe: With a training.
             base: The directory that relative paths of the recipe start from.
             checkpoints: Where states are kept, so that a run that was killed goes on; nowhere where None.
+            shared_by: What trainings that keep their states there have in common: those that begin with
+                the same steps then find these done.
 
         Raises:
             BadInputError: Data cannot be read, or settings make no sense.
@@ -82,7 +100,7 @@ class TrainingRun:
                 step.spec.settings(seed=self.seed, device=self.spec.device)
             if isinstance(step.spec, DistillSpec):
                 step.spec.weights()
-        self._base, self._checkpoints = base, checkpoints
+        self._base, self._checkpoints, self._shared_by = base, checkpoints, shared_by
         self._data = TrainingData(recipe, base=base)
 
     def apply(self, loaded: LoadedModel, progress: Progress) -> Trained:
@@ -137,30 +155,54 @@ class TrainingRun:
         self, spec: PruneSpec, loaded: LoadedModel, progress: Progress
     ) -> tuple[LoadedModel, dict[str, Any]]:
         from onnxsmith.exporters.replacing import replace_module
-        from onnxsmith.training import prune
+        from onnxsmith.training import prune_vocabulary, sparsify
         from onnxsmith.training.teachers import forward
 
-        settings = spec.settings(seed=self.seed)
+        module, before = loaded.module, _parameters(loaded.module)
+        found: dict[str, Any] = {}
         with progress.step("prune") as step:
-            train = self._data.lessons(loaded).train
+            lessons = self._data.lessons(loaded)
+            train = lessons.train
             count = min(spec.samples, len(train))
             # Drawn by chance: rows may be sorted by their labels.
             numbers = [int(n) for n in np.random.default_rng(self.seed).permutation(len(train))[:count]]
             batches = [train.batch(numbers[i : i + 16]) for i in range(0, count, 16)]
-            if settings.method != "taylor":
-                batches = [{n: t for n, t in batch.items() if n != "labels"} for batch in batches]
-            first = {n: t for n, t in batches[0].items() if n != "labels"}
-            result = prune(
-                loaded.module, settings, batches=batches, loss=_loss_of(train.kind),
-                run=lambda: forward(loaded.module, first),
-            )  # fmt: skip
-            step.note = (
-                f"{result.before / 1e6:.1f} to {result.after / 1e6:.1f} M parameters, by {settings.method}"
-            )
+            if spec.removes_units:
+                found |= self._remove_units(spec, module, train.kind, batches)
+            if spec.vocabulary is not None:
+                used = lessons.token_ids() | self._data.special_ids(loaded) | {*spec.vocabulary.keep}
+                found["vocabulary"] = prune_vocabulary(module, used)
+            if spec.weights is not None:
+                inputs = [_inputs(batch) for batch in batches]
+                report = sparsify(module, spec.weights.settings(), batches=inputs, call=forward)
+                found["weights"] = report.to_json()
+            after = _parameters(module)
+            step.note = f"{before / 1e6:.1f} to {after / 1e6:.1f} M parameters"
+            if spec.removes_units:
+                step.note += f", by {spec.method}"
+            if spec.weights is not None:
+                step.note += (
+                    f", {found['weights']['zeros']:.0%} of the weights zero, by {spec.weights.method}"
+                )
+        sizes = {"parameters_before": before, "parameters_after": after, "ratio": after / before}
+        return replace_module(loaded, module), found | sizes
+
+    def _remove_units(
+        self, spec: PruneSpec, module: Any, kind: str, batches: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        from onnxsmith.training import prune
+        from onnxsmith.training.teachers import forward
+
+        settings = spec.settings(seed=self.seed)
+        inputs = [_inputs(batch) for batch in batches]
+        result = prune(
+            module, settings, batches=batches if settings.method == "taylor" else inputs,
+            loss=_loss_of(kind), run=lambda: forward(module, inputs[0]),
+        )  # fmt: skip
         found = result.to_json()
         # Thousands of numbers that nobody reads: the plan follows from them.
         found.pop("scores")
-        return replace_module(loaded, loaded.module), found
+        return found
 
     def _finetune(
         self, spec: FinetuneSpec, number: int, loaded: LoadedModel, progress: Progress
@@ -259,7 +301,7 @@ class TrainingRun:
                 module, examples, objective, settings,
                 validation=held,
                 metrics=(lambda model: held_out_metrics(model, held, batch=spec.batch)) if held else None,
-                checkpoint=self._checkpoints / f"{number}-{name}.pt" if self._checkpoints else None,
+                checkpoint=self._state_file(number, name),
                 on_update=on_update,
             )  # fmt: skip
             step.note = _said(result, before)
@@ -270,6 +312,31 @@ class TrainingRun:
         plain |= {"before": before, "objective": objective.described(), "loss": result.curve[-1]["loss"]}
         plain["after"] = next((e for e in result.evaluations if e["update"] == result.kept), {})
         return loaded, found | plain
+
+    def _state_file(self, number: int, name: str) -> Path | None:
+        if self._checkpoints is None:
+            return None
+        if self._shared_by is None:
+            return self._checkpoints / f"{number}-{name}.pt"
+        steps = [step.model_dump(mode="json") for step in self.spec.steps[: number + 1]]
+        rest = self.spec.model_dump(mode="json", exclude={"steps", "threads"})
+        told = json.dumps([self._shared_by, self.seed, rest, steps], sort_keys=True)
+        return self._checkpoints / f"{number}-{name}-{hashlib.sha256(told.encode()).hexdigest()[:20]}.pt"
+
+    def identity(self, spec: TrainingSpec) -> dict[str, Any]:
+        """What decides what a training of these data learns, besides the model: values, seed, and hashes."""
+        from onnxsmith.pipeline.tuning_store import source_sha256
+
+        named = ("data", "unlabelled", "validation")
+        told = {**spec.model_dump(mode="json", exclude={*named, "threads"}), "seed": self.seed}
+        models = {
+            text: source_sha256(ModelSource.parse(text, base=self._base))
+            for step in spec.steps
+            for key in ("teacher", "student")
+            if (text := getattr(step.spec, key, None)) is not None
+        }
+        described = {k: v for k, v in self._data.described().items() if k not in named}
+        return told | {"rows": described, "held": self._data.held_sha256(), "models": models}
 
     def _cross_validate(
         self,
@@ -305,6 +372,15 @@ class TrainingRun:
             "data": self._data.described(), "seed": self.seed,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without what is right."""
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def _round(loaded: LoadedModel, examples: Examples, seed: int) -> int:

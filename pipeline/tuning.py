@@ -8,13 +8,12 @@ import hashlib
 import json
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxsmith.errors import BadInputError, OnnxsmithError, SourceError, require
+from onnxsmith.errors import BadInputError, LackingError, OnnxsmithError, SourceError, require
 from onnxsmith.package_io import MANIFEST_NAME
 from onnxsmith.pipeline.artifact import to_plain, verify_artifact
 from onnxsmith.pipeline.datasets import load_dataset
@@ -22,7 +21,6 @@ from onnxsmith.pipeline.recipe import Recipe, load_recipe
 from onnxsmith.pipeline.run import report_nothing, run_recipe
 from onnxsmith.pipeline.staging import check_destination, write_beside
 from onnxsmith.pipeline.texts import load_text, text_sha256
-from onnxsmith.pipeline.tuning_bench import Prepared, prepare
 from onnxsmith.pipeline.tuning_choice import choose_trial, plain_tuning
 from onnxsmith.pipeline.tuning_recipe import plain_recipe
 from onnxsmith.pipeline.tuning_space import Point
@@ -34,6 +32,7 @@ from onnxsmith.pipeline.tuning_store import (
     source_sha256,
 )
 from onnxsmith.pipeline.tuning_study import Study
+from onnxsmith.pipeline.tuning_training import TrainedModels
 from onnxsmith.pipeline.tuning_trial import Trial, TrialRunner, objectives_of
 from onnxsmith.pipeline.tuning_workers import LocalLane, ProcessLane, Room, bench_of
 from onnxsmith.progress import Progress
@@ -185,12 +184,15 @@ class _Search:
         shutil.rmtree(self._work, ignore_errors=True)
         self._room = Room()
         self._trials: list[Trial] = []
-        self._prepared: Prepared | None = None
-        self._preparing = threading.Lock()
         self._lanes: list[LocalLane | ProcessLane] = []
+        self._models = TrainedModels(
+            recipe, self._source, self._work, states=directory / "training", base=base, progress=progress,
+            content={**self._content, "versions": self._environment["versions"]},
+        )  # fmt: skip
         self._runner = TrialRunner(
             recipe, self._store, content=self._content, environment=self._environment,
             shared=self._room.shared, alone=self._room.alone, best=self._smallest,
+            trained=self._models.identity, prepare=self._prepare,
         )  # fmt: skip
         self._study = Study(
             recipe,
@@ -286,7 +288,7 @@ class _Search:
     def conclude(self) -> tuple[Trial | None, dict[str, Any]]:
         """The chosen point, and the search as plain data."""
         chosen, why = choose_trial(self._recipe, self._trials, self._runner.limits)
-        reference = self._prepared.reference if self._prepared is not None else None
+        reference = self._models.reference
         note = self._store.get(f"reference-{fingerprint(self._content)[:40]}")
         tuning = plain_tuning(
             self._recipe, self._trials, sampler=self._study.sampler, limits=self._runner.limits,
@@ -347,22 +349,28 @@ class _Search:
             return None
         return min((t.values["size_mb"] for t in self._trials if t.feasible), default=None)
 
+    def _prepare(self, training: Mapping[str, Any]) -> Path:
+        """What points are made from whose training has these values."""
+        first = self._models.reference is None
+        try:
+            found = self._models.prepare(training)
+        except OnnxsmithError as error:
+            # Another point may be trained better; another export of the same model is not there.
+            if self._spec.training and not isinstance(error, LackingError):
+                raise
+            raise _NotPreparedError(error) from error
+        reference = self._models.reference
+        if first and reference is not None:
+            self._store.put(f"reference-{fingerprint(self._content)[:40]}", reference)
+            self._room.needed_bytes = int(2e6 * reference["size_mb"])
+        return found
+
     def _arguments(self) -> dict[str, Any]:
-        """The arguments of a bench; PyTorch is asked when the first of them is made."""
-        with self._preparing:
-            if self._prepared is None:
-                self._work.mkdir(exist_ok=True)
-                try:
-                    self._prepared = prepare(
-                        self._recipe, self._source, self._work, base=self._base, progress=self._progress
-                    )
-                except OnnxsmithError as error:
-                    raise _NotPreparedError(error) from error
-                self._store.put(f"reference-{fingerprint(self._content)[:40]}", self._prepared.reference)
-                self._room.needed_bytes = int(2e6 * self._prepared.reference["size_mb"])
+        """The arguments of a bench."""
+        self._work.mkdir(exist_ok=True)
         return {
-            "recipe": self._recipe, "source": self._recipe.source, "prepared": self._prepared,
-            "work": self._work, "base": self._base, "directory": Path.cwd(),
+            "recipe": self._recipe, "source": self._recipe.source, "work": self._work, "base": self._base,
+            "directory": Path.cwd(),
         }  # fmt: skip
 
 

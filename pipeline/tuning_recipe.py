@@ -27,11 +27,23 @@ def plain_recipe(recipe: Recipe, trial: Trial, *, base: Path | None, target: Pat
     import yaml
 
     assert recipe.tune is not None
-    given = recipe.model_dump(mode="json", exclude_unset=True, exclude={"tune", "variants", "extends"})
+    given = recipe.model_dump(
+        mode="json", exclude_unset=True, exclude={"tune", "variants", "extends", "training"}
+    )
     given |= {"schema_version": 1, "seed": recipe.seed, "source": _moved(recipe.source, base, target)}
     point = trial.point
     passes = [name if not arguments else {name: _plain(arguments)} for name, arguments in point.passes]
     given["variants"] = [{"name": point.name or _NAME, "passes": passes}]
+    if recipe.training is not None:
+        training = recipe.training.with_values(point.training).model_dump(mode="json", exclude_unset=True)
+        for key in ("data", "unlabelled", "validation"):
+            if training.get(key):
+                training[key] = _moved(training[key], base, target)
+        for step in training["steps"]:
+            for model in ("teacher", "student"):
+                if (step.get("distill") or {}).get(model):
+                    step["distill"][model] = _moved(step["distill"][model], base, target)
+        given["training"] = training
     evaluation = given.setdefault("evaluation", {})
     for key in ("perplexity", "task"):
         part = getattr(recipe.evaluation, key)

@@ -17,12 +17,23 @@ from onnxsmith.pipeline.recipe_base import RecipeModel, broken_rule
 if TYPE_CHECKING:
     from onnxsmith.graph_passes import PassSpec
 
-__all__ = ["Choices", "Opening", "Point", "Range", "TuneSpec", "count_points", "enumerate_points", "resolve"]
+__all__ = [
+    "Choices",
+    "Opening",
+    "Point",
+    "Range",
+    "TuneSpec",
+    "alternatives",
+    "count_points",
+    "enumerate_points",
+    "resolve",
+]
 
 _ONE_OF, _PRESET = "one_of", "preset"
 _OBJECTIVES = (
     "size_mb",
     "latency_ms",
+    "latency_vs_original",
     "peak_rss_mb",
     "perplexity",
     "perplexity_increase_pct",
@@ -77,6 +88,7 @@ class Point:
         provider: Where it runs; the recipe's where None.
         parameters: What was chosen, by the names of the choices.
         name: What it is called where it does not come from the search.
+        training: Values of the recipe's training that were chosen; see ``TrainingSpec.with_values``.
     """
 
     passes: tuple[PassSpec, ...]
@@ -84,6 +96,7 @@ class Point:
     provider: str | None = None
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     name: str | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class TuneSpec(RecipeModel):
@@ -91,6 +104,8 @@ class TuneSpec(RecipeModel):
 
     passes: tuple[Any, ...] = pydantic.Field(min_length=1)
     """Passes in order. A parameter may be open; `one_of` chooses between lists, `preset` stands for one."""
+    training: dict[str, Any] = pydantic.Field(default={})
+    """Open values of the recipe's training, such as `prune.heads`. Each choice is trained."""
     threads: Any = None
     """Intra-op threads: a number, or open. evaluation.benchmark.threads where absent."""
     provider: Any = None
@@ -119,10 +134,12 @@ they are scored on."""
     @pydantic.model_validator(mode="after")
     def _valid(self) -> TuneSpec:
         _check_steps(self.passes, ("passes",))
+        for key, value in self.training.items():
+            alternatives(value, ("training", key))
         kinds: dict[str, type] = {"threads": int, "provider": str}
         for key, kind in kinds.items():
             value = getattr(self, key)
-            values = [] if value is None else _alternatives(value, (key,))
+            values = [] if value is None else alternatives(value, (key,))
             for one in values:
                 if not isinstance(one, kind) or isinstance(one, bool) or (isinstance(one, int) and one < 1):
                     wanted = "a number of at least 1" if kind is int else "a name"
@@ -163,7 +180,7 @@ def count_points(spec: TuneSpec) -> int | None:
             return None if None in counts else sum(c for c in counts if c is not None)
         return of(step)
 
-    return _product([of_steps(spec.passes), of(spec.threads), of(spec.provider)])
+    return _product([of(spec.training), of_steps(spec.passes), of(spec.threads), of(spec.provider)])
 
 
 def resolve(spec: TuneSpec, suggest: Callable[[str, Opening], Any]) -> Point:
@@ -206,9 +223,11 @@ def resolve(spec: TuneSpec, suggest: Callable[[str, Opening], Any]) -> Point:
             else:
                 yield name, close(value or {}, f"{prefix}{name}")
 
+    # First, so that points of one training follow each other.
+    training = {key: close(value, f"training {key}") for key, value in spec.training.items()}
     passes = tuple(walk(spec.passes, ""))
     threads, provider = close(spec.threads, "threads"), close(spec.provider, "provider")
-    return Point(passes, threads, provider, chosen)
+    return Point(passes, threads, provider, chosen, training=training)
 
 
 def enumerate_points(spec: TuneSpec) -> Iterator[dict[str, Any]]:
@@ -254,7 +273,7 @@ def _opening(value: Any) -> Opening | None:
     return None
 
 
-def _alternatives(value: Any, at: Place) -> list[Any]:
+def alternatives(value: Any, at: Place) -> list[Any]:
     """All values of a choice that can be counted, and the ends of a range.
 
     Raises:
@@ -295,7 +314,7 @@ def _check_steps(steps: Sequence[Any], at: Place) -> None:
             raise broken_rule(place, _shown(step), wanted)
         name, value = (step, {}) if isinstance(step, str) else next(iter(step.items()))
         if name == _PRESET:
-            for preset in _alternatives(value, (*place, _PRESET)):
+            for preset in alternatives(value, (*place, _PRESET)):
                 if preset not in PRESETS:
                     raise broken_rule(
                         (*place, _PRESET), f"unknown preset {preset!r}", _named(str(preset), sorted(PRESETS))
@@ -339,7 +358,7 @@ def _check_parameters(name: str, given: Any, at: Place) -> None:
 def _variations(value: Any, at: Place) -> Iterator[Any]:
     """A value with each choice inside it made in each way, one at a time or all, whichever is less."""
     if isinstance(value, Mapping) and _opening(value) is None:
-        _alternatives(value, at)
+        alternatives(value, at)
         inner = {key: list(_variations(one, (*at, key))) for key, one in value.items()}
         first = {key: values[0] for key, values in inner.items()}
         yield first
@@ -347,7 +366,7 @@ def _variations(value: Any, at: Place) -> Iterator[Any]:
             first | {key: one} for key, values in inner.items() for one in itertools.islice(values, 1, None)
         )
     else:
-        yield from _alternatives(value, at)
+        yield from alternatives(value, at)
 
 
 def _named(name: str, known: Sequence[str]) -> str:

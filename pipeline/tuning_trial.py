@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onnxsmith.errors import LackingError, OnnxsmithError, WorkerError
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import VariantReport
 from onnxsmith.pipeline.run_tasks import budget_values
-from onnxsmith.pipeline.tuning_bench import Part, parts_of
+from onnxsmith.pipeline.tuning_bench import Plan
+from onnxsmith.pipeline.tuning_preparing import Part, parts_of
 from onnxsmith.pipeline.tuning_space import Point
 from onnxsmith.pipeline.tuning_store import MeasurementStore, fingerprint
 from onnxsmith.pipeline.variant_making import passes_of
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Lane", "Trial", "TrialRunner", "is_accuracy", "objectives_of", "optimistic_values"]
 
 # Sizes and times say nothing about how good a model is.
-_NOT_ACCURACY = frozenset({"size_mb", "latency_ms", "peak_rss_mb"})
+_NOT_ACCURACY = frozenset({"size_mb", "latency_ms", "latency_vs_original", "peak_rss_mb"})
 
 
 def is_accuracy(name: str) -> bool:
@@ -95,6 +98,8 @@ class TrialRunner:
         shared: Callable[[], contextlib.AbstractContextManager[None]],
         alone: Callable[[], contextlib.AbstractContextManager[None]],
         best: Callable[[], float | None],
+        trained: Callable[[Mapping[str, Any]], Mapping[str, Any] | None],
+        prepare: Callable[[Mapping[str, Any]], Path],
     ) -> None:
         """Takes what all trials have in common.
 
@@ -106,11 +111,14 @@ class TrialRunner:
             shared: A context in which others may work too.
             alone: A context in which nobody else works: times are measured there.
             best: The size of the smallest point that keeps the budgets, where size is the only objective.
+            trained: What decides what a model learns that is trained with some values; None where nothing is.
+            prepare: Trains a model with some values and exports it; see ``Plan.prepared``.
         """
         assert recipe.tune is not None
         self._recipe, self._store, self._tune = recipe, store, recipe.tune
         self._content, self._environment = content, environment
         self._shared, self._alone, self._best = shared, alone, best
+        self._trained, self._prepare = trained, prepare
         self.limits = {
             name: limit * (self._tune.margin if is_accuracy(name) and limit > 0 else 1.0)
             for name, limit in recipe.budgets.limits().items()
@@ -123,8 +131,10 @@ class TrialRunner:
             LackingError: No other point would do better.
         """
         specs = [(p.name, p.arguments()) for p in passes_of(trial.point.passes)]
+        # Nothing is trained where all that is asked was measured before.
+        plan = functools.cache(lambda: Plan(specs, self._prepare(trial.point.training)))
         try:
-            self._run(trial, lane, specs)
+            self._run(trial, lane, specs, plan)
         except LackingError:
             raise
         except OnnxsmithError as error:
@@ -132,20 +142,24 @@ class TrialRunner:
         finally:
             with contextlib.suppress(OnnxsmithError):
                 if trial.measured:
-                    lane.ask("forget", specs)
+                    lane.ask("forget", plan())
 
-    def _run(self, trial: Trial, lane: Lane, specs: Sequence[PassSpec]) -> None:
+    def _run(self, trial: Trial, lane: Lane, specs: Sequence[PassSpec], plan: Callable[[], Plan]) -> None:
         recipe, tune = self._recipe, self._tune
         provider = trial.point.provider or recipe.provider
-        key = {"source": self._content["source"], "export": recipe.export.model_dump(), "passes": specs,
-               "task": recipe.task, "versions": self._environment["versions"]}  # fmt: skip
+        key: dict[str, Any] = {
+            "source": self._content["source"], "export": recipe.export.model_dump(), "passes": specs,
+            "task": recipe.task, "versions": self._environment["versions"],
+        }  # fmt: skip
+        if (training := self._trained(trial.point.training)) is not None:
+            key["training"] = training
         parts = parts_of(tune)
         folded = tune.folds > 1 and recipe.calibration is not None
         fold = parts[0].fold if folded else None
         calibration = self._content["calibration"]
         # Whether data are looked at is known once it was made.
         facts = self._known(
-            trial, lane, "make", {**key, "calibration": calibration, "fold": self._fold(fold)}, specs, fold
+            trial, lane, "make", {**key, "calibration": calibration, "fold": self._fold(fold)}, plan, fold
         )
         trial.values["size_mb"], trial.precision = facts["size_mb"], facts["precision"]
         if self._ends(trial, trial.values):
@@ -156,7 +170,7 @@ class TrialRunner:
         samples = recipe.evaluation.comparison.model_dump()
         compared = self._known(
             trial, lane, "compare", {**made, "comparison": samples, "require": recipe.require_provider},
-            specs, fold, provider,
+            plan, fold, provider,
         )  # fmt: skip
         if not compared["passed"]:
             trial.state, trial.reason = "stopped", f"comparison with torch: {compared['reason']}"
@@ -164,10 +178,10 @@ class TrialRunner:
             return
         scored = recipe.evaluation.perplexity is not None or recipe.evaluation.task is not None
         own_data = folded and facts["used_data"]
-        if scored and self._score(trial, lane, specs, parts, made, own_data, provider):
+        if scored and self._score(trial, lane, plan, parts, made, own_data, provider):
             return
         if recipe.evaluation.benchmark is not None:
-            self._time(trial, lane, specs, fold, made, provider)
+            self._time(trial, lane, plan, fold, made, provider)
             if self._ends(trial, trial.values):
                 return
         trial.state = "complete"
@@ -177,7 +191,7 @@ class TrialRunner:
         self,
         trial: Trial,
         lane: Lane,
-        specs: Sequence[PassSpec],
+        plan: Callable[[], Plan],
         parts: Sequence[Part],
         made: Mapping[str, Any],
         folded: bool,
@@ -202,7 +216,7 @@ class TrialRunner:
                 "data": self._content["data"], "share": part.share, "held_out": tune.held_out,
                 **({"fold": self._fold(fold)} if folded else {}),
             }  # fmt: skip
-            found = self._known(trial, lane, "score", key, specs, fold, provider, part)
+            found = self._known(trial, lane, "score", key, plan, fold, provider, part)
             values = _values_of(found)
             hopes.append(optimistic_values(found))
             if not part.provisional:
@@ -224,7 +238,7 @@ class TrialRunner:
         self,
         trial: Trial,
         lane: Lane,
-        specs: Sequence[PassSpec],
+        plan: Callable[[], Plan],
         fold: int | None,
         made: Mapping[str, Any],
         provider: str,
@@ -233,21 +247,29 @@ class TrialRunner:
         assert benchmark is not None
         key = {**made, "benchmark": benchmark.model_dump(), "threads": threads,
                "machine": self._environment["machine"]}  # fmt: skip
-        found = self._known(trial, lane, "time", key, specs, fold, provider, threads)
+        found = self._known(trial, lane, "time", key, plan, fold, provider, threads)
         entry = VariantReport(trial.name, bench=found)
-        for name in ("latency_ms", "peak_rss_mb"):
+        for name in ("latency_ms", "latency_vs_original", "peak_rss_mb"):
             value = budget_values(entry).get(name)
             if value is not None:
                 trial.values[name] = value
 
-    def _known(self, trial: Trial, lane: Lane, do: str, key: Mapping[str, Any], *arguments: Any) -> Any:
+    def _known(
+        self,
+        trial: Trial,
+        lane: Lane,
+        do: str,
+        key: Mapping[str, Any],
+        plan: Callable[[], Plan],
+        *arguments: Any,
+    ) -> Any:
         """A measurement: from the store, or made now and kept there."""
         name = f"{do}-{fingerprint({'do': do, **key})[:40]}"
         found = self._store.get(name)
         if found is None:
             with (self._alone if do == "time" else self._shared)():
                 try:
-                    found = lane.ask(do, *arguments)
+                    found = lane.ask(do, plan(), *arguments)
                 except (LackingError, WorkerError):
                     raise
                 except OnnxsmithError as error:

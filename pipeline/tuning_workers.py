@@ -14,7 +14,7 @@ from typing import Any
 
 from onnxsmith.errors import CheckFailedError, OnnxsmithError, WorkerError
 from onnxsmith.pipeline.recipe import Recipe
-from onnxsmith.pipeline.tuning_bench import Prepared, TrialBench
+from onnxsmith.pipeline.tuning_bench import TrialBench
 from onnxsmith.source import ModelSource
 
 __all__ = ["LocalLane", "ProcessLane", "Room"]
@@ -197,18 +197,15 @@ def _work(pipe: Connection, arguments: Mapping[str, Any]) -> None:
             pipe.send(answer)
 
 
-def bench_of(
-    recipe: Recipe, source: str, prepared: Prepared, work: Path, base: Path | None, directory: Path
-) -> TrialBench:
+def bench_of(recipe: Recipe, source: str, work: Path, base: Path | None, directory: Path) -> TrialBench:
     """The bench of a worker.
 
     Args:
         recipe: With a key ``tune``.
         source: The text of the source.
-        prepared: What PyTorch said.
         work: Where models are made.
         base: The directory that relative paths of the recipe start from.
         directory: The current directory, which factories are imported from.
     """
     os.chdir(directory)
-    return TrialBench(recipe, ModelSource.parse(source, base=base), prepared, work, base=base)
+    return TrialBench(recipe, ModelSource.parse(source, base=base), work, base=base)

@@ -14,8 +14,9 @@ from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.graph_passes.blocks import dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import Outcome, PreconditionError
-from onnxsmith.graph_passes.gptq import gptq_blocks, output_error, second_moments
+from onnxsmith.graph_passes.gptq import gptq_blocks, second_moments
 from onnxsmith.graph_passes.quantization import QuantizeWeights
+from onnxsmith.sparse_rounding import output_error
 
 RANDOM = np.random.default_rng(7)
 TEXT = """<ir_version: 9, opset_import: ["": 18]>

@@ -15,13 +15,8 @@ from generated_graphs import Array, graph, run
 from onnxsmith.errors import BadInputError, PassError
 from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import PreconditionError
-from onnxsmith.graph_passes.sparse_rounding import (
-    keep_largest,
-    keep_pattern,
-    prune_sparsegpt,
-    prune_wanda,
-)
 from onnxsmith.graph_passes.sparsity import PruneWeights
+from onnxsmith.sparse_rounding import keep_largest, keep_pattern, prune_sparsegpt, prune_wanda
 
 pytest.importorskip("onnxruntime")
 

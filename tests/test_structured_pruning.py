@@ -312,6 +312,10 @@ def test_data_and_values_are_asked_for() -> None:
         load_pass("prune_heads")()(model)
     with pytest.raises(BadInputError, match="ratio: 1; expected 0 to below 1"):
         load_pass("prune_heads")(ratio=1.0)
+    remedy = "taylor, which needs gradients, and ONNX Runtime computes none; expected l1, .*`training.steps`"
+    for make in (load_pass("prune_heads").create, lambda given: load_pass("prune_heads")(**given)):
+        with pytest.raises(BadInputError, match=remedy):
+            make({"method": "taylor"})
     with pytest.raises(BadInputError, match="threshold: -1"):
         load_pass("prune_heads")(threshold=-1.0)
     with pytest.raises(PassError, match="excluded by skip_nodes"):

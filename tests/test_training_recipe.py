@@ -15,6 +15,7 @@ from onnxsmith import load_package, load_recipe, run_recipe, verify_artifact
 from onnxsmith.errors import BadInputError, RecipeError, SourceError
 from onnxsmith.exporters import LoadedModel, load_torch
 from onnxsmith.exporters.replacing import with_new_head
+from onnxsmith.pipeline._training_charts import training_table
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import Report
 from onnxsmith.pipeline.training_run import Trained, TrainingRun
@@ -279,6 +280,38 @@ def test_a_step_with_quantization_leaves_integers(bench: Path, tmp_path: Path) -
         assert torch.equal(tensor, other), name
 
 
+def test_zeros_and_rows_of_the_embedding_reach_the_graph(bench: Path, tmp_path: Path) -> None:
+    steps = [
+        {"finetune": {**LEARN, "task": "text-classification", "epochs": 4}},
+        {"prune": {"vocabulary": None, "weights": {"pattern": "2:4", "method": "wanda"}, "samples": 64}},
+        {"distill": {**LEARN, "epochs": 2}},
+    ]
+    report = run_recipe(recipe_of(bench, steps), tmp_path / "made", base=bench)
+    assert report.passed, report.verdict
+    assert report.training is not None
+    pruned = report.training["steps"][1]
+    assert pruned["weights"]["zeros"] == pytest.approx(0.5, abs=0.01)
+    rows = pruned["vocabulary"]
+    # Words of the sentences, and what the tokenizer adds by itself.
+    assert 10 < rows["rows_left"] < rows["rows_before"]
+    assert pruned["parameters_after"] < pruned["parameters_before"]
+    said = training_table(report.training)[1]["said"]
+    assert "not smaller and not faster" in said and f"to {rows['rows_left']:,} rows" in said
+    package = load_package(tmp_path / "made")
+    arrays = {
+        name: value.const_value.numpy()
+        for name, value in package.main.model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    assert any(array.shape == (rows["rows_left"], 32) for array in arrays.values())
+    ups = [array for array in arrays.values() if array.shape == (32, 64)]
+    assert len(ups) == 2
+    for matrix in ups:
+        # What a column of the graph's matrix is, is a row of PyTorch's.
+        groups = matrix.T.reshape(64, -1, 4)
+        assert ((groups != 0).sum(-1) <= 2).all()
+
+
 def test_what_is_evaluated_on_is_not_learned(bench: Path, tmp_path: Path) -> None:
     from onnxsmith.pipeline.training_data import TrainingData
 
@@ -304,7 +337,15 @@ def test_what_is_evaluated_on_is_not_learned(bench: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"prune": {}}], "nothing to prune; expected heads, neurons, layers or threshold"),
+        (
+            [{"prune": {}}],
+            "nothing to prune; expected heads, neurons, layers, threshold, vocabulary",
+        ),
+        (
+            [{"prune": {"weights": {"method": "wanda", "scope": "global"}}}],
+            "scope global or a threshold with method wanda and pattern unstructured; expected method",
+        ),
+        ([{"prune": {"weights": {"pattern": "1:3"}}}], "1:3; expected unstructured, or N:M such as 2:4"),
         ([{"prune": {"heads": 0.5}, "distill": {}}], "a step with prune and distill; expected one of"),
         ([{"quantize": {}}], "quantize"),
         ([{"distill": {"temperature": 0}}], "temperature"),

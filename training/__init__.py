@@ -8,8 +8,10 @@ from onnxsmith.training.fitting import FitProgress, FitResult, evaluate_loss, fi
 from onnxsmith.training.objectives import Distillation, DistillationWeights, Objective, Supervision
 from onnxsmith.training.settings import TrainingSettings
 from onnxsmith.training.shrinking import PruningPlan, apply_plan
+from onnxsmith.training.sparsity import SparsityReport, SparsitySettings, sparsify
 from onnxsmith.training.structured import PruningReport, PruningSettings, prune
 from onnxsmith.training.teachers import RuntimeTeacher, Teacher, TorchTeacher
+from onnxsmith.training.vocabulary import prune_vocabulary
 
 __all__ = [
     "CrossValidation",
@@ -24,6 +26,8 @@ __all__ = [
     "PruningReport",
     "PruningSettings",
     "RuntimeTeacher",
+    "SparsityReport",
+    "SparsitySettings",
     "Supervision",
     "Teacher",
     "TorchTeacher",
@@ -33,4 +37,6 @@ __all__ = [
     "evaluate_loss",
     "fit",
     "prune",
+    "prune_vocabulary",
+    "sparsify",
 ]

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import BadInputError
+from onnxsmith.training.sparsity import is_sparse, mark_sparse
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,8 @@ def _classes() -> Mapping[str, Any]:
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
             self.weight, self.bias, self.given = linear.weight, linear.bias, given
+            if is_sparse(linear):
+                mark_sparse(self)
             largest = linear.weight.detach().float().abs().amax(1).clamp(min=1e-8)
             self.log_step = torch.nn.Parameter((largest / _WEIGHT_MAX).log())
 

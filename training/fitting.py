@@ -19,6 +19,7 @@ from onnxsmith.training.dropout import dropout_of
 from onnxsmith.training.examples import Examples
 from onnxsmith.training.objectives import Objective
 from onnxsmith.training.settings import PRECISIONS, TrainingSettings
+from onnxsmith.training.sparsity import kept_zeros
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,10 @@ class _Fit:
         # Where and how often the state is written changes nothing.
         settings = dataclasses.asdict(self.settings)
         settings.pop("checkpoint_seconds")
+        # Where they are follows from the weights.
+        sparse = sorted(kept_zeros(self.model))
         content = [
+            *([sparse] if sparse else []),
             settings, self.objective.described(), self.examples.digest(),
             self.validation.digest() if self.validation is not None else None,
             weights_digest(self.model), torch.__version__, self.device,
@@ -228,6 +232,7 @@ class _Fit:
 
         settings = self.settings
         self.model.to(self.device)
+        self.may_change = kept_zeros(self.model)
         if self.extra is not None:
             self.extra.to(self.device)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=settings.learning_rate)
@@ -311,6 +316,11 @@ class _Fit:
         import torch
 
         self.scaler.unscale_(self.optimizer)
+        # AdamW leaves a zero that never had a gradient as it is.
+        for name, mask in self.may_change.items():
+            gradient = self.model.get_parameter(name).grad
+            if gradient is not None:
+                gradient.masked_fill_(~mask, 0)
         if self.settings.max_gradient_norm is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm)
@@ -424,7 +434,8 @@ class _Fit:
         return {
             "model": self.model.state_dict(),
             "extra": self.extra.state_dict() if self.extra is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            # Nothing follows, and it is twice as large as the model.
+            "optimizer": None if self.ended else self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.random.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
@@ -439,7 +450,8 @@ class _Fit:
         self.model.load_state_dict(state["model"])
         if self.extra is not None:
             self.extra.load_state_dict(state["extra"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         torch.random.set_rng_state(state["random"])
         if state["random_cuda"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -192,7 +193,8 @@ def _first(module: nn.Module, data: Sequence[Batch]) -> Callable[[], Any]:
             f"pruning of {type(module).__name__}", got="neither run nor batches", expected="one of them"
         )
     batch = {name: tensor for name, tensor in data[0].items() if name != "labels"}
-    has_cache = getattr(getattr(module, "config", None), "use_cache", None) is not None
+    # An encoder's configuration has the key too.
+    has_cache = "use_cache" in inspect.signature(module.forward).parameters
     return lambda: module(**batch, **({"use_cache": False} if has_cache else {}))
 
 

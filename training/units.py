@@ -32,6 +32,7 @@ __all__ = [
     "in_features",
     "is_projection",
     "out_features",
+    "shared_weights",
     "tensors_of",
 ]
 
@@ -136,7 +137,7 @@ def find_units(module: nn.Module, run: Run, *, seed: int = 0) -> FoundUnits:
         )
     finals = [t for t in tensors_of(result) if t.requires_grad]
     readers = _readers(calls, finals)
-    shared = _shared_weights(module)
+    shared = shared_weights(module)
     groups: dict[str, UnitGroup] = {}
     skipped: dict[str, str] = {}
     for number, call in enumerate(calls):
@@ -213,7 +214,7 @@ def tensors_of(found: Any) -> Iterator[torch.Tensor]:
                 yield from tensors_of(part)
 
 
-def _shared_weights(module: nn.Module) -> dict[str, str]:
+def shared_weights(module: nn.Module) -> dict[str, str]:
     """Names of projections whose weight another module has too, to that module's name."""
     owners: dict[int, list[str]] = {}
     for name, part in module.named_modules():
