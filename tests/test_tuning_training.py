@@ -104,7 +104,7 @@ def test_each_choice_is_trained_and_the_smallest_that_is_good_enough_is_packed(
     ]
     whole, small = trials
     assert {whole["state"], small["state"]} == {"complete"} and small["chosen"]
-    # Half of 64 neurons in two layers, each with a row of 32, a column of 32 and a bias; and some of the graph.
+    # Half of 64 neurons in two layers, each with a row of 32, a column of 32 and a bias; and a little graph.
     weights = 2 * 32 * (2 * 32 + 1) * 4 / 1e6
     assert weights <= whole["values"]["size_mb"] - small["values"]["size_mb"] < 1.3 * weights
     assert whole["values"]["f1_drop_points"] != small["values"]["f1_drop_points"]
