@@ -18,11 +18,11 @@ from onnxsmith.errors import ExportError, require
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AttentionTrace", "fused_attention", "recorded_options"]
+__all__ = ["IGNORED_OPTIONS", "MASKED_SCORE", "AttentionTrace", "fused_attention", "recorded_options"]
 
 # Arguments of an attention call that say nothing about the result here: positions are already in the
 # rotated query and key, causality and the cache are the operator's own.
-_IGNORED = frozenset(
+IGNORED_OPTIONS = frozenset(
     {
         "cache_position",
         "logits_to_keep",
@@ -42,7 +42,7 @@ _IGNORED = frozenset(
 
 # A masked score. exp() of it is 0 in every float type, it is finite in float16, and unlike the lowest
 # finite number it does not blow up the range that a later calibration sees.
-_MASKED = -1e4
+MASKED_SCORE = -1e4
 
 _names = itertools.count()
 
@@ -98,7 +98,7 @@ class AttentionTrace:
 
         batch, total = attention_mask.shape
         device = attention_mask.device
-        hidden = (attention_mask - 1)[:, None, None, :].to(dtype) * -_MASKED
+        hidden = (attention_mask - 1)[:, None, None, :].to(dtype) * -MASKED_SCORE
         return AttentionTrace(
             past=past,
             last_index=torch.full((batch,), total - 1, dtype=torch.int32, device=device),
@@ -285,7 +285,9 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _attributes(where: str, module: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Forwards what GroupQueryAttention can represent and refuses all else: nothing is dropped."""
-    rest = {name: value for name, value in options.items() if value is not None and name not in _IGNORED}
+    rest = {
+        name: value for name, value in options.items() if value is not None and name not in IGNORED_OPTIONS
+    }
     rest.pop("scaling", None)
     if rest.pop("dropout", 0.0):
         raise ExportError(where, got="dropout while exporting", expected="a model in eval mode")

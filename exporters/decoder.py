@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
@@ -13,10 +14,11 @@ from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recor
 from onnxsmith.exporters.decomposition import without_memory_of_operators
 from onnxsmith.exporters.known_values import experts_unrolled
 from onnxsmith.exporters.layers import NotAlikeError, layer_kinds, on_meta, shortened
+from onnxsmith.exporters.onnx_attention import FIRST_OPSET, onnx_attention, why_not_here
 from onnxsmith.exporters.rotary import stateless_rotary
 from onnxsmith.exporters.stitching import stitch, tidied
 from onnxsmith.exporters.stored_weights import stand_ins
-from onnxsmith.exporters.tracing import line_of, trace, weight_tensor
+from onnxsmith.exporters.tracing import converted, line_of, trace, weight_tensor
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import TorchProgram
 
@@ -103,7 +105,8 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
         task=TEXT_GENERATION,
         limits={"input_ids": vocabulary},
         name=type(model).__name__,
-        prepare=None if loaded.weights is None else lambda: loaded.weights.fill(model),  # type: ignore[union-attr]
+        prepare=None if loaded.weights is None else partial(loaded.weights.fill, model),
+        release=None if loaded.weights is None else loaded.weights.drop,
     )
 
 
@@ -121,8 +124,9 @@ def trace_decoder(
     Args:
         loaded: The model.
         program: Its signature, from ``decoder_program``.
-        attention: ``fused`` emits GroupQueryAttention; ``standard`` emits ONNX operators only; ``auto``
-            is ``fused`` where the model allows it, and says why not where it does not.
+        attention: ``fused`` emits GroupQueryAttention; ``standard`` emits ONNX operators only, from operator
+            set 23 on with ONNX's Attention; ``auto`` is ``fused`` where the model allows it, and says why not
+            where it does not.
         opset: Version of the ONNX operator set.
         tracing: ``layers`` traces one layer of each kind and copies it, ``whole`` traces all of them;
             ``auto`` is ``layers`` where the model can be taken apart.
@@ -166,6 +170,20 @@ def _trace_decoder(
                 details["why_not_fused"] = str(error)
             else:
                 return model, {"attention": "GroupQueryAttention"} | traced
+        if opset is not None and opset >= FIRST_OPSET:
+            # torch's exporter would use the operator wherever it sees attention, and not where it does not.
+            why_not = why_not_here(opset)
+            if not why_not:
+                try:
+                    with onnx_attention(loaded.module, opset):
+                        model, traced = _Road(loaded.module, program, opset, None, tidy).trace(tracing)
+                except ExportError as error:
+                    why_not = str(error)
+                else:
+                    return model, details | {"attention": "Attention"} | traced
+            details["why_no_operator"] = why_not
+            model, traced = _Road(loaded.module, program, FIRST_OPSET - 1, None, tidy).trace(tracing)
+            return converted(model, opset), details | traced
         model, traced = _Road(loaded.module, program, opset, None, tidy).trace(tracing)
         return model, details | traced
 

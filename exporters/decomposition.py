@@ -186,10 +186,9 @@ def _write_conversions(module: Any, *, all_of_them: bool) -> None:
         if node.op != "call_function" or not _is_conversion(node.target):
             continue
         source, dtype = node.args[0], node.meta["val"].dtype
-        if not all_of_them and any(user.op == "output" for user in node.users):
-            # The program's signature has its name.
-            continue
-        if "val" in source.meta and source.meta["val"].dtype == dtype:
+        # The program's signature has the name of what it returns.
+        returned = any(user.op == "output" for user in node.users)
+        if "val" in source.meta and source.meta["val"].dtype == dtype and not returned:
             new = source
         elif not all_of_them:
             continue
@@ -199,4 +198,6 @@ def _write_conversions(module: Any, *, all_of_them: bool) -> None:
                 new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
+        if any(user.op == "output" for user in new.users):
+            new.name = node.name
     module.recompile()

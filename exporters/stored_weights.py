@@ -42,6 +42,9 @@ class StoredWeights:
         """Keeps how to read each weight; ``where`` is for messages."""
         self._readers = readers
         self._where = where
+        self._fills = 0
+        # Owner, name there, what was there, what was put there.
+        self._filled: list[tuple[Any, str, Any, Any]] = []
 
     def __contains__(self, name: object) -> bool:
         return name in self._readers
@@ -63,6 +66,7 @@ class StoredWeights:
         """Gives the module its weights. What needs no conversion is mapped from the file, not copied."""
         import torch
 
+        self._fills += 1
         filled: dict[int, Any] = {}
         for owner, name, full, parameter in list(_parameters(module)):
             if not parameter.is_meta:
@@ -71,6 +75,18 @@ class StoredWeights:
                 tensor = self.read(full, parameter)
                 filled[id(parameter)] = (torch.nn.Parameter(tensor, requires_grad=False), parameter)
             owner._parameters[name] = filled[id(parameter)][0]
+            self._filled.append((owner, name, parameter, filled[id(parameter)][0]))
+
+    def drop(self) -> None:
+        """Takes the weights out of the module again, at the call that goes with its first ``fill``."""
+        self._fills -= 1
+        if self._fills:
+            return
+        for owner, name, parameter, put in self._filled:
+            # What was changed since is not ours.
+            if owner._parameters.get(name) is put:
+                owner._parameters[name] = parameter
+        self._filled = []
 
     def bind(self, model: ir.Model, module: torch.nn.Module) -> None:
         """Lets the initializers of a graph that have names of weights read them when they are written."""

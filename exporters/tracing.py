@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
+from onnxsmith.exporters.bfloat16 import widen_bfloat16
 from onnxsmith.exporters.decomposition import (
     decomposed_where_needed,
     operators_listed_quickly,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["FixedAxisError", "line_of", "trace", "weight_tensor"]
+__all__ = ["FixedAxisError", "converted", "line_of", "trace", "weight_tensor"]
 
 # This folder, under both of its names: onnxsmith.exporters is a link.
 _HERE = Path(__file__).parent
@@ -105,6 +106,22 @@ def trace(
     model: ir.Model = onnx_program.model
     _name_axes(model, {s.name: s for s in (*program.inputs, *program.outputs)}, program.name)
     _name_weights(model, adapter)
+    if not any(spec.dtype == "bfloat16" for spec in (*program.inputs, *program.outputs)):
+        widen_bfloat16(model)
+    return model
+
+
+def converted(model: ir.Model, opset: int) -> ir.Model:
+    """A graph in a newer operator set, as torch's exporter converts its own."""
+    converter = require("onnxscript.version_converter", purpose="exporting")
+    try:
+        converter.convert_version(model, opset, fallback=True)
+    except Exception as error:
+        raise ExportError(
+            "export: opset",
+            got=f"operator set {opset}, to which the graph cannot be converted: {error}",
+            expected="one that torch's exporter writes, such as 20",
+        ) from error
     return model
 
 

@@ -33,7 +33,7 @@ from onnxsmith.pipeline.arguments import (
 from onnxsmith.pipeline.artifact_commands import ARTIFACT_COMMANDS
 from onnxsmith.pipeline.cache_commands import CACHE_COMMANDS
 from onnxsmith.pipeline.doctor_command import DOCTOR_COMMANDS
-from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded
+from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded, run_and_leave
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
@@ -41,6 +41,8 @@ from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 __all__ = ["app", "main"]
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
+# An export makes a million of them once, in imports and a trace, and is over soon after.
+_OBJECTS_OF_AN_EXPORT = 2_000_000
 
 app = typer.Typer(
     name="onnxsmith",
@@ -63,8 +65,7 @@ def main() -> NoReturn:
     # A command makes objects by the million and few of them in cycles: with Python's own threshold of 700,
     # one second in ten is spent on looking for those.
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
-    app()
-    sys.exit(0)
+    run_and_leave(app)
 
 
 def _version(value: bool) -> None:
@@ -229,6 +230,7 @@ def export(
     from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export
 
+    gc.set_threshold(_OBJECTS_OF_AN_EXPORT, 10, 10)
     known("--exporter", exporter, ("auto", "torch", "optimum"), kind="exporter")
     known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")

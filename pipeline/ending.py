@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import atexit
 import errno
 import functools
 import os
@@ -14,7 +15,7 @@ from typing import Any, NoReturn, ParamSpec
 
 from onnxsmith.errors import OnnxsmithError
 
-__all__ = ["FAILED", "INTERRUPTED", "end_on_signals", "guarded"]
+__all__ = ["FAILED", "INTERRUPTED", "end_on_signals", "guarded", "run_and_leave"]
 
 P = ParamSpec("P")
 
@@ -57,6 +58,31 @@ def end_on_signals() -> None:
         timer.start()
 
     sys.unraisablehook = again
+
+
+def run_and_leave(command: Callable[[], Any]) -> NoReturn:
+    """Runs a command and ends the process, without taking apart what it has in memory.
+
+    Python frees every module and every object one by one at its end, which takes longer than a second once
+    PyTorch is there; the system frees all of it at once. What waits for an end is called as always.
+    """
+    status = 0
+    try:
+        command()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    threads: Any = threading
+    threads._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Nobody reads it any more.
+            continue
+    os._exit(status)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -127,10 +127,13 @@ def export_model(
             if noisy:
                 programs = {name: without_randomness(program) for name, program in programs.items()}
             candidate = silenced(package) if noisy else package
-            with progress.step("compare"), open_programs(programs, name=source) as reference:
+            with progress.step("compare"):
+                with open_programs(programs, name=source) as reference:
+                    expected = reference.expected(candidates=[candidate])
+                # PyTorch has answered and lets go of its weights before ONNX Runtime reads them.
                 comparison = compare_package(
                     reference,
-                    reference.expected(candidates=[candidate]),
+                    expected,
                     candidate,
                     OrtBackend(),
                     tolerance=tolerance_for(package.precision),

@@ -270,8 +270,19 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="Many prompts: a text file with one a line, or .jsonl with text."),
     ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(metavar="FILE.wav", help="Write down what is said there (Whisper).")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(metavar="L", help="With --audio: such as en; found out by default.")
+    ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Prompts of --prompts at once.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Upper bound of tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Upper bound of tokens; 64 by default, of speech what the model allows."
+        ),
+    ] = None,
     provider: Annotated[str, typer.Option(metavar="P", help="Execution provider.")] = "cpu",
     temperature: Annotated[
         float, typer.Option(metavar="X", help="0 takes the most likely token; above, tokens are drawn.")
@@ -308,16 +319,31 @@ def generate(
     from onnxsmith.pipeline.generation import generate_text, generate_texts
     from onnxsmith.runtime import LookupSettings, SamplingSettings
 
-    if (prompt is None) == (prompts is None):
-        got = "neither a prompt nor --prompts" if prompt is None else "a prompt and --prompts"
+    given = [
+        name
+        for name, value in (("a prompt", prompt), ("--prompts", prompts), ("--audio", audio))
+        if value is not None
+    ]
+    if len(given) != 1:
+        got = " and ".join(given) or "neither a prompt nor --prompts nor --audio"
         raise BadInputError("generate", got=got, expected="one of them")
+    if language is not None and audio is None:
+        raise BadInputError("generate: --language", got="no --audio", expected="both or none")
     sampling = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
     settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens, "provider": provider, "sampling": sampling, "stop": stop or (),
-        "chat": chat, "system": system, "speculation": LookupSettings.parse(speculate),
+        "max_new_tokens": 64 if max_new_tokens is None else max_new_tokens, "provider": provider,
+        "sampling": sampling, "stop": stop or (), "chat": chat, "system": system,
+        "speculation": LookupSettings.parse(speculate),
     }  # fmt: skip
+    if audio is not None:
+        _transcribe(
+            model, audio, json_target, {"language": language, "stop": stop or (), "provider": provider},
+            plain=(sampling, chat, system, speculate) == (SamplingSettings(seed=seed), False, None, "off"),
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        return
     if prompts is not None:
         results = []
         for one in generate_texts(model, _prompts(prompts), batch=batch, **settings):
@@ -341,6 +367,36 @@ def generate(
         sys.stdout.write("\n")
     if json_target:
         emit_json(json_target, "generate", {"prompt": prompt, "text": "".join(pieces)})
+
+
+def _transcribe(
+    model: Path,
+    audio: Path,
+    json_target: str | None,
+    settings: dict[str, Any],
+    *,
+    plain: bool,
+    max_new_tokens: int | None,
+) -> None:
+    from onnxsmith.pipeline.console import emit_json
+    from onnxsmith.pipeline.transcription import transcribe
+
+    if not plain:
+        raise BadInputError(
+            "generate: --audio",
+            got="options of sampling or of chats",
+            expected="neither: speech is decoded greedily",
+        )
+    pieces: list[str] = []
+    for piece in transcribe(model, audio, max_new_tokens=max_new_tokens, **settings):
+        pieces.append(piece)
+        if json_target != "-":
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if json_target != "-":
+        sys.stdout.write("\n")
+    if json_target:
+        emit_json(json_target, "generate", {"audio": str(audio), "text": "".join(pieces)})
 
 
 def _prompts(path: Path) -> Sequence[str]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.pipeline.recipe_export import exported_as_wanted
 from onnxsmith.pipeline.run_steps import RunSteps
 from onnxsmith.pipeline.step_keys import step_key
 from onnxsmith.pipeline.variant_making import Made, VariantMaker
@@ -66,7 +67,7 @@ class Original:
         Raises:
             OnnxsmithError: It cannot be exported.
         """
-        from onnxsmith.exporters import export, torch_programs
+        from onnxsmith.exporters import torch_programs
         from onnxsmith.package import ModelPackage
 
         programs = torch_programs(loaded)
@@ -74,9 +75,7 @@ class Original:
         made = None
         with progress.step("original") as step:
             if recipe.evaluation.benchmark is not None and len(programs) == 1:
-                package = export(
-                    loaded, programs, attention=recipe.export.attention, opset=recipe.export.opset
-                )
+                package, programs = exported_as_wanted(loaded, programs, recipe.export)
                 key = step_key("export", original=identity, export=recipe.export.model_dump())
                 maker = VariantMaker(package, key, steps, context=context(package), provider=provider)
                 made = maker.make("original", passes)

@@ -62,6 +62,20 @@ class ExportSpec(_Model):
     """Decoders: fused is GroupQueryAttention, standard ONNX operators only, auto is fused where possible."""
     opset: int | None = pydantic.Field(default=None, ge=18, le=25)
     """Version of the ONNX operator set; the exporter's default where absent."""
+    exporter: Literal["auto", "torch", "optimum"] = "auto"
+    """auto is torch, and optimum for what torch cannot trace and optimum has a description of."""
+    tracing: Literal["auto", "layers", "whole"] = "auto"
+    """Decoders: one layer of each kind, copied, or all layers; auto is layers where possible."""
+    adapter: Literal["merge", "inputs"] = "merge"
+    """A LoRA adapter as source: added to the weights, or inputs of the graph with defaults."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_road(self) -> ExportSpec:
+        if self.exporter == "optimum":
+            for key, usual in (("attention", "auto"), ("tracing", "auto"), ("adapter", "merge")):
+                if getattr(self, key) != usual:
+                    raise _broken_rule((key,), f"{getattr(self, key)} with exporter: optimum", usual)
+        return self
 
 
 PassEntry = Annotated[

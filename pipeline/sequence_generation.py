@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnxsmith.runtime import SamplingSettings
     from onnxsmith.runtime.session import Array
 
-__all__ = ["is_encoder_decoder", "sequence_tokens"]
+__all__ = ["configuration", "is_encoder_decoder", "sequence_tokens"]
 
 
 def is_encoder_decoder(package: ModelPackage) -> bool:
@@ -57,7 +57,7 @@ def sequence_tokens(
             got=f"an encoder that takes {', '.join(sorted(names))}",
             expected="one that takes text",
         )
-    told = _configuration(package)
+    told = configuration(package)
     start = told.get("decoder_start_token_id")
     if not isinstance(start, int):
         raise FeedError(
@@ -94,7 +94,8 @@ def sequence_tokens(
             yield int(tokens[0])
 
 
-def _configuration(package: ModelPackage) -> dict[str, Any]:
+def configuration(package: ModelPackage) -> dict[str, Any]:
+    """What the package says of its generation, from both of its files."""
     told: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         try:

@@ -15,6 +15,7 @@ from onnxsmith.errors import BadInputError, require
 from onnxsmith.package import TEXT_GENERATION, ModelPackage, TensorSpec
 from onnxsmith.package_io import save_package
 from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.recipe_export import exported_as_wanted
 from onnxsmith.pipeline.references import open_programs
 from onnxsmith.pipeline.run_tasks import TaskMeasure
 from onnxsmith.pipeline.staging import require_space
@@ -126,7 +127,7 @@ def prepare(
     Raises:
         OnnxsmithError: The model cannot be trained or exported, or there are too few data to hold some out.
     """
-    from onnxsmith.exporters import export, load_torch, torch_programs
+    from onnxsmith.exporters import load_torch, torch_programs
     from onnxsmith.runtime import perplexity
 
     assert recipe.tune is not None
@@ -136,7 +137,7 @@ def prepare(
     with progress.step("load") as step:
         plain = training is None
         dtype = recipe.export.dtype if plain else "float32"
-        loaded = load_torch(source, task=recipe.task, dtype=dtype, lazy=plain)
+        loaded = load_torch(source, task=recipe.task, dtype=dtype, lazy=plain, adapter=recipe.export.adapter)
         step.note = f"{loaded.provenance['architecture']}, {loaded.provenance['parameters'] / 1e6:.1f} M"
     original: LoadedModel | None = None
     if training is not None:
@@ -152,7 +153,7 @@ def prepare(
         )  # fmt: skip
     with progress.step("export"):
         programs = torch_programs(loaded)
-        exported = export(loaded, programs, attention=recipe.export.attention, opset=recipe.export.opset)
+        exported, programs = exported_as_wanted(loaded, programs, recipe.export)
         directory = work / "exported"
         directory.mkdir()
         save_package(exported, directory)
@@ -214,7 +215,7 @@ def _ask_original(
     progress: Progress,
 ) -> _Original:
     """Exports it where latency is compared with it, and asks it what the points will be asked."""
-    from onnxsmith.exporters import export, torch_programs
+    from onnxsmith.exporters import torch_programs
     from onnxsmith.runtime import perplexity
 
     assert recipe.tune is not None
@@ -224,7 +225,7 @@ def _ask_original(
     package = ModelPackage({}, original.task, dict(original.files))
     with progress.step("original"):
         if recipe.evaluation.benchmark is not None and len(programs) == 1:
-            package = export(original, programs, attention=recipe.export.attention, opset=recipe.export.opset)
+            package, programs = exported_as_wanted(original, programs, recipe.export)
             exported = work / "original"
             exported.mkdir()
             save_package(package, exported)

@@ -19,6 +19,7 @@ from onnxsmith.pipeline.honesty import is_quantized, source_among, without_quant
 from onnxsmith.pipeline.layer_errors import layer_errors
 from onnxsmith.pipeline.originals import Original
 from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.recipe_export import exported_as_wanted, with_outputs_of
 from onnxsmith.pipeline.references import open_programs
 from onnxsmith.pipeline.report import VariantReport
 from onnxsmith.pipeline.run_steps import RunSteps
@@ -385,6 +386,8 @@ class Workbench:
                 fixed = told.get("fixed_axes") if isinstance(told, Mapping) else None
                 if fixed:
                     fix_axes(program, set(fixed))
+            if self._exported is not None:
+                self._programs = with_outputs_of(self._exported, self._programs)
         return self._programs
 
     def _load(self) -> LoadedModel:
@@ -393,7 +396,9 @@ class Workbench:
         if self._loaded is None:
             recipe, plain = self.recipe, self._training is None
             dtype = recipe.export.dtype if plain else "float32"
-            self._loaded = load_torch(self.source, task=recipe.task, dtype=dtype, lazy=plain)
+            self._loaded = load_torch(
+                self.source, task=recipe.task, dtype=dtype, lazy=plain, adapter=recipe.export.adapter
+            )
         return self._loaded
 
     def _train(self, training: TrainingRun) -> Trained:
@@ -419,11 +424,8 @@ class Workbench:
         )  # fmt: skip
 
     def _export(self, size: int) -> ModelPackage:
-        from onnxsmith.exporters import export
-
         assert self._export_key is not None
-        wanted = self.recipe.export
-        exported = export(self._load(), self.programs(), attention=wanted.attention, opset=wanted.opset)
+        exported, self._programs = exported_as_wanted(self._load(), self.programs(), self.recipe.export)
         if not self._steps.keeps(size):
             return exported
         found = self._steps.result(

@@ -65,7 +65,9 @@ class TorchSession(Session):
         return {name: _to_numpy(results[name]) for name in outputs}
 
     def close(self) -> None:
-        """Lets go of the program, which is the caller's."""
+        """Lets go of the program, which is the caller's, and of weights that were read for it."""
+        if self._program is not None and self._program.release:
+            self._program.release()
         self._program = None
         self._module = None
 

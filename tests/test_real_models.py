@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from onnxsmith import export_model
 from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.cli import app
 from onnxsmith.runtime import OrtBackend, OrtSession, Seq2SeqDecoder, generate_sequences, open_components
 
 torch = pytest.importorskip("torch")
@@ -36,8 +38,8 @@ def package(name: str) -> Path:
     return found
 
 
-def recordings(count: int, least_words: int = 6) -> list[tuple[np.ndarray, str]]:
-    """Prompts of a telephone system, spoken by a person, at 16 kHz, and what is said."""
+def recordings(count: int, least_words: int = 6) -> list[tuple[np.ndarray, str, Path]]:
+    """Prompts of a telephone system, spoken by a person, at 16 kHz, what is said, and the file at 8 kHz."""
     signal = pytest.importorskip("scipy.signal")
     texts = SPEECH / "doc" / "asterisk-core-sounds-en" / "core-sounds-en.txt.gz"
     if not texts.is_file():
@@ -54,7 +56,7 @@ def recordings(count: int, least_words: int = 6) -> list[tuple[np.ndarray, str]]
             assert (file.getnchannels(), file.getsampwidth()) == (1, 2)
             rate, data = file.getframerate(), file.readframes(file.getnframes())
         samples = np.frombuffer(data, np.int16).astype(np.float32) / 32768
-        found.append((signal.resample_poly(samples, 16000, rate).astype(np.float32), text))
+        found.append((signal.resample_poly(samples, 16000, rate).astype(np.float32), text, path))
         if len(found) == count:
             break
     return found
@@ -81,6 +83,8 @@ def test_whisper_hears_as_many_words_as_in_torch(tmp_path: Path) -> None:
         tokenizer_file=str(source / "tokenizer.json"), clean_up_tokenization_spaces=False
     )
     features = transformers.WhisperFeatureExtractor(feature_size=80)
+    tokenizer.save_pretrained(tmp_path / "whisper")
+    features.save_pretrained(tmp_path / "whisper")
     _, comparison = export_model(str(tmp_path / "whisper"), tmp_path / "artifact")
     assert comparison is not None and comparison.passed
     exported = load_package(tmp_path / "artifact")
@@ -95,11 +99,11 @@ def test_whisper_hears_as_many_words_as_in_torch(tmp_path: Path) -> None:
         logits[:, settings.no_timestamps_token_id :] = -np.inf
         return logits
 
-    errors = {"torch": 0, "onnx": 0}
+    errors = {"torch": 0, "onnx": 0, "command": 0}
     words = 0
     with open_components(OrtBackend(), {n: exported.only(n) for n in exported.components}) as sessions:
         decoder = Seq2SeqDecoder(sessions)
-        for samples, text in recordings(12):
+        for samples, text, path in recordings(12):
             given = features(samples, sampling_rate=16000, return_tensors="np").input_features
             with torch.no_grad():
                 ids = model.generate(
@@ -116,14 +120,26 @@ def test_whisper_hears_as_many_words_as_in_torch(tmp_path: Path) -> None:
                     choose=choose,
                 )
             ]
-            heard = {"torch": ids, "onnx": ours}
-            for name, tokens in heard.items():
-                wrong, count = word_errors(text, tokenizer.decode(tokens, skip_special_tokens=True))
+            heard = {
+                "torch": tokenizer.decode(ids, skip_special_tokens=True),
+                "onnx": tokenizer.decode(ours, skip_special_tokens=True),
+                # From the file as it is, at 8 kHz, without anything of torch, transformers or SciPy.
+                "command": command(tmp_path / "artifact", path),
+            }
+            for name, said in heard.items():
+                wrong, count = word_errors(text, said)
                 errors[name] += wrong
             words += count
     assert words > 80
-    assert errors["onnx"] == errors["torch"]
+    assert errors["onnx"] == errors["command"] == errors["torch"]
     assert errors["onnx"] / words < 0.1
+
+
+def command(artifact: Path, recording: Path) -> str:
+    """What `onnxsmith generate --audio` writes."""
+    done = CliRunner().invoke(app, ["generate", str(artifact), "--audio", str(recording)])
+    assert done.exit_code == 0, done.output
+    return str(done.stdout)
 
 
 CONFUSED = {
@@ -194,7 +210,7 @@ def test_the_speaker_encoder_knows_a_voice(tmp_path: Path) -> None:
     # Of any length, though torch's exporter would have fixed it.
     assert exported.main.inputs[0].shape == ("batch", "sequence", 40)
     with OrtSession(exported) as session:
-        for samples, _ in recordings(4):
+        for samples, _, _ in recordings(4):
             samples = samples * (0.03 / np.sqrt((samples**2).mean()))
             mel = spectrogram(
                 samples, window, 400, 160, power=2.0, mel_filters=filters, pad_mode="constant"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 from tests.conftest import TINY_TEXT, heed_interrupts
 
@@ -340,3 +341,44 @@ def load_package_files(files: dict[str, bytes]) -> Any:
     from onnxsmith.package import ModelPackage
 
     return ModelPackage({}, files=dict(files))
+
+
+def test_a_recipe_exports_as_the_command_does(tiny_llama_dir: Path, work: Path, tmp_path: Path) -> None:
+    """An adapter that stays beside its model, all layers traced."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    recipe = recipe_of(
+        tmp_path / "adapter",
+        export={"adapter": "inputs", "tracing": "whole", "exporter": "torch"},
+        variants=[{"name": "fp32", "preset": "clean"}],
+        evaluation={"benchmark": None},
+        prompt=None,
+    )
+    report = run_recipe(recipe, tmp_path / "out", base=work, command="onnxsmith run adapter.yaml")
+    assert report.passed, report.verdict
+    package = load_package(tmp_path / "out")
+    assert package.steps[0].parameters["tracing"] == "whole"
+    assert package.steps[0].details["why_whole"] == "as asked"
+    assert sum(".lora_" in (value.name or "") for value in package.main.model.graph.inputs) == 4
+    with pytest.raises(pydantic.ValidationError, match="whole with exporter: optimum"):
+        recipe_of(tiny_llama_dir, export={"exporter": "optimum", "tracing": "whole"})
+
+
+def test_a_recipe_takes_the_road_through_optimum(tiny_llama_dir: Path, work: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optimum.exporters.onnx")
+    recipe = recipe_of(
+        tiny_llama_dir,
+        export={"exporter": "optimum"},
+        variants=[{"name": "fp32", "preset": "clean"}],
+        evaluation={"benchmark": None},
+        prompt=None,
+    )
+    report = run_recipe(recipe, tmp_path / "out", base=work, command="onnxsmith run tiny.yaml")
+    assert report.passed, report.verdict
+    assert load_package(tmp_path / "out").steps[0].parameters["exporter"] == "optimum"

@@ -50,6 +50,25 @@ def test_a_lazy_decoder_has_no_memory_until_it_is_run(tiny_llama_dir: Path, tmp_
                 np.testing.assert_array_equal(session.run(case.feeds)[name], array)
 
 
+def test_weights_are_let_go_of_with_the_last_session(tiny_llama_dir: Path) -> None:
+    lazy = load(tiny_llama_dir, lazy=True)
+    program = torch_program(lazy)
+    with TorchSession(program) as first:
+        case = next(iter(cases_for(first, limits=program.limits)))
+        expected = first.run(case.feeds)
+        with TorchSession(program):
+            pass
+        # One that is open still has them.
+        np.testing.assert_array_equal(first.run(case.feeds)["logits"], expected["logits"])
+    assert all(parameter.is_meta for parameter in lazy.module.parameters())
+    with TorchSession(program) as again:
+        np.testing.assert_array_equal(again.run(case.feeds)["logits"], expected["logits"])
+        changed = torch.nn.Parameter(torch.zeros_like(lazy.module.lm_head.weight))
+        lazy.module.lm_head.weight = changed
+    # What somebody else put there is not ours.
+    assert lazy.module.lm_head.weight is changed
+
+
 def test_conversion_and_shards(tiny_llama_dir: Path, tmp_path: Path) -> None:
     module = load(tiny_llama_dir).module
     module.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")

@@ -28,6 +28,8 @@ class TorchProgram:
         limits: For integer inputs, one above the highest value that is valid, such as the vocabulary size.
         name: For messages and reports.
         prepare: What has to be called before the module is run: reads weights that are still in their files.
+        release: What may be called as often as ``prepare`` was, when the module is run no more: its weights
+            take no memory then.
         axis_limits: Name of a dynamic axis to the smallest and the largest size that runs; None where no
             largest was found.
         natural_sizes: Name of a dynamic axis that was found by trying, to its size in the example inputs. A
@@ -47,3 +49,4 @@ class TorchProgram:
     natural_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[], None] | None = None
+    release: Callable[[], None] | None = None
