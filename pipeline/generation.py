@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import BadInputError, FeedError, TokenizerError
 from onnxsmith.package import ModelPackage, cache_pairs
-from onnxsmith.package_io import load_package
+from onnxsmith.package_io import load_files, load_package
 from onnxsmith.pipeline.sequence_generation import is_encoder_decoder, sequence_tokens
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 
 if TYPE_CHECKING:
     from onnxsmith.runtime import LookupSettings, SamplingSettings
+    from onnxsmith.runtime.graph_file import GraphFile
 
 __all__ = ["Generated", "TextStream", "chat_prompt", "generate_text", "generate_texts"]
 
@@ -189,7 +190,7 @@ def generate_text(
     """
     from onnxsmith.runtime import OrtBackend, generate
 
-    package, tokenizer = _open(model, max_new_tokens, stop)
+    package, tokenizer, graph = _open(model, max_new_tokens, stop)
     if is_encoder_decoder(package):
         _refuse_for_sequences(chat, system, speculation)
         answer = TextStream(tokenizer, [], stop)
@@ -205,7 +206,7 @@ def generate_text(
         return
     ids = _ids(package, tokenizer, prompt, chat=chat, system=system)
     stream = TextStream(tokenizer, ids, stop)
-    with OrtBackend(provider).open(package, name=str(model)) as session:
+    with OrtBackend(provider).open(graph or package, name=str(model)) as session:
         for token in generate(
             session, ids, max_new_tokens=max_new_tokens, stop=tokenizer.stop_ids, sampling=sampling,
             speculation=speculation,
@@ -254,7 +255,7 @@ def generate_texts(
             expected="one at a time: rows of a batch accept different numbers of guesses",
             remedy="Give --batch 1, or leave out --speculate",
         )
-    package, tokenizer = _open(model, max_new_tokens, stop)
+    package, tokenizer, graph = _open(model, max_new_tokens, stop)
     if is_encoder_decoder(package):
         _refuse_for_sequences(chat, system, speculation)
         options: dict[str, Any] = {
@@ -272,7 +273,7 @@ def generate_texts(
             over = answer.ended or len(answer.ids) < max_new_tokens or answer.ids[-1] in tokenizer.stop_ids
             yield Generated(text, answer.text, len(answer.ids), "stop" if over else "length")
         return
-    with OrtBackend(provider).open(package, name=str(model)) as session:
+    with OrtBackend(provider).open(graph or package, name=str(model)) as session:
         for begin in range(0, len(prompts), batch):
             part = prompts[begin : begin + batch]
             rows = [_ids(package, tokenizer, prompt, chat=chat, system=system) for prompt in part]
@@ -298,18 +299,31 @@ def generate_texts(
                 yield Generated(prompt, stream.text, len(stream.ids), "stop" if over else "length")
 
 
-def _open(model: Path, max_new_tokens: int, stop: Sequence[str]) -> tuple[ModelPackage, PackageTokenizer]:
+def _open(
+    model: Path, max_new_tokens: int, stop: Sequence[str]
+) -> tuple[ModelPackage, PackageTokenizer, GraphFile | None]:
+    """The package, or its files alone where its graph is a known decoder, which is the third then."""
+    from onnxsmith.runtime.graph_file import GraphFile
+
     if max_new_tokens < 1:
         raise BadInputError("generate: --max-new-tokens", got=str(max_new_tokens), expected="at least 1")
     if not all(stop):
         raise BadInputError("generate: --stop", got="an empty string", expected="a text to stop at")
+    graph = GraphFile.known(model)
+    if graph is not None and cache_pairs(graph.inputs, graph.outputs):
+        package = ModelPackage({}, files=load_files(model))
+        return package, PackageTokenizer(package), graph
     package = load_package(model)
     cached = any(cache_pairs(c.inputs, c.outputs) for c in package.components.values())
     if not cached and not is_encoder_decoder(package):
         raise FeedError(
             str(model), got="a model without a KV cache", expected="a decoder with past_key_values.*"
         )
-    return package, PackageTokenizer(package)
+    if len(package.components) > 1:
+        return package, PackageTokenizer(package), None
+    graph = GraphFile.of(package, name=str(model))
+    graph.remember(package)
+    return package, PackageTokenizer(package), graph
 
 
 def _refuse_for_sequences(chat: bool, system: str | None, speculation: LookupSettings | None) -> None:

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from onnxsmith._onnx_slots import weight_slots
 from onnxsmith.errors import UnknownNameError
+from onnxsmith.known_graphs import recall, remember
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable
+from onnxsmith.package_io import load_package, sole_graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["GraphFile"]
 
 Array = npt.NDArray[Any]
+# To be changed with what ``to_json`` gives.
+_NOTE = "graph-1"
 
 
 @dataclasses.dataclass
@@ -87,6 +92,51 @@ class GraphFile:
                 graph.close()
                 raise
         return graph
+
+    @classmethod
+    def open(cls, path: Path) -> GraphFile:
+        """The graph of a model on disk that has one graph.
+
+        What was checked before, by the hash of its bytes, is neither read nor checked again: see
+        ``known_graphs``.
+
+        Args:
+            path: An artifact, a directory with one ONNX file, or the file.
+
+        Raises:
+            KeyError: The model has several graphs.
+            OnnxsmithError: See ``load_package``.
+        """
+        known = cls.known(path)
+        if known is not None:
+            return known
+        package = load_package(path)
+        graph = cls.of(package)
+        graph.remember(package)
+        return graph
+
+    @classmethod
+    def known(cls, path: Path) -> GraphFile | None:
+        """The graph, if these very bytes were checked before."""
+        file = sole_graph(path)
+        facts = None if file is None else recall(file, _NOTE)
+        return None if facts is None else cls.from_json({**facts, "path": str(file)})
+
+    def remember(self, package: ModelPackage) -> None:
+        """Makes ``known`` find the only graph of a package, which was loaded and thereby checked."""
+        component = package.main
+        if component.path is None or component.path != self.path:
+            return
+        sizes: dict[str, int] = {}
+        for slot in weight_slots(component.model):
+            tensor: Any = slot.tensor
+            location = getattr(tensor, "location", None)
+            if location is not None:
+                end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+                sizes[str(location)] = max(sizes.get(str(location), 0), end)
+        facts = self.to_json()
+        del facts["path"]
+        remember(self.path, _NOTE, facts, sizes)
 
     def close(self) -> None:
         """Removes the file, where this made it."""

@@ -19,7 +19,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.package import ModelPackage, TensorSpec
 from onnxsmith.program import TorchProgram
 from onnxsmith.runtime import BenchResult, BenchSettings, Candidate, benchmark
-from onnxsmith.runtime.benchmark import Spread
+from onnxsmith.runtime.benchmarking import Spread
 
 pytest.importorskip("onnxruntime")
 

@@ -415,7 +415,7 @@ def test_a_provider_is_required(onnxsmith: Command, onnx_package: Any, share: st
 def test_an_interrupted_bench_keeps_what_it_measured(
     onnxsmith: Command, onnx_package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxsmith.runtime.benchmark import _ProcessRunner
+    from onnxsmith.runtime.benchmarking import _ProcessRunner
 
     onnx_package("g (float[batch, length, 8] x) => (float[batch, length, 8] y) { y = Relu(x) }", "plain")
     measure = _ProcessRunner.measure

@@ -26,10 +26,11 @@ _TOPICS = "pydoc_data.topics:topics"
 
 class _Decoder(Decoder):
     def __init__(self, path: Path, threads: int) -> None:
-        from onnxsmith import OrtSession, load_package
+        from onnxsmith import OrtSession
         from onnxsmith.runtime.decoding import open_decoder
+        from onnxsmith.runtime.graph_file import GraphFile
 
-        self._session = OrtSession(load_package(path), threads=threads)
+        self._session = OrtSession(GraphFile.open(path), threads=threads)
         self._decoder = open_decoder(self._session, capacity=768)
         self._last = 0
 
@@ -54,9 +55,10 @@ class _Decoder(Decoder):
 
 class _Encoder(Encoder):
     def __init__(self, path: Path, threads: int) -> None:
-        from onnxsmith import OrtSession, load_package
+        from onnxsmith import OrtSession
+        from onnxsmith.runtime.graph_file import GraphFile
 
-        self._session = OrtSession(load_package(path), threads=threads)
+        self._session = OrtSession(GraphFile.open(path), threads=threads)
         self._names = {spec.name for spec in self._session.inputs}
 
     def embed(self, ids: Tokens, mask: Tokens) -> Floats:

@@ -23,9 +23,11 @@ __all__ = [
     "RECORDS_NAME",
     "RECORD_NAMES",
     "is_inside",
+    "load_files",
     "load_package",
     "read_manifest",
     "save_package",
+    "sole_graph",
 ]
 
 MANIFEST_NAME = "manifest.json"
@@ -87,12 +89,42 @@ def load_package(path: Path) -> ModelPackage:
     package = ModelPackage(
         components={name: Component(load_model(path / file), path / file) for name, file in names.items()}
     )
-    for entry in sorted(path.iterdir()):
+    package.files = load_files(path)
+    return _finish(package, manifest)
+
+
+def load_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer, processor and configuration files of a package: file name to content.
+
+    Args:
+        path: An artifact or a directory with ONNX files; a lone file has none.
+    """
+    files: dict[str, bytes] = {}
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if entry.suffix not in _FILE_SUFFIXES or entry.name in _NOT_PACKAGE_FILES or not entry.is_file():
             continue
         if entry.stat().st_size <= _MAX_FILE_BYTES and path.resolve() in entry.resolve().parents:
-            package.files[entry.name] = entry.read_bytes()
-    return _finish(package, manifest)
+            files[entry.name] = entry.read_bytes()
+    return files
+
+
+def sole_graph(path: Path) -> Path | None:
+    """The file of a model's only graph; None where there are several, or no model.
+
+    Raises:
+        ModelFileError: The manifest cannot be read.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return None
+    manifest = read_manifest(path) if (path / MANIFEST_NAME).is_file() else {}
+    try:
+        names = _component_files(path, manifest)
+    except SourceError:
+        return None
+    file = path / next(iter(names.values()))
+    return file if len(names) == 1 and file.is_file() else None
 
 
 def is_inside(name: str) -> bool:
