@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from generated_graphs import Case, assert_same, cases, graph, run, serialized
+from generated_graphs import Array, Case, assert_same, cases, graph, run, serialized
 from onnxsmith.graph_passes import operator_counts
 from onnxsmith.graph_passes.activations import FuseSilu
 from onnxsmith.graph_passes.embeddings import FoldEmbeddingScale
@@ -137,3 +139,73 @@ def test_tables_that_are_needed_as_they_are_stay(body: str, reason: str) -> None
     outcome = FoldEmbeddingScale()(model)
     assert not outcome.modified
     assert outcome.changes.skipped == {"look_up": reason}
+
+
+def _exported(config: Any, task: str) -> dict[str, ir.Model]:
+    """The graphs of a random model, cleaned up, by name."""
+    import torch
+    import transformers
+
+    from onnxsmith.exporters import LoadedModel, export, torch_programs
+    from onnxsmith.graph_passes import make_passes, run_passes
+    from onnxsmith.source import ModelSource, SourceKind
+
+    torch.manual_seed(0)
+    kind = (
+        transformers.AutoModelForCausalLM if task == "text-generation" else transformers.AutoModelForSeq2SeqLM
+    )
+    module = kind.from_config(config).eval().requires_grad_(False)
+    loaded = LoadedModel(module, ModelSource(SourceKind.FACTORY, "test:make"), task, {}, {})
+    package = run_passes(export(loaded, torch_programs(loaded)), make_passes([("cleanup", {})]))
+    return {name: component.model for name, component in package.components.items()}
+
+
+def _random_feeds(model: ir.Model) -> dict[str, Array]:
+    sizes = {"batch": 2, "sequence": 3, "past_sequence": 0, "total_sequence": 3}
+    feeds: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape or ()]
+        kind = np.float32 if value.dtype == ir.DataType.FLOAT else np.int64
+        feeds[value.name or ""] = np.ones(shape, kind)
+    ids = feeds["input_ids"]
+    return feeds | {"input_ids": RANDOM.integers(2, 90, ids.shape)}
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gemma_scales_its_embeddings_once(tied: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GemmaConfig(
+        vocab_size=96, hidden_size=40, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    [model] = _exported(config, "text-generation").values()
+    feeds = _random_feeds(model)
+    before = run(model, feeds)
+    outcome = FoldEmbeddingScale()(model)
+    if tied:
+        [reason] = outcome.changes.skipped.values()
+        assert "used elsewhere too" in reason
+        return
+    assert outcome.changes.details == {"folded": 1}
+    # To the bit: the product is the same one.
+    assert_same(before, run(model, feeds))
+
+
+@pytest.mark.slow
+def test_marian_scales_its_encoders_embeddings_once() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MarianConfig(
+        vocab_size=96, d_model=40, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        scale_embedding=True, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=1,
+    )  # fmt: skip
+    models = _exported(config, "text2text-generation")
+    encoder = models["encoder_model"]
+    feeds = _random_feeds(encoder)
+    before = run(encoder, feeds)
+    assert FoldEmbeddingScale()(encoder).changes.details == {"folded": 1}
+    assert_same(before, run(encoder, feeds))
+    # In the decoders the table is the output head too.
+    for name in ("decoder_model", "decoder_with_past_model"):
+        [reason] = FoldEmbeddingScale()(models[name]).changes.skipped.values()
+        assert "used elsewhere too" in reason
