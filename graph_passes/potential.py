@@ -18,11 +18,11 @@ __all__ = ["still_to_do", "unfused"]
 
 # In the order of the presets: each works on what the ones before it leave.
 _FOR_ANY_TARGET = (
-    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_transformer", "fuse_attention", "fuse_silu",
-    "fold_embedding_scale", "flatten_attention",
+    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_gelu", "fuse_transformer", "fuse_attention",
+    "fuse_silu", "fold_embedding_scale", "flatten_attention",
 )  # fmt: skip
 _FOR_DOCTOR = (
-    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_transformer", "fuse_attention",
+    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_gelu", "fuse_transformer", "fuse_attention",
     "flatten_attention",
 )  # fmt: skip
 
