@@ -29,7 +29,7 @@ _FORMS: Mapping[str, tuple[_Polynomial, str]] = {
     "Tanh": ({(1, 0): _ROOT, (3, 0): 0.044715 * _ROOT}, "FastGelu"),
     "Erf": ({(1, 0): math.sqrt(0.5)}, "Gelu"),
 }
-_RESULT: _Polynomial = {(1, 0): 0.5, (1, 1): 0.5}
+_RESULT: Mapping[tuple[int, int], float] = {(1, 0): 0.5, (1, 1): 0.5}
 
 
 class FuseGelu(GraphPass):
