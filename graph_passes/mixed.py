@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.bit_search import (
 from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, SharedWeight, find_weights
 from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.other_weights import open_gemm, other_weights
 from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
 from onnxsmith.graph_passes.trial_bits import Option
@@ -112,8 +113,9 @@ class QuantizeMixed(GraphPass):
             PreconditionError: There is nothing to quantize, no data, or no choice that keeps the budget.
         """
         kept = open_attention(model)
+        open_gemm(model)
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
-        skipped |= kept
+        skipped |= kept | other_weights(model)
         options: list[Option] = []
         for weight in weights:
             forms = self._forms(weight)

@@ -24,6 +24,7 @@ from onnxsmith.graph_passes.block_operators import (
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.other_weights import open_gemm, other_weights
 from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.rounding import (
     NEEDS_DATA,
@@ -142,8 +143,9 @@ class QuantizeWeights(GraphPass):
             PreconditionError: There is nothing to quantize, or everything was skipped.
         """
         kept = open_attention(model)
+        open_gemm(model)
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
-        changes = Changes(skipped=kept | skipped)
+        changes = Changes(skipped=kept | skipped | other_weights(model))
         choices: list[Choice] = []
         for weight in weights:
             settings = self._settings_of(weight)
@@ -213,7 +215,7 @@ class QuantizeWeights(GraphPass):
                 f"pass {self.name}",
                 got="no MatMul or Gather with a constant float matrix",
                 expected="at least one",
-                remedy="The model may be quantized already, or compute with Gemm or Conv only",
+                remedy="The model may be quantized already",
             )
         shown = [f"{name}: {reason}" for name, reason in list(skipped.items())[:5]]
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""

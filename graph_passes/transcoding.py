@@ -18,6 +18,7 @@ from onnxsmith.graph_passes.blocks import QuantizedBlocks, pack_codes, packed_bl
 from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.gguf_blocks import BLOCK_TYPES, Codes, GgufRows, RowMatch
+from onnxsmith.graph_passes.other_weights import other_weights
 from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.source import resolve_path
 
@@ -76,7 +77,7 @@ class KeepGgufBlocks(GraphPass):
         rows = GgufRows(GgufFile.open(self._path(model)))
         kept_whole = open_attention(model)
         weights, skipped = find_weights(model, embeddings=self.embeddings, skip_nodes=self.skip_nodes)
-        skipped |= kept_whole
+        skipped |= kept_whole | other_weights(model)
         writer = BlockWriter(model, accuracy_level=self.accuracy_level)
         layers: dict[str, dict[str, Any]] = {}
         kept = 0

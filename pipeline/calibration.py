@@ -212,12 +212,18 @@ def _run(
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
     graph.outputs[:] = outputs
     common.RemoveUnusedNodesPass()(copy)
-    package = ModelPackage({"calibration": Component(copy)})
     count = 0
-    with OrtSession(package, name="calibration") as session:
-        for batch in feeds(session.inputs):
-            found = session.run(batch, inner) if inner else {}
-            yield {name: found[name] if name in found else batch[name] for name in names}
+    if inner:
+        package = ModelPackage({"calibration": Component(copy)})
+        with OrtSession(package, name="calibration") as session:
+            for batch in feeds(session.inputs):
+                found = session.run(batch, inner)
+                yield {name: found[name] if name in found else batch[name] for name in names}
+                count += 1
+    else:
+        # ONNX Runtime refuses a graph without a node, and there is nothing to compute.
+        for batch in feeds(ModelPackage({"calibration": Component(model)}).main.inputs):
+            yield {name: batch[name] for name in names}
             count += 1
     give_back_memory()
     if not count:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -152,6 +153,21 @@ def test_data_from_a_file(name: str, data: Path, tmp_path: Path) -> None:
         got = session.run({"x": x})["y"]
     error = float(np.square(got - expected).sum() / np.square(expected).sum())
     assert 0 < error < 0.02
+
+
+def test_activations_that_are_inputs_need_no_run(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32))
+    model = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["": 18]> g (float[b, 32] x) => (float[b, 16] y) { y = MatMul(x, w) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "one.onnx")
+    data = CalibrationData(str(tmp_path / "data.npz"))
+    for number, spec in enumerate([("quantize_static", {}), ("quantize_weights", {"method": "gptq"})]):
+        out = tmp_path / f"out-{number}"
+        _, after = optimize_model(tmp_path / "one.onnx", out, [spec], calibration=data)
+        assert after.steps[-1].details["changes"] == 1
 
 
 def test_a_text_for_a_decoder(tiny_artifact_dir: Path, tmp_path: Path) -> None:

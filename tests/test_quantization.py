@@ -26,6 +26,9 @@ STEPS = QuantizeWeights().search_steps
 FORMATS = list(itertools.product((4, 8), (False, True)))
 
 
+HEAD = '<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>'
+
+
 def matrix(*shape: int) -> Array:
     return RANDOM.standard_normal(shape).astype(np.float32)
 
@@ -291,6 +294,44 @@ def test_weight_read_both_ways_round_and_names_that_are_taken() -> None:
     got = run(model, {"x": x, "w_q8": np.ones(1, np.float32)})
     np.testing.assert_allclose(got["y"], x @ weight, atol=0.2)
     np.testing.assert_allclose(got["v"], x @ weight.T, atol=0.2)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gemm_is_quantized_as_matmul_and_add(transposed: int, biased: bool) -> None:
+    weight, bias = matrix(32, 48), matrix(1, 48)[0]
+    weights = {"w": weight.T.copy() if transposed else weight, **({"b": bias} if biased else {})}
+    body = (
+        f"g (float[m, k] x) => (float[m, n] y) "
+        f"{{ [head] y = Gemm<transB={transposed}>(x, w{', b' * biased}) }}"
+    )
+    x = matrix(3, 32)
+    want = run(graph(f"{HEAD} {body}", **weights), {"x": x})["y"]
+    model = graph(f"{HEAD} {body}", **weights)
+    changes = QuantizeWeights(bits=8, accuracy_level=0)(model).changes
+    assert changes.details["matmuls"] == 1 and not changes.skipped
+    assert {node.op_type for node in model.graph} == {"MatMulNBits", *(["Add"] if biased else [])}
+    assert 1e-6 < np.abs(run(model, {"x": x})["y"] - want).max() < 0.2
+    kept = graph(f"{HEAD} {body}", **weights)
+    with pytest.raises(PreconditionError, match="skip_nodes has 'head'"):
+        QuantizeWeights(skip_nodes=("head",))(kept)
+    assert [node.op_type for node in kept.graph] == ["Gemm"]
+
+
+def test_what_has_no_form_in_blocks_is_listed() -> None:
+    model = graph(
+        f"{HEAD} g (float[b, 32, 4, 4] x, float[s, b, 32] t, float[m, 32] u) => (float[b, 8, 4, 4] y, "
+        "float[s, 1, b, 16] z, float[m, 8] v, float[m, 8] w) { [conv] y = Conv(x, cw) "
+        "[lstm] z, zh, zc = LSTM<hidden_size=16>(t, lw, lr) [head] v = MatMul(u, mw) "
+        "[scaled] w = Gemm<alpha=2.0>(u, mw) }",
+        cw=matrix(8, 32).reshape(8, 32, 1, 1), lw=matrix(64, 32).reshape(1, 64, 32),
+        lr=matrix(64, 16).reshape(1, 64, 16), mw=matrix(32, 8),
+    )  # fmt: skip
+    assert QuantizeWeights()(model).changes.skipped == {
+        "conv": "ONNX Runtime has no Conv with weights in blocks",
+        "lstm": "ONNX Runtime has no LSTM with weights in blocks",
+        "scaled": "Gemm with alpha 2",
+    }
 
 
 REFUSED = {

