@@ -50,6 +50,7 @@ class PruneWeights(GraphPass):
         pattern: str = "unstructured",
         scope: Scope = "layer",
         threshold: float | None = None,
+        damping: float = 0.01,
         skip_nodes: tuple[str, ...] = ("lm_head*",),
     ) -> None:
         """Sets which weights go.
@@ -61,6 +62,8 @@ class PruneWeights(GraphPass):
             scope: layer takes the ratio of each matrix; global ranks the weights of all matrices together
                 (magnitude only).
             threshold: Take weights whose magnitude is below this, in place of a ratio (magnitude only).
+            damping: What is added to the diagonal of x.T @ x, as a part of its mean (sparsegpt). With fewer
+                than about ten rows of data for each column 0.1 is better.
             skip_nodes: Patterns of names of weights or nodes to leave alone.
 
         Raises:
@@ -68,13 +71,15 @@ class PruneWeights(GraphPass):
                 threshold that does not go with the method.
         """
         self._group = check_sparsity(
-            f"pass {self.name}", method=method, ratio=ratio, pattern=pattern, scope=scope, threshold=threshold
-        )
+            f"pass {self.name}", method=method, ratio=ratio, pattern=pattern, scope=scope,
+            threshold=threshold, damping=damping,
+        )  # fmt: skip
         self.method = method
         self.ratio = ratio
         self.pattern = pattern
         self.scope = scope
         self.threshold = threshold
+        self.damping = damping
         self.skip_nodes = tuple(skip_nodes)
 
     def apply(self, model: ir.Model) -> Changes:
@@ -148,7 +153,7 @@ class PruneWeights(GraphPass):
         for name, moments in second_moments(source, widths, activations):
             for weight in readers[name]:
                 matrix = weight.rows()
-                made = prune_sparsegpt(matrix, moments, self.ratio, self._group)
+                made = prune_sparsegpt(matrix, moments, self.ratio, self._group, damping=self.damping)
                 error = output_error(matrix, made, moments)
                 layers[weight.name] = {"zeros": float((made == 0).mean()), "relative_error": error}
                 _put(weight, made)

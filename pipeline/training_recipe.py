@@ -126,6 +126,8 @@ class WeightsSpec(RecipeModel):
     """Whether each matrix loses the same share, or all are ranked together (magnitude)."""
     threshold: float | None = pydantic.Field(default=None, ge=0)
     """Take what is smaller than this, in place of a ratio (magnitude)."""
+    damping: float = pydantic.Field(default=0.01, gt=0)
+    """Of sparsegpt; 0.1 is better with fewer than about ten tokens for each column of a matrix."""
     skip: tuple[str, ...] = ()
     """Patterns of names of modules that keep their weights."""
 

@@ -161,8 +161,8 @@ def test_a_second_run_measures_nothing(
     before, work = first
     assert before.measured > 10
     made = (work / "out" / "manifest.json").read_bytes()
-    for name in ("prepare", "run_recipe"):
-        monkeypatch.setattr(f"onnxsmith.pipeline.tuning.{name}", refuse)
+    for name in ("tuning_training.prepare", "tuning.run_recipe"):
+        monkeypatch.setattr(f"onnxsmith.pipeline.{name}", refuse)
     again = tuned(plain_recipe(tiny_llama_dir, tune={"prune": False}), work)
     assert again.measured == 0 and again.tuning["measured"] == 0
     assert again.passed and again.report == before.report
@@ -173,7 +173,7 @@ def test_a_second_run_measures_nothing(
 def test_another_search_finds_what_was_measured(
     known: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxsmith.pipeline.tuning.prepare", refuse)
+    monkeypatch.setattr("onnxsmith.pipeline.tuning_training.prepare", refuse)
     plain = plain_recipe(tiny_llama_dir, tune={"prune": False, "sampler": "random", "trials": 4})
     monkeypatch.setattr("onnxsmith.pipeline.tuning._Search.judge", lambda *_, **__: {"passed": True})
     result = tuned(plain, known)

@@ -64,6 +64,7 @@ class SparsitySettings:
         method: magnitude, wanda or sparsegpt; the last two need data.
         scope: ``layer``, or ``global``: all matrices are ranked together (magnitude only).
         threshold: Take what is smaller than this, in place of the ratio (magnitude only).
+        damping: Of sparsegpt; 0.1 is better with fewer than about ten tokens for each column.
         skip: Patterns of names of modules that keep their weights.
     """
 
@@ -72,6 +73,7 @@ class SparsitySettings:
     method: SparsityMethod = "sparsegpt"
     scope: Literal["layer", "global"] = "layer"
     threshold: float | None = None
+    damping: float = 0.01
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class SparsitySettings:
         """N and M; None of what is unstructured."""
         return check_sparsity(
             "pruning of weights", method=self.method, ratio=self.ratio, pattern=self.pattern,
-            scope=self.scope, threshold=self.threshold,
+            scope=self.scope, threshold=self.threshold, damping=self.damping,
         )  # fmt: skip
 
     @property
@@ -267,7 +269,7 @@ def _with_data(measured: _Measured, settings: SparsitySettings, layers: dict[str
             made = prune_wanda(matrix, np.sqrt(moments), settings.ratio, settings.group)
             layers[name] = {"zeros": _put(part, made)}
             continue
-        made = prune_sparsegpt(matrix, moments, settings.ratio, settings.group)
+        made = prune_sparsegpt(matrix, moments, settings.ratio, settings.group, damping=settings.damping)
         error = output_error(matrix, made, moments)
         layers[name] = {"zeros": _put(part, made), "relative_error": error}
 
