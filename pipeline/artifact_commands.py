@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from onnxsmith.pipeline.arguments import Force, Json, Models, Output
-from onnxsmith.pipeline.ending import FAILED, guarded
+from onnxsmith.pipeline.ending import FAILED, INTERRUPTED, guarded
 
 __all__ = ["ARTIFACT_COMMANDS"]
 
@@ -36,7 +36,7 @@ def batch(
 ) -> int:
     """Run many recipes, each in a process of its own; what an earlier batch has made is kept."""
     from onnxsmith.pipeline.batch import run_batch
-    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
     from onnxsmith.pipeline.tables import show_batch
 
     result = run_batch(
@@ -47,11 +47,15 @@ def batch(
         address=address,
         force=force,
         progress=progress_for(),
+        on_interrupt=lambda: None,
     )
     if json_target:
         emit_json(json_target, "batch", result.to_json())
     if json_target != "-":
         show_batch(result)
+    if result.interrupted:
+        message("onnxsmith: interrupted; the same command goes on with the jobs that are left")
+        return INTERRUPTED
     return 0 if result.passed else FAILED
 
 

@@ -34,7 +34,8 @@ class JobResult:
 
     Attributes:
         name: The job.
-        status: ``done``, ``kept`` (done by an earlier batch) or ``failed``.
+        status: ``done``, ``kept`` (done by an earlier batch), ``failed``, or ``interrupted``: the batch ended
+            before the job did.
         reason: Why it failed.
         attempts: How often it was started.
         seconds: Wall time of all attempts.
@@ -66,11 +67,17 @@ class BatchResult:
     @property
     def passed(self) -> bool:
         """Whether every job has its artifact."""
-        return bool(self.jobs) and all(job.status != "failed" for job in self.jobs)
+        return bool(self.jobs) and all(job.status in ("done", "kept") for job in self.jobs)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the batch ended before its jobs did."""
+        return any(job.status == "interrupted" for job in self.jobs)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {"passed": self.passed, "jobs": [dataclasses.asdict(job) for job in self.jobs]}
+        jobs = [dataclasses.asdict(job) for job in self.jobs]
+        return {"passed": self.passed, "interrupted": self.interrupted, "jobs": jobs}
 
 
 def run_batch(
@@ -82,6 +89,7 @@ def run_batch(
     address: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> BatchResult:
     """Runs a list of recipes. One job that fails never stops the others.
 
@@ -97,6 +105,8 @@ def run_batch(
         address: Of a Ray cluster that runs; a Ray of this machine alone where None.
         force: Whether artifacts that no earlier batch made may be replaced.
         progress: Who listens.
+        on_interrupt: Called where Ctrl-C ended the batch, once its jobs are ended. What was done until then
+            is returned. Where None, the interrupt goes on to the caller.
 
     Raises:
         RecipeError: The list cannot be read.
@@ -127,10 +137,18 @@ def run_batch(
                 step.advance(note=f"{job.name}: kept")
         run = _on_ray(address) if executor == "ray" else _locally
         count = workers or max(1, usable_cpus() // 2)
-        for result in run(waiting, state, count, force):
-            results[result.name] = result
-            step.advance(note=f"{result.name}: {result.status}")
-    return BatchResult([results[job.name] for job in jobs])
+        try:
+            for result in run(waiting, state, count, force):
+                results[result.name] = result
+                step.advance(note=f"{result.name}: {result.status}")
+        except KeyboardInterrupt:
+            if on_interrupt is None:
+                raise
+            on_interrupt()
+    # A job that ended while the others were being ended has left its note.
+    return BatchResult(
+        [results.get(job.name) or _kept(job, state) or _interrupted(job, state) for job in jobs]
+    )
 
 
 def run_job(job: Job, state: Path, *, force: bool = False, stop: threading.Event | None = None) -> JobResult:
@@ -185,6 +203,12 @@ def _kept(job: Job, state: Path) -> JobResult | None:
         return dataclasses.replace(JobResult(**note["result"]), status="kept")
     except (OSError, ValueError, KeyError, TypeError, OnnxsmithError):
         return None
+
+
+def _interrupted(job: Job, state: Path) -> JobResult:
+    log = state / f"{job.name}.log"
+    reason = "the batch was interrupted; the next one runs it"
+    return JobResult(job.name, "interrupted", reason=reason, log=str(log) if log.exists() else None)
 
 
 def _locally(jobs: Sequence[Job], state: Path, workers: int, force: bool) -> Iterator[JobResult]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ def bisect_models(
     seed: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> Divergence:
     """Finds the first tensors that diverge, and the nodes that make the error rather than pass it on.
 
@@ -58,6 +59,8 @@ def bisect_models(
         seed: Of the made-up inputs.
         threads: Threads of an operator.
         progress: Who listens.
+        on_interrupt: Called where Ctrl-C ended the search; see ``find_divergence``. Nothing is written to
+            ``output`` then.
 
     Raises:
         OnnxsmithError: A side cannot be read or run.
@@ -86,12 +89,17 @@ def bisect_models(
                 unoptimized=OrtBackend(provider, threads=threads, optimize=False),
                 reproduce_in=directory,
                 on_progress=lambda note: step.advance(0, note=note),
+                on_interrupt=on_interrupt,
             )
 
         if output is None:
             return run(None)
         with _kept_if_filled(output) as directory:
-            return run(directory)
+            found = run(directory)
+            if found.interrupted:
+                for path in directory.iterdir():
+                    path.unlink()
+            return found
 
 
 def _one_graph(package: ModelPackage, component: str | None, path: Path | str) -> ModelPackage:

@@ -56,7 +56,7 @@ def _section(result: Divergence) -> Mapping[str, Any]:
             "name": trace.name,
             "operator": trace.operator,
             "error": trace.error.size,
-            "introduced": trace.introduced.size,
+            "introduced": trace.own,
             "mark": "first" if trace.name == first else "worst" if trace.name == worst else "",
         }
         for trace in result.tensors

@@ -35,7 +35,7 @@ def show_divergence(result: Divergence) -> None:
         (
             blame.node,
             blame.operator,
-            _error(blame.introduced.size),
+            ("~" if blame.estimated else "") + _error(blame.introduced.size),
             f"{blame.factor:.1f}x" if blame.typical and math.isfinite(blame.factor) else "",
             _error(blame.inherited),
             _error(blame.error.size),

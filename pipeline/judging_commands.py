@@ -148,7 +148,7 @@ def bisect(
 ) -> int:
     """Find the first tensors that diverge and the node to blame; exit status 1 if there is one."""
     from onnxsmith.pipeline.bisecting import bisect_models
-    from onnxsmith.pipeline.console import emit_json, progress_for
+    from onnxsmith.pipeline.console import emit_json, message, progress_for
     from onnxsmith.pipeline.judgement_tables import show_divergence
 
     result = bisect_models(
@@ -163,6 +163,7 @@ def bisect(
         task=task,
         seed=seed,
         progress=progress_for(),
+        on_interrupt=lambda: message("onnxsmith: interrupted; what was compared until then is put in order"),
     )
     if output is not None and result.reproduction is not None:
         # It was made beside its place and moved there.
@@ -177,6 +178,8 @@ def bisect(
         emit_json(json_target, "bisect", result.to_json())
     if json_target != "-":
         show_divergence(result)
+    if result.interrupted:
+        return INTERRUPTED
     return 0 if result.passed else FAILED
 
 

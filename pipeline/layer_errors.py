@@ -53,7 +53,7 @@ def layer_errors(
             "name": trace.name,
             "operator": trace.operator,
             "error": _finite(trace.error.size),
-            "introduced": _finite(trace.introduced.size),
+            "introduced": _finite(trace.own),
             "mark": "first" if trace.name == first else "worst" if trace.name == worst else "",
         }
         for trace in found.tensors

@@ -148,7 +148,11 @@ def compare_package(
     if result is None:
         first = next(iter(reference.sessions.values())).name.partition(": ")[0]
         result = Comparison(first, name, backend.name, tolerance, (), error)
-    return dataclasses.replace(result, placement=placement.to_json() if placement else None)
+    if placement is None:
+        return result
+    return dataclasses.replace(
+        result, placement=placement.to_json(), placement_by_graph=placement.graphs_to_json()
+    )
 
 
 def checked_placement(
@@ -158,23 +162,22 @@ def checked_placement(
 
     Args:
         sessions: By component.
-        requirements: What must hold of each.
+        requirements: What must hold of all graphs taken together.
         asked: What the user called the provider; see ``check_requirements``.
 
     Raises:
         CheckFailedError: It does not.
     """
-    from onnxsmith.runtime import OrtSession, WorkerSession, check_requirements, merged_placement
+    from onnxsmith.runtime import OrtSession, Placement, WorkerSession, check_requirements
 
     measured = any(requirement.measure != "nodes" for requirement in requirements)
-    placements = []
-    for session in sessions.values():
-        if isinstance(session, OrtSession | WorkerSession):
-            placements.append(session.check_placement(measured=measured))
-            check_requirements(
-                placements[-1], requirements, name=session.name, provider=session.provider, asked=asked
-            )
-    return merged_placement(placements)
+    opened = {n: s for n, s in sessions.items() if isinstance(s, OrtSession | WorkerSession)}
+    graphs = {name: session.check_placement(measured=measured) for name, session in opened.items()}
+    placement = next(iter(graphs.values())) if len(graphs) == 1 else Placement.merged(graphs)
+    for session in list(opened.values())[:1]:
+        name = session.name if len(opened) == 1 else session.name.rpartition(": ")[0] or session.name
+        check_requirements(placement, requirements, name=name, provider=session.provider, asked=asked)
+    return placement
 
 
 def fixed_sizes(packages: Sequence[ModelPackage]) -> dict[str, dict[str, tuple[int | None, ...]]]:

@@ -61,6 +61,7 @@ class VariantReport:
     error: str | None = None
     size_mb: float | None = None
     placement: dict[str, Any] | None = None
+    placement_by_graph: dict[str, Any] = dataclasses.field(default_factory=dict)
     passes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     comparison: dict[str, Any] | None = None
     perplexity: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.pipeline.bench_tables import fallback_of
+from onnxsmith.pipeline.bench_tables import fallback_of, shares_on
 from onnxsmith.pipeline.console import print_table, red
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ def show_batch(result: BatchResult) -> None:
             sys.stdout.write(f"{job.name} failed: {job.reason}\n")
             if job.log:
                 sys.stdout.write(f"  log  {job.log}\n")
-    failed = sum(job.status == "failed" for job in result.jobs)
-    kept = sum(job.status == "kept" for job in result.jobs)
-    sys.stdout.write(
-        f"\n{len(result.jobs)} jobs: {len(result.jobs) - failed - kept} done, {kept} kept, {failed} failed\n"
-    )
+    statuses = [job.status for job in result.jobs]
+    counts = ", ".join(f"{statuses.count(one)} {one}" for one in ("done", "kept", "failed"))
+    if result.interrupted:
+        counts += f", {statuses.count('interrupted')} interrupted"
+    sys.stdout.write(f"\n{len(result.jobs)} jobs: {counts}\n")
 
 
 def show_cache(found: Mapping[str, Any]) -> None:
@@ -206,6 +206,10 @@ def show_comparisons(results: Sequence[Comparison]) -> None:
         print_table(title, headers, rows, spare=("tensors", "cosine", "top-1"), text=("worst", "verdict"))
         if fallback := fallback_of(result.placement, result.provider):
             sys.stdout.write(f"FALL-BACK  {result.candidate}: {fallback}\n")
+        if result.placement and result.placement_by_graph:
+            parts = {**result.placement_by_graph, "all graphs": result.placement}
+            said = "; ".join(f"{name} {shares_on(part, result.provider)}" for name, part in parts.items())
+            sys.stdout.write(f"PLACEMENT  {result.candidate}: {said}\n")
         verdict = "agrees" if result.passed else f"DIFFERS: {result.reason}"
         sys.stdout.write(f"{result.candidate}: {verdict}\n")
 

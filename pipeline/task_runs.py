@@ -16,7 +16,7 @@ from onnxsmith.pipeline.datasets import Dataset
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 from onnxsmith.runtime import Session, generate_batch
 from onnxsmith.runtime.metrics import Outcome
-from onnxsmith.runtime.scoring import score
+from onnxsmith.runtime.scoring import score_texts
 
 if TYPE_CHECKING:
     from onnxsmith.runtime.session import Array
@@ -271,13 +271,17 @@ def _generate(run: _Run) -> Outcome:
     """Perplexity of texts; where rows have a target, what is generated is compared with it."""
     texts = run.data.texts("text")
     if not run.data.has("target"):
-        losses = []
-        for text in texts:
-            ids = np.array(run.tokenizer.encode(text), np.int64)
-            found = [window.losses() for window in score(run.session, ids, window=run.max_length)]
-            losses.append((float(sum(part.sum() for part in found)), sum(len(part) for part in found)))
-            if run.settings.on_rows is not None:
-                run.settings.on_rows(1)
+        encoded = [np.array(run.tokenizer.encode(text), np.int64) for text in texts]
+        windows = [len(ids) // run.max_length + (len(ids) % run.max_length >= 2) for ids in encoded]
+        sums, counts = [0.0] * len(texts), [0] * len(texts)
+        done = run.settings.on_rows or _ignore
+        done(windows.count(0))
+        for scored in score_texts(run.session, encoded, window=run.max_length, batch=run.settings.batch):
+            sums[scored.text] += float(scored.losses().sum())
+            counts[scored.text] += len(scored.targets)
+            windows[scored.text] -= 1
+            done(int(windows[scored.text] == 0))
+        losses = list(zip(sums, counts, strict=True))
         return Outcome("losses", [None] * len(losses), losses)
     targets = run.data.texts("target")
     said: list[str] = []
@@ -294,6 +298,10 @@ def _generate(run: _Run) -> Outcome:
         if run.settings.on_rows is not None:
             run.settings.on_rows(len(prompts))
     return Outcome("texts", [t.strip() for t in targets], [text.strip() for text in said])
+
+
+def _ignore(_: int) -> None:
+    pass
 
 
 def _answer(run: _Run) -> Outcome:

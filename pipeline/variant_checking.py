@@ -234,6 +234,7 @@ class VariantChecker:
             entry.from_cache.append("checked")
         facts = found.facts
         entry.placement, entry.task_metrics = facts["placement"], facts["task_metrics"]
+        entry.placement_by_graph = facts["placement_by_graph"]
         entry.suspicions = list(facts["suspicions"])
         entry.comparison = facts["comparison"] | {"candidate": entry.name}
         scored = facts["perplexity"]
@@ -256,6 +257,7 @@ class VariantChecker:
         with open_components(self.backend, parts, name=entry.name) as sessions:
             placement = checked_placement(sessions, self.requirements, asked=self.backend.name)
             facts["placement"] = placement.to_json()
+            facts["placement_by_graph"] = placement.graphs_to_json()
             facts["comparison"] = compare_components(
                 asked.sessions,
                 sessions,

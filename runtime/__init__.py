@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from onnxsmith.runtime.components import (
         compare_components,
         expected_outputs,
-        merged_placement,
         open_components,
     )
     from onnxsmith.runtime.divergence import Blame, Divergence
@@ -79,7 +78,6 @@ __all__ = [
     "generate_batch",
     "generate_sequences",
     "load_cases",
-    "merged_placement",
     "open_components",
     "perplexity",
     "reference_outputs",
@@ -109,7 +107,6 @@ _HOMES: Mapping[str, tuple[str, ...]] = {
     "components": (
         "compare_components",
         "expected_outputs",
-        "merged_placement",
         "open_components",
     ),
     "divergence": (

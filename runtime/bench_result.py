@@ -154,6 +154,9 @@ class BenchResult:
         size_mb: Of the model's files; None for PyTorch.
         placement: Provider to nodes, share of nodes, and where it was profiled share of time and of bytes;
             None for PyTorch.
+        graph: Which graph of a model of several was measured; None for a model of one.
+        model_placement: ``placement`` of all graphs of the model, taken together: nodes, and time and bytes
+            of one run of each. None for a model of one graph.
         copies: Nodes that only copy between devices; None where nothing was profiled.
         copied_bytes: What they copy in one call.
         profile: Operators and nodes by time; None where it was not asked for.
@@ -179,6 +182,8 @@ class BenchResult:
     device_memory_mb: float | None = None
     size_mb: float | None = None
     placement: Mapping[str, Any] | None = None
+    graph: str | None = None
+    model_placement: Mapping[str, Any] | None = None
     copies: int | None = None
     copied_bytes: int | None = None
     profile: Mapping[str, Any] | None = None

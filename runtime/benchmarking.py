@@ -149,7 +149,8 @@ def _measure(
                     on_round(runner.candidate.name, number)
         busy = load.other_pct()
         for runner in runners:
-            runner.look(roofs, requirements)
+            runner.look(roofs)
+        _check_placement(runners, requirements)
     except KeyboardInterrupt as error:
         interrupt = error
     results = [
@@ -163,6 +164,23 @@ def _measure(
     if on_results is not None:
         on_results(results)
     return results
+
+
+def _check_placement(runners: Sequence[_Runner], requirements: Sequence[Requirement]) -> None:
+    """Holds each model against the requirements: one of several graphs as a whole."""
+    models: dict[tuple[Any, ...], dict[str | None, _Runner]] = {}
+    for number, runner in enumerate(runners):
+        one = runner.candidate
+        alone = number if one.component is None else None
+        models.setdefault((one.path, one.provider, alone), {})[one.component] = runner
+    for graphs in models.values():
+        known = {part or "": runner.placed for part, runner in graphs.items()}
+        placements = {part: placed for part, placed in known.items() if placed is not None}
+        whole = Placement.merged(placements) if len(placements) == len(known) else None
+        for part, runner in graphs.items():
+            if whole is not None and part is not None:
+                runner.facts["model_placement"] = whole.to_json()
+            runner.check(whole if part is not None else runner.placed, requirements)
 
 
 class _RoofBook:
@@ -192,6 +210,7 @@ class _Runner:
         self.facts: dict[str, Any] = {}
         self.failure: OnnxsmithError | None = None
         self.opening_failure: OnnxsmithError | None = None
+        self.placed: Placement | None = None
 
     def open(self) -> None:
         raise NotImplementedError
@@ -205,10 +224,14 @@ class _Runner:
     def close(self) -> None:
         """Frees what it holds."""
 
-    def look(self, roofs: _RoofBook | None, requirements: Sequence[Requirement]) -> None:
+    def look(self, roofs: _RoofBook | None) -> None:
         """Finds out where it ran, once it was measured."""
 
+    def check(self, placement: Placement | None, requirements: Sequence[Requirement]) -> None:
+        """Holds it against what is required of where it, or the model that it is a part of, ran."""
+
     def prepare(self, settings: BenchSettings) -> None:
+        self.placed = None
         self.settings, self.times, self.failure = settings, [], self.opening_failure
         self._guarded(self.prepare_inputs)
 
@@ -232,10 +255,11 @@ class _Runner:
             "name": self.candidate.name,
             "provider": self.facts.get("provider", self.candidate.provider),
             "settings": settings,
+            "graph": self.candidate.component,
         }
         for key in (
-            "load_s", "placement", "peak_rss_mb", "device_memory_mb", "size_mb", "copies", "copied_bytes",
-            "profile", "versions",
+            "load_s", "placement", "model_placement", "peak_rss_mb", "device_memory_mb", "size_mb", "copies",
+            "copied_bytes", "profile", "versions",
         ):  # fmt: skip
             common[key] = self.facts.get(key)
         if self.failure is not None:
@@ -383,36 +407,39 @@ class _ProcessRunner(_Runner):
         times: Mapping[str, list[float]] = answer["times"]
         return times
 
-    def look(self, roofs: _RoofBook | None, requirements: Sequence[Requirement]) -> None:
+    def look(self, roofs: _RoofBook | None) -> None:
         if self._choice is None or self.failure is not None:
             return
-        found: Placement | None = None
 
         def look() -> None:
-            nonlocal found
             found = self._placement(profile=roofs is not None, roofs=roofs)
             self.facts |= {
                 "placement": found.to_json(), "copies": found.copies, "copied_bytes": found.copied_bytes
             }  # fmt: skip
             found.require_use(self.facts["provider"], name=self.candidate.name)
-            # From here on the numbers stand beside the error.
-            self.facts["latency_ms"] = True
-            check_requirements(
-                found,
-                requirements,
-                name=self.candidate.name,
-                provider=self.facts["provider"],
-                asked=self._choice.ort_name if self._choice else "",
-            )
+            self.placed = found
 
         self._guarded(look)
+
+    def check(self, placement: Placement | None, requirements: Sequence[Requirement]) -> None:
+        choice = self._choice
+        if choice is None or self.failure is not None:
+            return
+        # From here on the numbers stand beside the error.
+        self.facts["latency_ms"] = True
+        name = str(self.candidate.path) if placement and placement.graphs else self.candidate.name
+        self._guarded(
+            lambda: check_requirements(
+                placement, requirements, name=name, provider=self.facts["provider"], asked=choice.ort_name
+            )
+        )
 
     def _placement(self, *, profile: bool, roofs: _RoofBook | None) -> Placement:
         choice = self._choice
         assert choice is not None
         assigned = Placement.from_json(self._ask({"do": "placement"})["placement"])
         if assigned.only_provider == _CPU and not profile:
-            return dataclasses.replace(assigned, time_shares={_CPU: 1.0}, bytes_shares={_CPU: 1.0}, copies=0)
+            return dataclasses.replace(assigned, copies=0)
         once = max(sum(sum(part) for part in self.times[-1].values()), 1e-6) if self.times else 1e-6
         runs = max(1, min(_PROFILED_RUNS, int(_PROFILED_S / once)))
         taken = RunProfile.from_json(self._ask({"do": "profile", "runs": runs}))

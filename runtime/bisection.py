@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from onnxsmith.comparison import Tolerance, compare_tensors, tolerance_for
 from onnxsmith.errors import BadInputError
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.backend import Backend
+from onnxsmith.runtime.blaming import blame_nodes
 from onnxsmith.runtime.divergence import ROUNDING, Blame, Divergence, Reproduction, TensorTrace
 from onnxsmith.runtime.graph_parts import GIVEN_SUFFIX, GivenValue, GraphValues, build_part
 from onnxsmith.runtime.matching import (
@@ -37,10 +36,6 @@ from onnxsmith.runtime.session import Array
 from onnxsmith.runtime.tensor_errors import ErrorSum, TensorError
 from onnxsmith.runtime.tensor_store import TensorStore, hide_padding
 from onnxsmith.runtime.tracing_runs import Forced, Weighted, trace_graph
-from onnxsmith.runtime.weight_audit import audit_weights
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 __all__ = ["find_divergence"]
 
@@ -48,15 +43,11 @@ __all__ = ["find_divergence"]
 _MAX_MISFITS = 0.3
 _MISFIT = 0.7
 _ROUNDS = 5
-# Operators whose weights are rounded: their results are not exact, and need not be.
-_ROUGH = frozenset({"GatherBlockQuantized", "MatMulNBits"})
 # A match by value that is so far off on right inputs was the wrong one.
 _FAR = 0.2
 # A tensor in about the direction of another, and so many times longer or shorter, is in another scale.
 _SAME_DIRECTION = 0.7
 _SCALED = 3.0
-# A node stands out where it makes so many times the error that is usual for its kind.
-_STANDS_OUT = 4.0
 
 
 def find_divergence(
@@ -70,6 +61,7 @@ def find_divergence(
     unoptimized: Backend[ModelPackage] | None = None,
     reproduce_in: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> Divergence:
     """Compares every tensor of a candidate with the reference's, and finds the nodes that make the error.
 
@@ -85,6 +77,8 @@ def find_divergence(
         reproduce_in: A directory that exists; where a node is to blame, it gets the smallest model and inputs
             that show it, with a script.
         on_progress: Called with what is being done.
+        on_interrupt: Called where Ctrl-C ended the search. What was compared until then is ranked and
+            returned. Where None, or where nothing was compared, the interrupt goes on to the caller.
 
     Raises:
         BadInputError: No case, or no tensor that both sides have.
@@ -94,7 +88,13 @@ def find_divergence(
         raise BadInputError("bisect", got="no inputs", expected="at least one case")
     search = _Search(reference, candidate, backend, cases, tolerance, on_progress or _say_nothing)
     with search.expected, search.natural:
-        return search.run(name, unoptimized, reproduce_in)
+        try:
+            return search.run(name, unoptimized, reproduce_in)
+        except KeyboardInterrupt:
+            if on_interrupt is None or not search.compared:
+                raise
+            on_interrupt()
+            return search.so_far(name)
 
 
 class _Search:
@@ -108,21 +108,36 @@ class _Search:
         say: Callable[[str], None],
     ) -> None:
         self.reference, self.candidate, self.backend = reference, candidate, backend
-        self.cases, self.say = cases, say
+        self.cases, self._listener = cases, say
+        self.doing = ""
         self.tolerance = tolerance or tolerance_for(candidate.precision)
         self.values = GraphValues(candidate.main.model)
         self.expected, self.natural = TensorStore(), TensorStore()
         # Tensors that are a multiple of the reference's, and how many times it.
         self.scaled: dict[str, float] = {}
+        # What is known where the search is interrupted.
+        self.weighted: Mapping[str, Weighted] = {}
+        self.matches: dict[str, Match] = {}
+        self.introduced: dict[str, TensorError] = {}
+        self.found: Divergence | None = None
+
+    def say(self, what: str) -> None:
+        self.doing = what
+        self._listener(what)
+
+    @property
+    def compared(self) -> bool:
+        """Whether both sides have run, if only in part."""
+        return any(self._is_whole(self.natural, name) for name in self.natural)
 
     def run(
         self, name: str, unoptimized: Backend[ModelPackage] | None, reproduce_in: Path | None
     ) -> Divergence:
         self.say("reference")
-        weighted = self.reference.trace(self.cases, self.expected)
+        self.weighted = self.reference.trace(self.cases, self.expected)
         self.say("candidate")
         self._on_pieces("candidate", self.natural, None)
-        matches, introduced, bad = self._matched(weighted)
+        matches, introduced, bad = self._matched()
         if not matches:
             raise BadInputError(
                 f"bisect: {name}",
@@ -132,13 +147,41 @@ class _Search:
             )
         self.say("errors")
         traces = [self._trace(matches[n], introduced[n]) for n in self.values.names if n in matches]
-        first = next((trace for trace in traces if trace.reason), None)
         outputs, tapping, whole = self._untouched(name)
         optimizer = None
-        if unoptimized is not None and (tapping > ROUNDING or (outputs and first is None)):
+        diverges = any(trace.reason for trace in traces)
+        if unoptimized is not None and (tapping > ROUNDING or (outputs and not diverges)):
             optimizer = self._change(unoptimized, whole)
-        blamed = self._blame(traces, matches, bad)
-        result = Divergence(
+        blamed = self._blamed(traces, matches, bad)
+        result = dataclasses.replace(
+            self._divergence(name, traces, blamed, matches),
+            outputs=outputs, tapping_change=tapping, optimizer_change=optimizer,
+        )  # fmt: skip
+        self.found = result
+        if reproduce_in is None or result.passed or not blamed or not blamed[0].introduced.size:
+            return result
+        self.say("reproduction")
+        made = self._reproduce(blamed[0], matches, reproduce_in)
+        return dataclasses.replace(result, reproduction=made)
+
+    def so_far(self, name: str) -> Divergence:
+        """What is known of a search that was interrupted."""
+        doing = self.doing
+        if self.found is not None:
+            # All but the small model is there.
+            return dataclasses.replace(self.found, interrupted=doing)
+        self.say("what was compared until then")
+        for key in [n for n in self.natural if not self._is_whole(self.natural, n)]:
+            self.natural.drop(key)
+        matches = self.matches or self._first_matches()[0]
+        traces = [self._trace(matches[n], self.introduced.get(n)) for n in self.values.names if n in matches]
+        blamed = self._blamed(traces, matches, set())
+        return dataclasses.replace(self._divergence(name, traces, blamed, matches), interrupted=doing)
+
+    def _divergence(
+        self, name: str, traces: Sequence[TensorTrace], blamed: Sequence[Blame], matches: Mapping[str, Match]
+    ) -> Divergence:
+        return Divergence(
             reference=self.reference.session.name,
             candidate=name,
             provider=self.backend.name,
@@ -146,18 +189,24 @@ class _Search:
             tolerance=self.tolerance,
             tensors=tuple(traces),
             unmatched=tuple(n for n in self.values.names if n in self.natural and n not in matches),
-            first=first,
+            first=next((trace for trace in traces if trace.reason), None),
             blamed=tuple(blamed),
-            outputs=outputs,
-            tapping_change=tapping,
-            optimizer_change=optimizer,
+            outputs={},
+            tapping_change=0.0,
             bytes_traced=self.expected.bytes_written + self.natural.bytes_written,
         )
-        if reproduce_in is None or result.passed or not blamed or not blamed[0].introduced.size:
-            return result
-        self.say("reproduction")
-        made = self._reproduce(blamed[0], matches, reproduce_in)
-        return dataclasses.replace(result, reproduction=made)
+
+    def _blamed(
+        self, traces: Sequence[TensorTrace], matches: Mapping[str, Match], bad: set[str]
+    ) -> list[Blame]:
+        return blame_nodes(
+            traces, matches, bad, values=self.values, weight=self.reference.weight, scaled=self.scaled,
+            tolerance=self.tolerance,
+        )  # fmt: skip
+
+    def _is_whole(self, store: TensorStore, name: str) -> bool:
+        """Whether a tensor is there in all cases: an interrupt may come between two."""
+        return len(store.cases(name)) == len(self.cases)
 
     def _reproduce(self, blame: Blame, matches: Mapping[str, Match], directory: Path) -> Reproduction:
         """The segment of the worst node as a model, from the reference's tensors to the one that is wrong."""
@@ -199,24 +248,32 @@ class _Search:
                 cases.append(SmallCase(feeds, expected, relative_error(*hidden)))
         return cases
 
-    def _matched(
-        self, weighted: Mapping[str, Weighted]
-    ) -> tuple[dict[str, Match], dict[str, TensorError], set[str]]:
-        """Matches, the error that each match introduces, and values that are not finite on right inputs."""
+    def _first_matches(self) -> tuple[dict[str, Match], dict[str, Match], dict[str, Match]]:
+        """All matches before nodes ran on right inputs; those by names, and those that are certain."""
         names = self.values.names
         signature = [spec.name for spec in self.candidate.main.outputs]
-        fixed = match_by_weights(self.values, weighted, self.expected, self.natural)
+        fixed = match_by_weights(self.values, self.weighted, self.expected, self.natural)
         fixed |= match_by_names(self.expected, self.natural, signature)
         by_name = match_by_names(self.expected, self.natural, names)
-        matches = {**match_by_values(self.expected, self.natural, names), **by_name, **fixed}
+        by_value = match_by_values(self.expected, self.natural, names)
+        return {**by_value, **by_name, **fixed}, by_name, fixed
+
+    def _matched(self) -> tuple[dict[str, Match], dict[str, TensorError], set[str]]:
+        """Matches, the error that each match introduces, and values that are not finite on right inputs."""
+        names, weighted = self.values.names, self.weighted
+        matches, by_name, fixed = self._first_matches()
         errors: dict[str, TensorError] = {}
         bad: set[str] = set()
         for turn in range(_ROUNDS):
             with TensorStore() as forced:
-                self._on_pieces(
-                    f"nodes on the reference's inputs, turn {turn + 1}", forced, self._forced(matches)
-                )
-                errors = {n: self._error(match, forced) for n, match in matches.items() if n in forced}
+                try:
+                    self._on_pieces(
+                        f"nodes on the reference's inputs, turn {turn + 1}", forced, self._forced(matches)
+                    )
+                finally:
+                    # Where it is interrupted this is all that will be known.
+                    self._note(matches, forced)
+                errors = {n: error for n, error in self.introduced.items() if n in forced}
                 bad = {n for n in forced if any(stored.bad for stored in forced.cases(n).values())}
                 free = [n for n in by_name if n not in fixed]
                 misfits = [n for n in free if errors[n].relative > _MISFIT]
@@ -241,6 +298,13 @@ class _Search:
                     break
                 matches = better
         return {n: m for n, m in matches.items() if n in errors}, errors, bad
+
+    def _note(self, matches: Mapping[str, Match], forced: TensorStore) -> None:
+        kept = {n: e for n, e in self.introduced.items() if self.matches.get(n) == matches.get(n)}
+        new = {
+            n: self._error(m, forced) for n, m in matches.items() if n in forced and self._is_whole(forced, n)
+        }
+        self.matches, self.introduced = dict(matches), kept | new
 
     def _scaled(self, matches: Mapping[str, Match], forced: TensorStore) -> dict[str, float]:
         """Matches by a weight whose tensors are multiples of each other, with the factor.
@@ -302,7 +366,7 @@ class _Search:
             total.add(expected, hide_padding(store.get(match.candidate, index).load(), case))
         return total.total()
 
-    def _trace(self, match: Match, introduced: TensorError) -> TensorTrace:
+    def _trace(self, match: Match, introduced: TensorError | None) -> TensorTrace:
         node = self.values.producers[match.candidate]
         return TensorTrace(
             name=match.candidate,
@@ -360,84 +424,9 @@ class _Search:
                     )
         return change
 
-    def _blame(
-        self, traces: Sequence[TensorTrace], matches: Mapping[str, Match], bad: set[str]
-    ) -> list[Blame]:
-        """One entry for each node: the output in which it errs most."""
-        worst: dict[str, TensorTrace] = {}
-        for trace in traces:
-            kept = worst.get(trace.node)
-            if kept is None or trace.introduced.size > kept.introduced.size:
-                worst[trace.node] = trace
-        errors = {trace.name: trace.error.size for trace in traces}
-        kinds: dict[str, list[float]] = {}
-        segments = {trace.name: self.values.segment(trace.name, matches) for trace in worst.values()}
-        # What a segment does is what its least exact node does.
-        rough = {
-            name: next((n for n in segment if n.op_type in _ROUGH), self.values.producers[name])
-            for name, segment in segments.items()
-        }
-        for trace in worst.values():
-            kinds.setdefault(_kind(rough[trace.name]), []).append(trace.introduced.size)
-        blamed = []
-        for trace in worst.values():
-            node, segment = rough[trace.name], segments[trace.name]
-            siblings = [e for e in kinds[_kind(node)] if math.isfinite(e)]
-            typical = statistics.median(siblings) if len(siblings) > 2 else 0.0
-            inputs = {n for one in segment for n in self.values.inputs_of(one) if n in matches}
-            found = [(one, audit_weights(one, self.reference.weight)) for one in segment]
-            wrong = next(((one, text) for one, text in found if text), None)
-            culprit = wrong[0] if wrong else _culprit(segment, node, bad)
-            detail = wrong[1] if wrong else ""
-            size = trace.introduced.size
-            if not wrong and size > _FAR and not trace.introduced.bad:
-                for one in segment:
-                    for factor in (self.scaled[v.name] for v in one.outputs if v.name in self.scaled):
-                        culprit, detail = one, f"its result is {factor:.3g} times the reference's"
-            stands_out = size > _STANDS_OUT * max(typical, ROUNDING) and size > self._usual(node)
-            blamed.append(
-                Blame(
-                    node=culprit.name or trace.name,
-                    operator=culprit.op_type,
-                    tensor=trace.name,
-                    reference=trace.reference,
-                    nodes=tuple(one.name or "?" for one in segment),
-                    introduced=trace.introduced,
-                    inherited=max((errors[n] for n in inputs), default=0.0),
-                    error=trace.error,
-                    typical=typical,
-                    stands_out=stands_out or wrong is not None,
-                    detail=detail,
-                )
-            )
-        blamed.sort(key=lambda b: (not b.stands_out, -b.introduced.size, errors[b.tensor]))
-        # A node may be to blame for several tensors that follow it.
-        return list({blame.node: blame for blame in reversed(blamed)}.values())[::-1]
-
-    def _usual(self, node: ir.Node) -> float:
-        """Error that needs no explanation, by what a node computes with."""
-        if node.op_type in _ROUGH:
-            bits = node.attributes.get("bits")
-            return 0.3 if bits is None or bits.as_int() <= 4 else 0.03
-        rtol = self.tolerance.rtol
-        return 10 * ROUNDING if rtol is None else rtol
-
 
 def _say_nothing(_: str) -> None:
     pass
-
-
-def _kind(node: ir.Node) -> str:
-    bits = node.attributes.get("bits")
-    return f"{node.op_type}/{bits.as_int() if bits is not None else ''}"
-
-
-def _culprit(segment: Sequence[ir.Node], producer: ir.Node, bad: set[str]) -> ir.Node:
-    """The node of a segment that first gives what is not finite; else the one that gives the result."""
-    for node in segment:
-        if any(value.name in bad for value in node.outputs):
-            return node
-    return producer
 
 
 def _relative(one: Array, two: Array) -> float:

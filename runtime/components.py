@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,11 +13,10 @@ from onnxsmith.comparison import Comparison, TensorComparison, Tolerance
 from onnxsmith.package import TensorSpec
 from onnxsmith.runtime.backend import Backend
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
-from onnxsmith.runtime.placement import Placement
 from onnxsmith.runtime.samples import Case, cases_for, made_up_values
 from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["Expected", "compare_components", "expected_outputs", "merged_placement", "open_components"]
+__all__ = ["Expected", "compare_components", "expected_outputs", "open_components"]
 
 ModelT = TypeVar("ModelT")
 
@@ -118,19 +116,6 @@ def expected_outputs(
             if order == 0 and "attention_mask" in case.feeds:
                 known["attention_mask"] = case.feeds["attention_mask"]
     return expected
-
-
-def merged_placement(placements: Sequence[Placement]) -> Placement:
-    """Where the nodes of several graphs run, taken together; shares of time and bytes only for one graph."""
-    if len(placements) == 1:
-        return placements[0]
-    nodes: Counter[str] = Counter()
-    operators: dict[str, Counter[str]] = {}
-    for placement in placements:
-        nodes.update(placement.nodes)
-        for provider, counts in placement.operators.items():
-            operators.setdefault(provider, Counter()).update(counts)
-    return Placement(dict(nodes), {name: dict(count.most_common()) for name, count in operators.items()})
 
 
 def compare_components(

@@ -28,7 +28,8 @@ class TensorTrace:
         matched_by: ``name``, ``weight``, ``value`` or ``place``.
         depth: Its place in the candidate's order, from 0.
         error: How far it is from the reference when the model runs as it is.
-        introduced: How far it is where everything that it is computed from is the reference's.
+        introduced: How far it is where everything that it is computed from is the reference's; None where the
+            search was interrupted before that was tried.
         reason: Why it is out of the tolerance, or an empty string.
     """
 
@@ -39,8 +40,13 @@ class TensorTrace:
     matched_by: str
     depth: int
     error: TensorError
-    introduced: TensorError
+    introduced: TensorError | None
     reason: str = ""
+
+    @property
+    def own(self) -> float:
+        """The size of what it introduces; 0 where that is not known."""
+        return 0.0 if self.introduced is None else self.introduced.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Blame:
         typical: What is usual for nodes of its kind in this model.
         stands_out: Whether it makes far more than that, or numbers that are not finite.
         detail: What is known beyond the numbers, such as which weight is wrong.
+        estimated: Whether ``introduced`` is only what the error grows by from the node's inputs to its
+            output, because the search was interrupted before the node ran on right inputs.
     """
 
     node: str
@@ -73,6 +81,7 @@ class Blame:
     typical: float
     stands_out: bool
     detail: str = ""
+    estimated: bool = False
 
     @property
     def factor(self) -> float:
@@ -120,6 +129,8 @@ class Divergence:
         bytes_traced: Bytes of tensors that were looked at.
         reproduction: The smallest model and inputs that show the worst node's error; None where no node is
             to blame, or nobody asked for it.
+        interrupted: What was being done when the search was interrupted; empty where it was not. Then only
+            the tensors in ``tensors`` were compared.
     """
 
     reference: str
@@ -136,6 +147,7 @@ class Divergence:
     optimizer_change: float | None = None
     bytes_traced: int = 0
     reproduction: Reproduction | None = None
+    interrupted: str = ""
 
     @property
     def suspects(self) -> tuple[Blame, ...]:
@@ -144,8 +156,8 @@ class Divergence:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing diverges and no node stands out."""
-        return self.first is None and not self.outputs and not self.suspects
+        """Whether everything was compared, nothing diverges and no node stands out."""
+        return self.first is None and not self.outputs and not self.suspects and not self.interrupted
 
     @property
     def changed_by_tapping(self) -> bool:
@@ -155,7 +167,8 @@ class Divergence:
     @property
     def verdict(self) -> str:
         """What was found, in a sentence or two."""
-        worst = self.suspects[:1] or (self.blamed[:1] if not self.passed else ())
+        diverges = self.first is not None or bool(self.outputs)
+        worst = self.suspects[:1] or (self.blamed[:1] if diverges else ())
         parts = []
         if self.first is not None:
             parts.append(
@@ -168,6 +181,8 @@ class Divergence:
             parts.append(f"blame {_said(worst[0])}")
         if not parts:
             parts.append(f"no divergence in {len(self.tensors)} tensors")
+        if self.interrupted:
+            parts.append(f"interrupted at {self.interrupted}: the tensors after these were not compared")
         if self.changed_by_tapping:
             if not self.outputs and self.first is not None:
                 parts.append("the outputs of the untouched model keep the tolerance")
@@ -189,6 +204,10 @@ class Divergence:
 
 def _said(blame: Blame) -> str:
     error = blame.introduced
+    if blame.estimated and not error.bad:
+        return (
+            f"{blame.node} ({blame.operator}): its error is {error.size:.2g} larger than that of its inputs"
+        )
     what = (
         f"{error.bad} values that are not finite"
         if error.bad

@@ -46,6 +46,7 @@ class GraphFile:
         most_alike: See ``most_positions_alike``.
         cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with; see
             ``cache_scales_of``.
+        rows_interact: See ``quantizes_by_range``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -57,6 +58,7 @@ class GraphFile:
     needs_folding: bool = False
     most_alike: int | None = None
     cache_scales: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    rows_interact: bool = False
     temporary: Path | None = None
 
     @classmethod
@@ -82,6 +84,7 @@ class GraphFile:
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
             most_positions_alike(chosen.model), cache_scales_of(chosen.model),
+            quantizes_by_range(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -163,6 +166,7 @@ class GraphFile:
             "needs_folding": self.needs_folding,
             "most_alike": self.most_alike,
             "cache_scales": {name: scale.tolist() for name, scale in self.cache_scales.items()},
+            "rows_interact": self.rows_interact,
         }
 
     @classmethod
@@ -184,6 +188,7 @@ class GraphFile:
             plain["needs_folding"],
             plain["most_alike"],
             {name: np.array(scale, np.float32) for name, scale in plain["cache_scales"].items()},
+            plain["rows_interact"],
         )
 
 
@@ -235,3 +240,13 @@ def most_positions_alike(model: ir.Model) -> int | None:
         if shape.inputs[0] is not None and shape.inputs[0].name == "input_ids":
             return int(bound.const_value.numpy().reshape(-1)[0])
     return None
+
+
+def quantizes_by_range(model: ir.Model) -> bool:
+    """Whether activations get a scale from the values of a whole batch, as dynamic quantization does.
+
+    Then the result of a row depends on the rows beside it, and on padding.
+    """
+    return any(
+        node.op_type in ("DynamicQuantizeLinear", "DynamicQuantizeMatMul") for node in model.graph.all_nodes()
+    )

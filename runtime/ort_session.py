@@ -106,6 +106,7 @@ class OrtSession(Session):
         self.shares_cache = self._graph.shares_cache
         self.cache_scales = self._graph.cache_scales
         self.most_alike = self._graph.most_alike
+        self.rows_interact = self._graph.rows_interact
 
     @property
     def ort_session(self) -> Any:

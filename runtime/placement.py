@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _REQUIREMENT = re.compile(
     r"(?P<provider>[\w.-]+)\s*(?:>=\s*(?P<share>\d+(?:\.\d+)?)\s*%(?:\s*of\s*(?P<measure>\w+))?)?"
 )
 _MEASURES = ("nodes", "time", "bytes")
+_COST_KEYS: Mapping[str, str] = {"time": "time_us", "bytes": "bytes_moved"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +30,67 @@ class Placement:
     Attributes:
         nodes: Provider name to number of nodes.
         operators: Provider name to operator counts.
-        time_shares: Provider name to share of the time of a profiled run, 0 to 1; empty where nothing was
-            profiled.
-        bytes_shares: Provider name to share of the bytes that kernels read and wrote; empty likewise.
+        times_us: Provider name to microseconds of one profiled run; empty where nothing was profiled.
+        bytes_moved: Provider name to the bytes that its kernels read and write in one run; empty likewise.
         copies: Nodes that only copy tensors between devices; None where nothing was profiled.
         copied_bytes: What they copied in one run.
+        graphs: Of a model of several graphs, the placement of each.
     """
 
     nodes: Mapping[str, int]
     operators: Mapping[str, Mapping[str, int]]
-    time_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    bytes_shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    times_us: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bytes_moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
     copies: int | None = None
     copied_bytes: int | None = None
+    graphs: Mapping[str, Placement] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, graphs: Mapping[str, Placement]) -> Placement:
+        """Several graphs of one model, taken together: nodes, and time and bytes of one run of each.
+
+        Times and bytes are known where they are known of each graph.
+        """
+        parts = list(graphs.values())
+        operators: dict[str, Counter[str]] = {}
+        for part in parts:
+            for provider, counts in part.operators.items():
+                operators.setdefault(provider, Counter()).update(counts)
+        copied = [part.copied_bytes for part in parts if part.copied_bytes is not None]
+        counted = [part.copies for part in parts if part.copies is not None]
+        return cls(
+            _summed([part.nodes for part in parts]),
+            {name: dict(count.most_common()) for name, count in operators.items()},
+            _summed([part.times_us for part in parts]) if all(part.times_us for part in parts) else {},
+            _summed([part.bytes_moved for part in parts]) if all(part.bytes_moved for part in parts) else {},
+            sum(counted) if len(counted) == len(parts) else None,
+            sum(copied) if len(copied) == len(parts) else None,
+            dict(graphs),
+        )
+
+    @property
+    def time_shares(self) -> Mapping[str, float]:
+        """Provider name to share of the time, 0 to 1; empty where it is not known."""
+        return self._shares(self.times_us)
+
+    @property
+    def bytes_shares(self) -> Mapping[str, float]:
+        """Provider name to share of the bytes, 0 to 1; empty where it is not known."""
+        return self._shares(self.bytes_moved)
+
+    def _shares(self, costs: Mapping[str, float]) -> Mapping[str, float]:
+        # A provider that got every node took all of everything.
+        if self.only_provider is not None:
+            return {self.only_provider: 1.0}
+        total = sum(costs.values())
+        return {name: costs.get(name, 0.0) / total for name in self.nodes} if total else {}
+
+    def share_of(self, measure: str, provider: str) -> float:
+        """A provider's share of ``nodes``, ``time`` or ``bytes``; 0 where it is not known."""
+        if measure == "nodes":
+            return self.share(provider)
+        shares = self.time_shares if measure == "time" else self.bytes_shares
+        return shares.get(provider, 0.0)
 
     def share(self, provider: str) -> float:
         """The share of nodes that a provider got, 0 to 1."""
@@ -61,24 +111,31 @@ class Placement:
                 "share": self.share(name),
                 "operators": dict(self.operators.get(name, {})),
             }
-            if self.time_shares:
-                plain[name]["time_share"] = self.time_shares.get(name, 0.0)
-            if self.bytes_shares:
-                plain[name]["bytes_share"] = self.bytes_shares.get(name, 0.0)
+            for key, costs, shares in (
+                ("time", self.times_us, self.time_shares), ("bytes", self.bytes_moved, self.bytes_shares)
+            ):  # fmt: skip
+                if shares:
+                    plain[name][f"{key}_share"] = shares.get(name, 0.0)
+                if costs:
+                    plain[name][_COST_KEYS[key]] = costs.get(name, 0.0)
         return plain
+
+    def graphs_to_json(self) -> dict[str, Any]:
+        """Of a model of several graphs, ``to_json`` of each; empty otherwise."""
+        return {name: placement.to_json() for name, placement in self.graphs.items()}
 
     @staticmethod
     def from_json(
         plain: Mapping[str, Any], copies: int | None = None, copied_bytes: int | None = None
     ) -> Placement:
-        """What ``to_json`` gave."""
+        """What ``to_json`` gave, without the placements of graphs."""
 
         def column(key: str) -> dict[str, Any]:
             return {name: entry[key] for name, entry in plain.items() if key in entry}
 
         return Placement(
-            column("nodes"), column("operators"), column("time_share"), column("bytes_share"), copies,
-            copied_bytes,
+            column("nodes"), column("operators"), column(_COST_KEYS["time"]), column(_COST_KEYS["bytes"]),
+            copies, copied_bytes,
         )  # fmt: skip
 
     def require_use(self, provider: str, *, name: str) -> None:
@@ -106,7 +163,7 @@ class Placement:
         for name, count in self.nodes.items():
             if name != provider:
                 operators = ", ".join(list(self.operators.get(name, {}))[:4])
-                share = f", {self.time_shares[name]:.0%} of the time" if name in self.time_shares else ""
+                share = f", {self.time_shares[name]:.0%} of the time" if name in self.times_us else ""
                 where = name.removesuffix("ExecutionProvider")
                 parts.append(f"{count} of {total} nodes on {where}{share} ({operators})")
         return "; ".join(parts)
@@ -130,19 +187,20 @@ class Requirement:
 
     def violation(self, placement: Placement) -> str:
         """What is wrong with a placement, or an empty string."""
-        if self.measure == "nodes":
-            got = placement.share(self.provider)
-        else:
-            shares = placement.time_shares if self.measure == "time" else placement.bytes_shares
-            if not shares:
-                # A provider that got every node took all of everything.
-                shares = {placement.only_provider: 1.0} if placement.only_provider else {}
-            got = shares.get(self.provider, 0.0)
+        got = placement.share_of(self.measure, self.provider)
         # A share that the user would see as the wanted one is the wanted one.
         if got > 0 and (self.share is None or got >= self.share - 1e-9):
             return ""
         rest = placement.fallback(self.provider)
-        return f"{got:.1%} of {self.measure} on {self.provider}" + (f": {rest}" if rest else "")
+        parts = ", ".join(
+            f"{name} {part.share_of(self.measure, self.provider):.1%}"
+            for name, part in placement.graphs.items()
+        )
+        return (
+            f"{got:.1%} of {self.measure} on {self.provider}"
+            + (f" ({parts})" if parts else "")
+            + (f": {rest}" if rest else "")
+        )
 
 
 def requirements_of(texts: Sequence[str], providers: Sequence[str]) -> list[Requirement]:
@@ -195,7 +253,8 @@ def check_requirements(
 ) -> None:
     """Holds a candidate against the requirements on the provider that it was opened on.
 
-    A requirement on another provider than the candidate's is another candidate's.
+    A requirement on another provider than the candidate's is another candidate's. A model of several graphs
+    is held to it as a whole.
 
     Args:
         placement: Of the candidate; None where nothing is known, which fails.
@@ -219,3 +278,7 @@ def check_requirements(
                 expected=requirement.text,
                 remedy="The provider takes none of the other operators or types; see its documentation",
             )
+
+
+def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: sum(part.get(name, 0) for part in parts) for name in {n: None for p in parts for n in p}}

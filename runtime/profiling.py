@@ -197,12 +197,11 @@ def placement_of(
         if name not in operators:
             operators[name] = dict(counts.most_common())
     times = profile.provider_times(asynchronous)
-    total_time, total_bytes = sum(times.values()) or 1.0, sum(touched.values()) or 1
     return Placement(
         {name: sum(counts.values()) for name, counts in operators.items()},
         operators,
-        {name: times.get(name, 0.0) / total_time for name in operators},
-        {name: touched.get(name, 0) / total_bytes for name in operators},
+        {name: times.get(name, 0.0) / max(profile.runs, 1) for name in operators},
+        {name: touched.get(name, 0) for name in operators},
         copies,
         copied,
     )

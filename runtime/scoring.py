@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,19 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.runtime.samples import decoder_feeds
 from onnxsmith.runtime.session import Array, Session
 
-__all__ = ["Perplexity", "ScoredWindow", "perplexity", "score"]
+__all__ = ["Perplexity", "ScoredWindow", "perplexity", "score", "score_texts"]
 
 Floats = npt.NDArray[np.float64]
+# The number of a text, and tokens of it.
+_Window = tuple[int, npt.NDArray[np.int64]]
 
 # Positions that are worked on at a time: float64 copies of a whole window's logits would take gigabytes
 # for a large vocabulary.
 _CHUNK_POSITIONS = 32
+# Of one call. Short windows share calls until a call has so many tokens; more of them gain nothing on a CPU.
+_CALL_TOKENS = 1024
+# Of one call too, for large vocabularies: logits are the largest tensor of a decoder by far.
+_LOGITS_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +36,12 @@ class ScoredWindow:
     Attributes:
         logits: (window - 1, vocabulary), float32: each position's prediction of the next token.
         targets: (window - 1,): the tokens that really come next.
+        text: Which of several texts it is of.
     """
 
     logits: Array
     targets: npt.NDArray[np.int64]
+    text: int = 0
 
     def losses(self) -> Floats:
         """(window - 1,): negative log-likelihood of each next token, in nats."""
@@ -73,7 +81,7 @@ class Perplexity:
 
 
 def score(
-    session: Session, tokens: npt.NDArray[np.int64], *, window: int, batch: int = 1
+    session: Session, tokens: npt.NDArray[np.int64], *, window: int, batch: int | None = None
 ) -> Iterator[ScoredWindow]:
     """Runs a text through a decoder in windows that do not overlap, each from an empty cache.
 
@@ -85,17 +93,91 @@ def score(
         session: An open decoder.
         tokens: (length,).
         window: Tokens in a window.
-        batch: Windows in one call; the last, where it is shorter, has a call of its own.
+        batch: Windows in one call, at the most; see ``score_texts``.
+
+    Yields:
+        The windows, in their order.
     """
-    parts = [tokens[begin : begin + window] for begin in range(0, len(tokens), window)]
-    whole = [part for part in parts if len(part) == window]
-    groups = [whole[begin : begin + batch] for begin in range(0, len(whole), batch)]
-    groups += [[part] for part in parts[len(whole) :] if len(part) >= 2]
-    for group in groups:
-        ids = np.stack(group)
-        logits = session.run(decoder_feeds(session.inputs, ids), ["logits"])["logits"]
-        for row, part in zip(logits, group, strict=True):
-            yield ScoredWindow(row[:-1].astype(np.float32, copy=False), part[1:])
+    yield from score_texts(session, [tokens], window=window, batch=batch)
+
+
+def score_texts(
+    session: Session,
+    texts: Sequence[npt.NDArray[np.int64]],
+    *,
+    window: int,
+    batch: int | None = None,
+) -> Iterator[ScoredWindow]:
+    """Runs texts through a decoder in windows, several of them in one call; see ``score``.
+
+    Windows of about the same length share a call, and the shorter ones are padded on the right, where
+    nothing that counts can see it. What a window gives does not depend on what it is batched with, but for
+    rounding. Where it would, because the graph quantizes activations by their range, each window has a call
+    of its own.
+
+    Args:
+        session: An open decoder.
+        texts: (length,) each.
+        window: Tokens in a window.
+        batch: Windows in one call, at the most. The logits of a call are bounded in any case.
+
+    Yields:
+        The windows, the longest first; those of a text in their order.
+    """
+    windows = [
+        (number, part)
+        for number, tokens in enumerate(texts)
+        for part in (tokens[begin : begin + window] for begin in range(0, len(tokens), window))
+        if len(part) >= 2
+    ]
+    windows.sort(key=lambda item: -len(item[1]))
+    for group in _calls(session, windows, batch):
+        ids, mask = _padded([part for _, part in group], rows=_fixed_rows(session) or len(group))
+        logits = session.run(decoder_feeds(session.inputs, ids, mask=mask), ["logits"])["logits"]
+        for row, (number, part) in zip(logits, group, strict=False):
+            yield ScoredWindow(row[: len(part) - 1].astype(np.float32, copy=False), part[1:], number)
+
+
+def _calls(session: Session, windows: Sequence[_Window], batch: int | None) -> Iterator[Sequence[_Window]]:
+    """Windows that share a call. They come sorted by length, the longest first."""
+    most = min(_fixed_rows(session) or len(windows), batch or len(windows))
+    if session.rows_interact:
+        most = 1
+    vocabulary = next(s.shape[-1] for s in session.outputs if s.name == "logits" and s.shape)
+    # A vocabulary that the graph does not tell is taken for a large one.
+    row_bytes = 4 * (vocabulary if isinstance(vocabulary, int) else 1 << 18)
+    tokens = min(_CALL_TOKENS, _LOGITS_BYTES // row_bytes)
+    pads = any(spec.name == "attention_mask" for spec in session.inputs)
+    begin = 0
+    while begin < len(windows):
+        length = len(windows[begin][1])
+        count = max(1, min(most, tokens // length))
+        group = windows[begin : begin + count]
+        if not pads:
+            group = [item for item in group if len(item[1]) == length]
+        yield group
+        begin += len(group)
+
+
+def _fixed_rows(session: Session) -> int | None:
+    """How many rows the graph takes, where it takes no others."""
+    for spec in session.inputs:
+        if spec.name == "input_ids" and spec.shape and isinstance(spec.shape[0], int):
+            return spec.shape[0]
+    return None
+
+
+def _padded(
+    parts: Sequence[npt.NDArray[np.int64]], *, rows: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Token ids and mask, (rows, longest); the last part fills the rows that are left."""
+    length = max(map(len, parts))
+    ids = np.zeros((rows, length), np.int64)
+    mask = np.zeros((rows, length), np.bool_)
+    for row in range(rows):
+        part = parts[min(row, len(parts) - 1)]
+        ids[row, : len(part)], mask[row, : len(part)] = part, True
+    return ids, mask
 
 
 def perplexity(
@@ -103,7 +185,7 @@ def perplexity(
     tokens: npt.NDArray[np.int64],
     *,
     window: int,
-    batch: int = 1,
+    batch: int | None = None,
     reference_logits: Array | None = None,
     keep_logits: Array | None = None,
     on_window: Callable[[int], None] | None = None,
@@ -114,7 +196,7 @@ def perplexity(
         session: An open decoder.
         tokens: (length,).
         window: Tokens in a window.
-        batch: Windows in one call; memory for logits grows with it.
+        batch: Windows in one call, at the most; see ``score_texts``.
         reference_logits: (tokens predicted, vocabulary), as ``keep_logits`` of the reference was filled.
         keep_logits: Filled with this model's logits; usually a memory-mapped file.
         on_window: Called with the number of windows done.
@@ -124,7 +206,7 @@ def perplexity(
     """
     if window < 2:
         raise BadInputError("perplexity: window", got=str(window), expected="at least two tokens")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise BadInputError("perplexity: batch", got=str(batch), expected="at least 1")
     losses: list[Floats] = []
     differences: list[Floats] = []

@@ -30,6 +30,7 @@ class Session(abc.ABC):
         cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with.
         most_alike: Calls of up to so many positions are computed alike, longer ones in another way; None
             where all are computed alike.
+        rows_interact: Whether what a row gives depends on the other rows of its batch.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -38,6 +39,7 @@ class Session(abc.ABC):
     name: str
     cache_scales: Mapping[str, Array] = {}
     most_alike: int | None = None
+    rows_interact: bool = False
 
     @property
     def cache(self) -> tuple[CachePair, ...]:

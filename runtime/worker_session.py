@@ -50,6 +50,7 @@ class WorkerSession(Session):
         self.inputs, self.outputs = self._graph.inputs, self._graph.outputs
         self.cache_scales = self._graph.cache_scales
         self.most_alike = self._graph.most_alike
+        self.rows_interact = self._graph.rows_interact
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")

@@ -56,6 +56,7 @@ def variant_report(name: str, **changes: Any) -> dict[str, Any]:
         "size_mb": size,
         "provider": "CPUExecutionProvider",
         "placement": {"CPUExecutionProvider": {"nodes": 580, "share": 1.0}},
+        "placement_by_graph": {},
         "passes": [
             {
                 "name": "fuse_transformer",

@@ -15,9 +15,9 @@ from onnxsmith.errors import BadInputError, FeedError, ModelFileError
 from onnxsmith.exporters import LoadedModel
 from onnxsmith.package import ModelPackage
 from onnxsmith.program import TorchProgram
-from onnxsmith.runtime import OrtSession, TorchSession, generate, perplexity
+from onnxsmith.runtime import OrtBackend, OrtSession, TorchSession, generate, perplexity
 from onnxsmith.runtime.decoding import open_decoder
-from onnxsmith.runtime.scoring import score
+from onnxsmith.runtime.scoring import ScoredWindow, score, score_texts
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -211,6 +211,79 @@ def test_windows_in_batches_are_the_same_windows(
     assert result.kl_to_reference < 1e-8
     with pytest.raises(BadInputError, match="perplexity: batch: 0; expected at least 1"):
         perplexity(session, tokens, window=32, batch=0)
+
+
+def counted(session: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the token ids of each call from now on."""
+    shapes: list[tuple[int, ...]] = []
+    run = session._run
+
+    def noted(feeds: dict[str, Any], outputs: list[str]) -> Any:
+        shapes.append(feeds["input_ids"].shape)
+        return run(feeds, outputs)
+
+    monkeypatch.setattr(session, "_run", noted)
+    return shapes
+
+
+def test_texts_of_all_lengths_share_calls(
+    session: OrtSession, torch_session: TorchSession, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [tokens[a:b] for a, b in ((0, 40), (40, 47), (47, 48), (50, 58), (60, 62), (70, 150))]
+    alone = [losses for t in texts for losses in [list(score(session, t, window=32, batch=1))]]
+    for one in (session, torch_session):
+        shapes = counted(one, monkeypatch)
+        found: list[list[ScoredWindow]] = [[] for _ in texts]
+        for scored in score_texts(one, texts, window=32):
+            found[scored.text].append(scored)
+        # Eight windows, of 32 down to 2 tokens, padded to the longest.
+        assert shapes == [(8, 32)]
+        for ours, expected in zip(found, alone, strict=True):
+            assert [len(w.targets) for w in ours] == [len(w.targets) for w in expected]
+            for a, b in zip(ours, expected, strict=True):
+                np.testing.assert_array_equal(a.targets, b.targets)
+                np.testing.assert_allclose(a.logits, b.logits, atol=2e-5)
+
+
+def test_a_call_has_so_many_logits_at_the_most(
+    session: OrtSession, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith.runtime import scoring
+
+    whole = perplexity(session, tokens, window=20)
+    shapes = counted(session, monkeypatch)
+    # 64 logits of 4 bytes for each token: three windows of 20 tokens.
+    monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 64 * 65)
+    assert perplexity(session, tokens, window=20).value == pytest.approx(whole.value, rel=1e-6)
+    assert shapes == [(3, 20), (3, 20), (2, 20)]
+    shapes.clear()
+    # Not even one window: one at a time.
+    monkeypatch.setattr(scoring, "_LOGITS_BYTES", 1)
+    assert perplexity(session, tokens, window=75).value > 0
+    assert shapes == [(1, 75), (1, 75)]
+    shapes.clear()
+    # Where a row's result depends on the others, each is alone.
+    monkeypatch.undo()
+    shapes = counted(session, monkeypatch)
+    monkeypatch.setattr(session, "rows_interact", True)
+    perplexity(session, tokens, window=50)
+    assert shapes == [(1, 50)] * 3
+
+
+def test_dynamically_quantized_rows_are_scored_alone(
+    tiny_package: ModelPackage, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith.graph_passes import make_passes, run_passes
+
+    quantized = run_passes(tiny_package, make_passes([("quantize_dynamic", {})]))
+    with OrtBackend().open(tiny_package) as plain, OrtBackend().open(quantized) as dynamic:
+        assert (plain.rows_interact, dynamic.rows_interact) == (False, True)
+        shapes = counted(dynamic, monkeypatch)
+        automatic = perplexity(dynamic, tokens, window=32)
+        assert set(shapes) == {(1, 32), (1, 22)}
+        assert automatic == perplexity(dynamic, tokens, window=32, batch=1)
+    with OrtBackend(apart=True).open(quantized) as there:
+        assert there.rows_interact
 
 
 def test_a_model_that_knows_its_text_has_a_lower_perplexity(session: OrtSession, tokens: Any) -> None:

@@ -124,6 +124,7 @@ class Comparison:
         tensors: Every output of every case.
         error: Why nothing could be compared, or an empty string.
         placement: Provider to nodes and share, of the candidate; None where nothing is known.
+        placement_by_graph: The same of each graph, where the candidate has several.
     """
 
     reference: str
@@ -133,6 +134,7 @@ class Comparison:
     tensors: tuple[TensorComparison, ...]
     error: str = ""
     placement: Mapping[str, Any] | None = None
+    placement_by_graph: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
