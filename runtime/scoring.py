@@ -23,9 +23,10 @@ _Window = tuple[int, npt.NDArray[np.int64]]
 # Positions that are worked on at a time: float64 copies of a whole window's logits would take gigabytes
 # for a large vocabulary.
 _CHUNK_POSITIONS = 32
-# Of one call. Short windows share calls until a call has so many tokens; more of them gain nothing on a CPU.
-_CALL_TOKENS = 1024
-# Of one call too, for large vocabularies: logits are the largest tensor of a decoder by far.
+# Short windows share a call until it has so many tokens. A matrix product of more rows is no faster on a
+# CPU: see docs/evaluating.md for what was measured.
+_CALL_TOKENS = 512
+# Of one call, whoever asks: logits are the largest tensor of a decoder by far.
 _LOGITS_BYTES = 1 << 28
 
 
@@ -119,7 +120,8 @@ def score_texts(
         session: An open decoder.
         texts: (length,) each.
         window: Tokens in a window.
-        batch: Windows in one call, at the most. The logits of a call are bounded in any case.
+        batch: Windows in one call, at the most; as many as gain something where None. The logits of a call
+            are bounded in any case.
 
     Yields:
         The windows, the longest first; those of a text in their order.
@@ -146,7 +148,9 @@ def _calls(session: Session, windows: Sequence[_Window], batch: int | None) -> I
     vocabulary = next(s.shape[-1] for s in session.outputs if s.name == "logits" and s.shape)
     # A vocabulary that the graph does not tell is taken for a large one.
     row_bytes = 4 * (vocabulary if isinstance(vocabulary, int) else 1 << 18)
-    tokens = min(_CALL_TOKENS, _LOGITS_BYTES // row_bytes)
+    tokens = _LOGITS_BYTES // row_bytes
+    if batch is None:
+        tokens = min(tokens, _CALL_TOKENS)
     pads = any(spec.name == "attention_mask" for spec in session.inputs)
     begin = 0
     while begin < len(windows):
@@ -155,6 +159,10 @@ def _calls(session: Session, windows: Sequence[_Window], batch: int | None) -> I
         group = windows[begin : begin + count]
         if not pads:
             group = [item for item in group if len(item[1]) == length]
+        alike = session.most_alike
+        if alike is not None:
+            # What is padded to more positions than it has must not go through another branch.
+            group = [item for item in group if (len(item[1]) > alike) == (length > alike)]
         yield group
         begin += len(group)
 
