@@ -81,6 +81,7 @@ class Candidate:
 
 DECODERS = (
     Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
+    Candidate("PyTorch compiled fp32", "pytorch", "compiled", "checkpoint", False),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "gguf"),
     Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="4 bit blocks of the file, kept"),
     Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",
@@ -99,6 +100,7 @@ ENCODERS = (
     Candidate("PyTorch compiled fp32", "pytorch", "compiled", "checkpoint", False),
     Candidate("optimum fp32", "optimum", "fp32-encoder", "checkpoint", note="run by ONNX Runtime"),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "checkpoint"),
+    Candidate("onnxruntime.transformers fp32", "optimum", "ort-transformers", "optimum fp32"),
     Candidate("onnxsim fp32", "simplifiers", "onnxsim", "optimum fp32"),
     Candidate("onnxslim fp32", "simplifiers", "onnxslim", "optimum fp32"),
     Candidate("OpenVINO f32", "openvino", "f32", "optimum fp32", False),

@@ -148,6 +148,7 @@ class _OrtDecoder(Decoder):
         super().__init__(session)
         self._ort = session
         self._names = ["logits", *(pair.present.name for pair in session.cache)]
+        self._cuts = _can_cut(session)
         self._past: dict[str, Any] = {}
 
     def reset(self) -> None:
@@ -157,7 +158,7 @@ class _OrtDecoder(Decoder):
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
         feeds = _small_feeds(self.session, token_ids, mask, cached=bool(self._past))
         values = {name: self._ort.ort_value(array) for name, array in feeds.items()}
-        if self._last_only and _can_cut(self._ort):
+        if self._last_only and self._cuts:
             values[_KEPT] = self._ort.ort_value(np.array(1, np.int64))
         results = self._ort.run_values(values | self._past, self._names)
         self._past = {
@@ -184,6 +185,10 @@ class _SharedDecoder(Decoder):
         super().__init__(session)
         self._ort = session
         self._wanted = capacity
+        self._cuts = _can_cut(session)
+        logits = next(spec for spec in session.outputs if spec.name == "logits")
+        assert logits.shape is not None
+        self._vocabulary, self._dtype = int(logits.shape[-1] or 0), np.dtype(logits.dtype)
         self._capacity = 0
         self._buffers: dict[str, Array] = {}
         self._binding: Any = None
@@ -200,15 +205,13 @@ class _SharedDecoder(Decoder):
         feeds = _small_feeds(self.session, token_ids, mask, cached=True)
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        spec = next(spec for spec in self.session.outputs if spec.name == "logits")
-        assert spec.shape is not None
         rows = sequence
-        if _can_cut(self._ort):
+        if self._cuts:
             # An input with a default is none of those that numpy arrays can be bound to.
             kept = self._ort.ort_value(np.array(1 if self._last_only else 0, np.int64))
             rows = 1 if self._last_only else sequence
             binding.bind_ortvalue_input(_KEPT, kept)
-        logits = np.empty((batch, rows, int(spec.shape[-1] or 0)), np.dtype(spec.dtype))
+        logits = np.empty((batch, rows, self._vocabulary), self._dtype)
         _bind(binding.bind_output, "logits", logits)
         self._ort.run_bound(binding)
         return logits

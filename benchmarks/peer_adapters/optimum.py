@@ -61,7 +61,8 @@ class _Decoder(Decoder):
 class OptimumAdapter(Adapter):
     """Exports; a variant of an encoder says how its graph is quantized.
 
-    ``fp32-decoder`` and ``fp32-encoder`` export. ``ort-dynamic`` is ``quantize_dynamic`` of ONNX Runtime with
+    ``fp32-decoder`` and ``fp32-encoder`` export. ``ort-transformers`` is the optimiser of encoders that ONNX
+    Runtime brings; ``ort-dynamic`` is ``quantize_dynamic`` of ONNX Runtime with
     its defaults, ``dynamic`` optimum's own configuration for AVX512-VNNI, per channel; both start from the
     exported graph.
     """
@@ -71,6 +72,13 @@ class OptimumAdapter(Adapter):
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             quantize_dynamic(only_graph(source), target / "model.onnx", weight_type=QuantType.QInt8)
+            return
+        if variant == "ort-transformers":
+            from onnxruntime.transformers.optimizer import optimize_model
+
+            # Sizes of heads are read from the graph where they are 0.
+            made = optimize_model(str(only_graph(source)), model_type="bert", num_heads=0, hidden_size=0)
+            made.save_model_to_file(str(target / "model.onnx"))
             return
         if variant == "dynamic":
             from optimum.onnxruntime import ORTQuantizer
