@@ -32,8 +32,6 @@ PYTEST_ARGS ?=
 # Tests at a time.
 WORKERS ?= 2
 PYTHON_FOLDERS := $(wildcard src exporters graph_passes runtime training pipeline tests benchmarks examples)
-# Named one by one: pdoc leaves out the submodules of a package that has an __all__.
-API := onnxsmith $(addprefix onnxsmith.,errors exporters graph_passes runtime training pipeline)
 PEERS := .venv-optimizers
 DEMO_OUT ?= artifacts/smollm2
 # An environment with the other series of transformers.
@@ -136,7 +134,7 @@ $(PEERS)/.optimizers:
 docs: $(READY)  ## the JSON Schemas in docs/, and the API reference in site/
 	$(BIN)/python -m onnxsmith.pipeline.schema docs
 	rm -rf site
-	$(BIN)/pdoc --docformat google --output-directory site $(API)
+	$(BIN)/python -m onnxsmith.pipeline.reference site
 
 wheel: $(READY)  ## sdist and wheel in dist/
 	rm -rf build dist src/onnxsmith.egg-info

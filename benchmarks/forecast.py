@@ -53,7 +53,7 @@ def _saved(name: str, **settings: Any) -> Callable[[Path], str]:
         import transformers
 
         torch.manual_seed(0)
-        kind, _, _ = name.partition("For")
+        kind = name.partition("For")[0].removesuffix("LMHeadModel")
         configuration = getattr(transformers, f"{kind.removesuffix('Model')}Config")(**settings)
         model = getattr(transformers, name)(configuration)
         model.save_pretrained(directory / "model")
@@ -121,7 +121,7 @@ MODELS: Mapping[str, tuple[Callable[[Path], str], tuple[str, ...], dict[str, Any
     "BERT, 30 M, pruned and fine-tuned": (
         _minilm, ALL,
         {"training": {"data": "rows.jsonl", "max_length": 128, "steps": [
-            {"prune": {"neurons": 0.5}},
+            {"prune": {"neurons": 0.5, "method": "l2"}},
             {"distill": {"steps": 6, "batch": 16}},
         ]}},
         False,

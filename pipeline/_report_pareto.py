@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,7 +91,11 @@ def pareto_chart(
     top = min(values[-1], max(values[0] + 4 * spread, (limit_y or 0.0) * 2))
     if limit_y is not None and top < limit_y <= 2 * top:
         top = limit_y
-    low = min(values[0], 0.0 if values[0] >= 0 else values[0])
+    low = min(values[0], 0.0)
+    # Intervals are shown whole, unless they would press the points together.
+    shown = max(top - low, 1e-12)
+    top = max(top, min(max((p.high for p in points if p.high is not None), default=top), top + shown / 2))
+    low = min(low, max(min((p.low for p in points if p.low is not None), default=low), low - shown / 2))
     margin = max((top - low) * 0.08, abs(top) * 0.01, 1e-9)
     right = max(*(p.x for p in points), limit_x or 0.0) * 1.08
     x_axis = Axis(0.0, right or 1.0, 52, _WIDTH - 12)
@@ -102,6 +107,12 @@ def pareto_chart(
     good = [p for p in points if p.kind in ("variant", "chosen", "reference")]
     front = front_of([p for p in good if p.kind != "reference"] or good)
     taken = [(x_axis.at(p.x) - 6, up(p.y) - 6, x_axis.at(p.x) + 6, up(p.y) + 6) for p in points]
+    for one, next_one in itertools.pairwise(front):
+        left, right = x_axis.at(one.x), x_axis.at(next_one.x)
+        taken.append((left + 8, up(one.y) - 1, right, up(one.y) + 1))
+        taken.append((right - 1, up(one.y), right + 1, up(next_one.y) - 8))
+    if limit_x is not None:
+        taken.append((x_axis.at(limit_x) - 1, y_axis.end, x_axis.at(limit_x) + 1, y_axis.start))
     drawn = []
     for point in sorted(points, key=lambda p: p.kind == "chosen"):
         place_x, place_y = x_axis.at(point.x), up(point.y)

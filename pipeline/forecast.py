@@ -21,14 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecast", "forecast_run", "foresee", "require_resources"]
 
-# Python with torch, transformers, ONNX and ONNX Runtime; what a training adds to them.
-_BASE = 520_000_000
-_COPIES, _COPIES_CACHED = 2.3, 3.9
+# Fitted to the runs that docs/cache.md names. Python with torch, transformers, ONNX and ONNX Runtime:
+_BASE = 560_000_000
+# What ONNX Runtime holds of a variant, as a part of its file: it packs the matrices of float weights; of
+# quantized ones it keeps both forms; of recurrent layers it makes several copies.
+_OPENED, _OPENED_QUANTIZED, _OPENED_RECURRENT = 1.0, 1.5, 3.4
+# While variants are made: what is read of the export and its copies, without and with a cache.
+_MAKING, _MAKING_CACHED = 1.25, 1.55
+# Weights of decoders that are read again from the cached export, whose pages count.
+_READ_AGAIN = 0.55
 # Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
 _WINDOWS = 7
 # A process that runs a model for the benchmark, before it has one.
-_WORKER = 110_000_000
-_OPENED = 1.6
+_WORKER = 75_000_000
+# What it holds of float weights, which are mapped, and of quantized ones.
+_WORKER_FLOAT, _WORKER_QUANTIZED = 0.5, 1.2
 # Passes that make weights smaller, and their bits where they have no parameter of this name.
 _QUANTIZED: Mapping[str, float] = {
     "quantize_weights": 4,
@@ -107,9 +114,10 @@ def forecast_run(
     benchmark = recipe.evaluation.benchmark
     return Forecast(
         peak=max(phases.values()),
-        workers=sum(_WORKER + int(_OPENED * one) for one in written) if benchmark is not None else 0,
-        disk=sum(written) + text + (0 if cached else exported),
-        cache=exported + sum(written) if cached else 0,
+        workers=_workers_bytes(size, written, exported) if benchmark is not None else 0,
+        # Without a cache the export is written nowhere; with one, what variants begin with is kept as well.
+        disk=max(written, default=0) if cached else sum(written) + text,
+        cache=2 * exported + sum(written) + text if cached else 0,
         phases=phases,
     )
 
@@ -118,17 +126,45 @@ def _phases(
     recipe: Recipe, size: ModelSize, exported: int, written: Sequence[int], *, cached: bool
 ) -> dict[str, int]:
     """The peak of each part of a run."""
-    copies = _COPIES_CACHED if cached else _COPIES
-    peak = _BASE + int(copies * exported)
+    # PyTorch's weights; a decoder's are read when it is first asked.
+    held = _BASE + exported
+    making = int((_MAKING_CACHED if cached else _MAKING) * exported)
+    again = int(_READ_AGAIN * exported) if cached and size.lazy and size.decoder else 0
+    phases = {
+        "export": held,
+        "variants": _BASE + making,
+        "check": held + max(_opened(size, written, exported), default=0) + again,
+    }
     spec = recipe.evaluation.perplexity
     if spec is not None:
-        peak += (spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)) * size.vocabulary * 4
-    phases = {"check": peak}
+        rows = spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)
+        phases["check"] += rows * size.vocabulary * 4
     if recipe.evaluation.benchmark is not None:
-        phases["benchmark"] = _BASE + exported
+        phases["benchmark"] = held
     if recipe.training is not None:
         phases["training"] = _training_bytes(recipe, size)
     return phases
+
+
+def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int) -> int:
+    """The processes of the benchmark together: all variants are open at the same time."""
+    part = size.recurrent / max(size.parameters, 1)
+    total = 0
+    for one in written:
+        each = _WORKER_FLOAT if one >= exported else _WORKER_QUANTIZED
+        total += _WORKER + int(each * one * (1 - part) + _OPENED_RECURRENT * exported * part)
+    return total
+
+
+def _opened(size: ModelSize, written: Sequence[int], exported: int) -> list[int]:
+    """What ONNX Runtime holds of each variant."""
+    part = size.recurrent / max(size.parameters, 1)
+    found = []
+    for one in written:
+        each = _OPENED if one >= exported else _OPENED_QUANTIZED
+        # No pass makes recurrent layers smaller.
+        found.append(int(each * one * (1 - part) + _OPENED_RECURRENT * exported * part))
+    return found
 
 
 def _training_bytes(recipe: Recipe, size: ModelSize) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.errors import OnnxsmithError
+from onnxsmith.errors import OnnxsmithError, require
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
 
@@ -46,6 +46,7 @@ class ModelSize:
         inner: Of the MLPs.
         layers: How many.
         lazy: Whether the weights are in files that can be read one by one.
+        recurrent: Elements in recurrent layers, which ONNX Runtime copies; 0 where nobody knows.
     """
 
     parameters: int
@@ -59,6 +60,7 @@ class ModelSize:
     inner: int = 0
     layers: int = 0
     lazy: bool = True
+    recurrent: int = 0
 
 
 def model_size(source: ModelSource, *, task: str | None = None) -> ModelSize | None:
@@ -104,6 +106,7 @@ def why_unknown(source: ModelSource) -> str:
 
 def loaded_size(loaded: LoadedModel) -> ModelSize:
     """The size of a model that is in memory."""
+    recurrent = require("torch", purpose="a forecast").nn.RNNBase
     parameters = list(loaded.module.parameters())
     buffers = [b for b in loaded.module.buffers() if b.is_floating_point()]
     config: Any = getattr(loaded.module, "config", None)
@@ -116,6 +119,12 @@ def loaded_size(loaded: LoadedModel) -> ModelSize:
         tied=False,
         decoder=loaded.task == TEXT_GENERATION,
         lazy=loaded.weights is not None,
+        recurrent=sum(
+            p.numel()
+            for m in loaded.module.modules()
+            if isinstance(m, recurrent)
+            for p in m.parameters(recurse=False)
+        ),
         **_shape(plain),
     )
 

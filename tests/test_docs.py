@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 import typing
@@ -316,3 +317,18 @@ def test_tolerances_are_documented() -> None:
         if precision != "precision"
     }
     assert shown == {name: (t.atol, t.rtol, t.min_cosine) for name, t in TOLERANCES.items()}
+
+
+@pytest.mark.slow
+def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from pathlib import Path; "
+         "from onnxsmith.pipeline.reference import write_reference; "
+         "write_reference(Path(sys.argv[1]), ['onnxsmith'])", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "onnxsmith.html").read_text(encoding="utf-8")
+    # Names alone are no reference.
+    assert "Does everything that a recipe asks for" in page and "ResourceError" in page
