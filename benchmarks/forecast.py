@@ -110,13 +110,13 @@ MODELS: Mapping[str, tuple[Callable[[Path], str], tuple[str, ...], dict[str, Any
     "BERT, 110 M": (
         _saved("BertModel", hidden_size=768, num_hidden_layers=12, num_attention_heads=12), ALL, {}, True,
     ),
-    "MiniLM, fine-tuned": (_minilm, ALL, {"training": TAUGHT}, True),
+    "MiniLM, fine-tuned": (_minilm, ALL, {"training": TAUGHT}, False),
     "Llama, 630 M": (_llama((896, 4864, 24, 14, 2, 151936)), ALL, {}, False),
     "Llama, 630 M, int4 only": (_llama((896, 4864, 24, 14, 2, 151936)), SMALL, {}, False),
-    "T5, 60 M": (_saved("T5ForConditionalGeneration", num_layers=6), ALL, {}, False),
+    "T5, 60 M": (_saved("T5ForConditionalGeneration", num_layers=6), ALL, {}, True),
     "ViT, 86 M": (_saved("ViTForImageClassification"), ALL, {}, False),
     "GPT-2, 124 M": (_saved("GPT2LMHeadModel"), ALL, {}, False),
-    "LSTM factory, 34 M": (_factory, ALL, {}, False),
+    "LSTM factory, 34 M": (_factory, ALL, {}, True),
     "archive of 40 M (.pt2)": (_archive, ALL, {}, False),
     "BERT, 30 M, pruned and fine-tuned": (
         _minilm, ALL,

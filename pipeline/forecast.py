@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.errors import ResourceError
+from onnxsmith.errors import OnnxsmithError, ResourceError
 from onnxsmith.free_memory import available_memory
+from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.model_size import ModelSize, loaded_size, model_size, why_unknown
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.run_steps import cache_directory
 from onnxsmith.pipeline.staging import require_space
-from onnxsmith.pipeline.training_recipe import FitSpec
+from onnxsmith.pipeline.training_recipe import FitSpec, TrainingSpec
 from onnxsmith.source import ModelSource, SourceKind
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ _BASE = 560_000_000
 _OPENED, _OPENED_QUANTIZED, _OPENED_RECURRENT = 1.0, 1.5, 3.4
 # While variants are made: what is read of the export and its copies, without and with a cache.
 _MAKING, _MAKING_CACHED = 1.25, 1.55
-# Weights of decoders that are read again from the cached export, whose pages count.
-_READ_AGAIN = 0.55
+# More of decoders' weights, and of what they answer, that is there while they are checked.
+_DECODING = 0.55
+# An encoder with its decoder: what its graphs have of the weights, what stays of it after making variants.
+_TWICE, _KEPT = 1.9, 0.87
 # Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
 _WINDOWS = 7
 # A process that runs a model for the benchmark, before it has one.
@@ -93,7 +96,12 @@ class Forecast:
 
 
 def forecast_run(
-    recipe: Recipe, source: ModelSource, *, cached: bool, loaded: LoadedModel | None = None
+    recipe: Recipe,
+    source: ModelSource,
+    *,
+    cached: bool,
+    base: Path | None = None,
+    loaded: LoadedModel | None = None,
 ) -> Forecast:
     """What a run of a recipe is expected to need.
 
@@ -101,6 +109,7 @@ def forecast_run(
         recipe: What is to be done.
         source: The model. Only headers of its files are read.
         cached: Whether steps are kept.
+        base: The directory that relative paths of the recipe start from.
         loaded: The model in memory, where the source does not say how large it is.
     """
     size = loaded_size(loaded) if loaded is not None else model_size(source, task=recipe.task)
@@ -108,28 +117,33 @@ def forecast_run(
         return Forecast(None, reason=why_unknown(source))
     width = 4 if recipe.export.dtype == "float32" or loaded is not None else 2
     exported = size.parameters * width
-    written = [_variant_bytes(variant.specs(), size.parameters, width) for variant in recipe.variants]
-    phases = _phases(recipe, size, exported, written, cached=cached)
+    # The state of a training: weights and two moments.
+    states = 3 * size.parameters * 4 if recipe.training is not None else 0
+    twice = _TWICE if size.pair else 1.0
+    written = [
+        _variant_bytes(variant.specs(), int(twice * size.parameters), width) for variant in recipe.variants
+    ]
+    phases = _phases(recipe, size, exported, written, cached=cached, base=base)
     text = _text_bytes(recipe, size)
     benchmark = recipe.evaluation.benchmark
     return Forecast(
         peak=max(phases.values()),
         workers=_workers_bytes(size, written, exported) if benchmark is not None else 0,
         # Without a cache the export is written nowhere; with one, what variants begin with is kept as well.
-        disk=max(written, default=0) if cached else sum(written) + text,
+        disk=states + (max(written, default=0) if cached else sum(written) + text),
         cache=2 * exported + sum(written) + text if cached else 0,
         phases=phases,
     )
 
 
 def _phases(
-    recipe: Recipe, size: ModelSize, exported: int, written: Sequence[int], *, cached: bool
+    recipe: Recipe, size: ModelSize, exported: int, written: Sequence[int], *, cached: bool, base: Path | None
 ) -> dict[str, int]:
     """The peak of each part of a run."""
     # PyTorch's weights; a decoder's are read when it is first asked.
     held = _BASE + exported
     making = int((_MAKING_CACHED if cached else _MAKING) * exported)
-    again = int(_READ_AGAIN * exported) if cached and size.lazy and size.decoder else 0
+    again = int((_DECODING if size.decoder else _KEPT * _TWICE if size.pair else 0.0) * exported)
     phases = {
         "export": held,
         "variants": _BASE + making,
@@ -142,7 +156,7 @@ def _phases(
     if recipe.evaluation.benchmark is not None:
         phases["benchmark"] = held
     if recipe.training is not None:
-        phases["training"] = _training_bytes(recipe, size)
+        phases["training"] = _training_bytes(recipe, size, base)
     return phases
 
 
@@ -167,17 +181,30 @@ def _opened(size: ModelSize, written: Sequence[int], exported: int) -> list[int]
     return found
 
 
-def _training_bytes(recipe: Recipe, size: ModelSize) -> int:
+def _training_bytes(recipe: Recipe, size: ModelSize, base: Path | None) -> int:
     """Weights, their gradients, moments and copies, and what a batch leaves for the gradients."""
     spec = recipe.training
     assert spec is not None
     weights = size.parameters * 4
     rows = max((step.spec.batch for step in spec.steps if isinstance(step.spec, FitSpec)), default=16)
-    tokens = rows * spec.max_length
+    tokens = rows * (spec.max_length if size.decoder else min(spec.max_length, _longest_row(spec, base)))
     left = tokens * (size.layers * (14 * size.width + 3 * size.inner)) * 4
     if size.decoder:
         left += 4 * tokens * size.vocabulary * 4
     return _BASE + 6 * weights + left
+
+
+def _longest_row(spec: TrainingSpec, base: Path | None) -> int:
+    """About how many tokens the longest row has: a token is three letters or more."""
+    try:
+        data = load_dataset(spec.data, columns=spec.columns, split=spec.split, limit=spec.limit, base=base)
+    except OnnxsmithError:
+        # The run says what is wrong with them.
+        return spec.max_length
+    return (
+        max((sum(len(v) for v in row.values() if isinstance(v, str)) for row in data.rows), default=0) // 3
+        + 2
+    )
 
 
 def _text_bytes(recipe: Recipe, size: ModelSize) -> int:
@@ -251,10 +278,12 @@ def foresee(recipe: Recipe, destination: Path, *, base: Path | None = None, cach
         OnnxsmithError: A factory cannot be called.
     """
     source = ModelSource.parse(recipe.source, base=base)
-    found = forecast_run(recipe, source, cached=cached)
+    found = forecast_run(recipe, source, cached=cached, base=base)
     if found.peak is None and source.kind is SourceKind.FACTORY:
         from onnxsmith.exporters import load_torch
 
-        found = forecast_run(recipe, source, cached=cached, loaded=load_torch(source, task=recipe.task))
+        found = forecast_run(
+            recipe, source, cached=cached, base=base, loaded=load_torch(source, task=recipe.task)
+        )
     require_resources(found, recipe, destination)
     return found

@@ -47,6 +47,7 @@ class ModelSize:
         layers: How many.
         lazy: Whether the weights are in files that can be read one by one.
         recurrent: Elements in recurrent layers, which ONNX Runtime copies; 0 where nobody knows.
+        pair: Whether it is an encoder with a decoder, whose graphs have the decoder's weights twice.
     """
 
     parameters: int
@@ -61,6 +62,7 @@ class ModelSize:
     layers: int = 0
     lazy: bool = True
     recurrent: int = 0
+    pair: bool = False
 
 
 def model_size(source: ModelSource, *, task: str | None = None) -> ModelSize | None:
@@ -218,7 +220,8 @@ def _of_directory(directory: Path, task: str | None) -> ModelSize | None:
     is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     decoder = task == "text-generation" or (task is None and is_decoder)
     found = _of_shapes(shapes, stored, _shape(config), decoder=decoder)
-    return dataclasses.replace(found, lazy=not pickled)
+    pair = any("ForConditionalGeneration" in name or "ForSpeechSeq2Seq" in name for name in architectures)
+    return dataclasses.replace(found, lazy=not pickled, pair=pair)
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Sequence[int], int]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxsmith
 from onnxsmith.errors import CheckFailedError, require
 
 __all__ = ["MODULES", "write_reference"]
@@ -37,6 +36,7 @@ def write_reference(directory: Path, modules: Sequence[str] = MODULES) -> None:
     """
     pdoc: Any = require("pdoc", purpose="the reference of the API")
     render: Any = importlib.import_module("pdoc.render")
+    onnxsmith: Any = importlib.import_module("onnxsmith")
     # Public names are imported when they are asked for, and pdoc does not ask.
     for name in onnxsmith.__all__:
         vars(onnxsmith)[name] = getattr(onnxsmith, name)
