@@ -134,7 +134,7 @@ $(PEERS)/.optimizers:
 docs: $(READY)  ## the JSON Schemas in docs/, and the API reference in site/
 	$(BIN)/python -m onnxsmith.pipeline.schema docs
 	rm -rf site
-	$(BIN)/python -m onnxsmith.pipeline.reference site
+	$(BIN)/python docs/reference.py site
 
 wheel: $(READY)  ## sdist and wheel in dist/
 	rm -rf build dist src/onnxsmith.egg-info

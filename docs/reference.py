@@ -1,4 +1,4 @@
-"""The reference of the Python API, from docstrings: ``python -m onnxsmith.pipeline.reference DIRECTORY``."""
+"""The reference of the Python API, from docstrings: ``python docs/reference.py DIRECTORY [MODULE...]``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnxsmith
 from onnxsmith.errors import CheckFailedError, require
 
 __all__ = ["MODULES", "write_reference"]
@@ -36,7 +37,6 @@ def write_reference(directory: Path, modules: Sequence[str] = MODULES) -> None:
     """
     pdoc: Any = require("pdoc", purpose="the reference of the API")
     render: Any = importlib.import_module("pdoc.render")
-    onnxsmith: Any = importlib.import_module("onnxsmith")
     # Public names are imported when they are asked for, and pdoc does not ask.
     for name in onnxsmith.__all__:
         vars(onnxsmith)[name] = getattr(onnxsmith, name)
@@ -52,4 +52,4 @@ def write_reference(directory: Path, modules: Sequence[str] = MODULES) -> None:
 
 
 if __name__ == "__main__":
-    write_reference(Path(sys.argv[1]))
+    write_reference(Path(sys.argv[1]), sys.argv[2:] or MODULES)
