@@ -81,7 +81,6 @@ class Candidate:
 
 DECODERS = (
     Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
-    Candidate("PyTorch compiled fp32", "pytorch", "compiled", "checkpoint", False),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "gguf"),
     Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="4 bit blocks of the file, kept"),
     Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",

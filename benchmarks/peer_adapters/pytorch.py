@@ -11,15 +11,13 @@ from peer_adapters.contract import Adapter, Decoder, Encoder, Floats, Tokens, me
 
 
 class _Decoder(Decoder):
-    def __init__(self, path: Path, threads: int, compiled: bool) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         import torch
         import transformers
 
         torch.set_num_threads(threads)
         self._torch = torch
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        if compiled:
-            self._model.forward = torch.compile(self._model.forward, dynamic=True)
         self._past: Any = None
         self._last = 0
 
@@ -66,7 +64,7 @@ class PytorchAdapter(Adapter):
     """Runs the checkpoint; a variant is ``eager`` or ``compiled``."""
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
-        return _Decoder(path, threads, variant == "compiled")
+        return _Decoder(path, threads)
 
     def open_encoder(self, variant: str, path: Path, threads: int) -> Encoder:
         return _Encoder(path, threads, variant == "compiled")
