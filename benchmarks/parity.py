@@ -185,6 +185,41 @@ DECODERS = (
     Row("GPT-J", partial(decoder, "GPTJ", _GPT, rotary_dim=4)),
     Row("StableLM", partial(decoder, "StableLm")),
     Row(
+        "DeepSeek-V3 (latent attention, experts)",
+        partial(
+            decoder,
+            "DeepseekV3",
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            moe_intermediate_size=24,
+            first_k_dense_replace=1,
+        ),
+    ),
+    Row("GPT-BigCode (one key head)", partial(decoder, "GPTBigCode", _GPT)),
+    Row(
+        "XGLM (sinusoids)",
+        partial(
+            decoder,
+            "XGLM",
+            {
+                "vocab_size": 96,
+                "d_model": 32,
+                "ffn_dim": 48,
+                "num_layers": 4,
+                "attention_heads": 4,
+                "max_position_embeddings": 256,
+            },
+        ),
+    ),
+    Row(
         "Mamba (state space)",
         partial(
             decoder, "Mamba", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}

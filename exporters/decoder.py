@@ -270,7 +270,7 @@ def _cache_shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], tuple[int,
             got=f"it does not run on two tokens{line_of(error)}: {type(error).__name__}: {error}",
             expected="a decoder that takes input_ids and use_cache",
         ) from error
-    cache = getattr(output, "past_key_values", None)
+    cache = _own_cache(getattr(output, "past_key_values", None))
     layers = getattr(cache, "layers", None)
     if not layers or not all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers):
         raise ExportError(
@@ -291,6 +291,11 @@ def _cache_shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], tuple[int,
             )
         found.append(tuple((int(t.shape[1]), int(t.shape[3])) for t in pair))
     return found  # type: ignore[return-value]  # pairs by construction
+
+
+def _own_cache(cache: Any) -> Any:
+    """Of a decoder that may have an encoder: the part that is its own."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def _reference_module(model: Any, layers: Sequence[int]) -> Any:
@@ -316,7 +321,8 @@ def _reference_module(model: Any, layers: Sequence[int]) -> Any:
                     tensors[f"past_key_values.{layer}.key"],
                     tensors[f"past_key_values.{layer}.value"],
                 )
-            positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
+            # A copy: some models (XGLM) add to what they are given.
+            positions = {name: tensors[name].clone() for name in ("position_ids",) if name in tensors}
             with self.rotary():
                 output = self.inner(
                     input_ids=tensors["input_ids"],
@@ -327,7 +333,7 @@ def _reference_module(model: Any, layers: Sequence[int]) -> Any:
                 )
             result = {"logits": output.logits}
             for layer in layers:
-                filled = output.past_key_values.layers[layer]
+                filled = _own_cache(output.past_key_values).layers[layer]
                 result[f"present.{layer}.key"] = filled.keys
                 result[f"present.{layer}.value"] = filled.values
             return result
@@ -367,7 +373,8 @@ def _fused_module(model: Any, layers: Sequence[int], traces: list[AttentionTrace
                 tensors["attention_mask"], tensors["input_ids"].shape[1], past, self.inner.dtype
             )
             traces.append(state)
-            positions = {name: tensors[name] for name in ("position_ids",) if name in tensors}
+            # A copy: some models (XGLM) add to what they are given.
+            positions = {name: tensors[name].clone() for name in ("position_ids",) if name in tensors}
             if takes_cache_position:
                 # Without a cache the model would count from zero.
                 past_length, new = past[0][0].shape[2], tensors["input_ids"].shape[1]

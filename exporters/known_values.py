@@ -37,10 +37,35 @@ class _Indices:
         return self
 
 
+class _SomeTokens:
+    """What code sees in place of the number of tokens of an expert: that it is not 0, and nothing else."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return self._differs(other, answer=False)
+
+    def __ne__(self, other: object) -> bool:
+        return self._differs(other, answer=True)
+
+    def __gt__(self, other: object) -> bool:
+        return self._differs(other, answer=True)
+
+    __hash__ = None  # type: ignore[assignment]  # it is no number that anything could be found by
+
+    @staticmethod
+    def _differs(other: object, *, answer: bool) -> bool:
+        if type(other) is not int or other != 0:
+            raise TypeError("the number of tokens of an expert is not known while tracing")
+        return answer
+
+
 @contextlib.contextmanager
 def experts_unrolled(config: Any) -> Iterator[None]:
     """While open, ``nonzero()`` of a vector with one element for each expert gives all experts to a loop.
 
+    Some loop over all experts and ask each whether it has tokens; the answer is then that it has.
     The values of the loop's variable are known where Python asks for them (indexing a ``ModuleList``,
     comparing with the number of experts). Everything else is traced. A model without experts is left alone.
 
@@ -55,6 +80,7 @@ def experts_unrolled(config: Any) -> Iterator[None]:
     counts |= {count + 1 for count in counts}
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
     from torch.overrides import TorchFunctionMode
     from torch.utils._pytree import tree_flatten, tree_map
 
@@ -78,6 +104,9 @@ def experts_unrolled(config: Any) -> Iterator[None]:
                 vector = args[0] if args else kwargs["input"]
                 if vector.ndim == 1 and isinstance(vector.shape[0], int) and vector.shape[0] in counts:
                     return _Indices([self.index(i, vector.device) for i in range(vector.shape[0])])
+            if name in ("numel", "nelement") and args and self.is_selection(args[0]):
+                # Whether an expert has tokens: one without adds nothing.
+                return _SomeTokens()
             if name == "__getitem__":
                 # As plain integers: torch cannot broadcast an index of no axes with one of unknown length.
                 args = (args[0], tree_map(plain, args[1]))
@@ -95,6 +124,16 @@ def experts_unrolled(config: Any) -> Iterator[None]:
             with torch._C.DisableTorchFunction(), _undispatched(), unset_fake_temporarily():
                 real = torch.full((1,), value, dtype=torch.int64)
             return self.keep(torch.full((1,), value, dtype=torch.int64, device=device), real)
+
+        @staticmethod
+        def is_selection(tensor: Any) -> bool:
+            """Indices, as many as the values of another tensor say."""
+            return (
+                tensor.ndim == 1
+                and tensor.dtype == torch.int64
+                and isinstance(tensor.shape[0], torch.SymInt)
+                and bool(free_unbacked_symbols(tensor.shape[0]))
+            )
 
         @staticmethod
         def keep(traced: Any, real: Any) -> Any:

@@ -121,6 +121,9 @@ def keep_cached_heads(model: ir.Model) -> int:
         heads = [_heads_of(given[index], int_attribute(node, "num_heads")) for index in (_KEY, _VALUE)]
         if any(value is None for value in heads):
             continue
+        # As rows the two may have heads of other sizes (DeepSeek's latent attention), as heads not.
+        if len({(axes_of(value) or ())[-1:] for value in heads}) > 1:
+            continue
         for index, value in zip((_KEY, _VALUE), heads, strict=True):
             node.replace_input_with(index, value)
         count += 1

@@ -448,3 +448,40 @@ def test_a_mask_of_another_kind_is_refused() -> None:
     for function in (chunked, both, lambda *_: True):
         with pytest.raises(ExportError, match=r"attention mask: a mask made of .*; expected a causal mask"):
             _mask(mask_function=function, local_size=4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (
+            "DeepseekV3",
+            {
+                "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+            },
+        ),
+        pytest.param(
+            "GPTBigCode", _GPT,
+            marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")],
+        ),
+        pytest.param(
+            "XGLM",
+            {
+                "vocab_size": 96, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4,
+                "max_position_embeddings": 256, "n_embd": 32,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("Falcon", _MULTI_HEAD | {"alibi": True, "num_kv_heads": 4}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_what_was_refused_before(kind: str, options: dict[str, Any]) -> None:
+    """Experts that are asked whether they have tokens, a cache in a cache, positions written to, bfloat16."""
+    FAMILIES[kind] = Family(kind, options if "n_embd" in options else _BASE | options)
+    try:
+        loaded = made(kind)
+    finally:
+        del FAMILIES[kind]
+    program = torch_program(loaded)
+    assert_equal(program, export(loaded, program), "cpu-fp32")
