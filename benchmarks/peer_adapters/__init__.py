@@ -41,7 +41,7 @@ ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {
     "olive": ("olive-ai==0.13.0", "onnxruntime==1.32.0", "onnx==1.23.2", *_TORCH, "transformers==4.57.6"),
     "simplifiers": ("onnxsim==0.8.1", "onnxslim==0.1.98", "onnx==1.23.2", "onnxruntime==1.32.0"),
     "openvino": ("openvino==2026.4.1",),
-    "mobius": ("mobius-onnx==0.1.0", "onnxruntime==1.32.0", *_TORCH),
+    "mobius": ("mobius-onnx==0.1.0", "gguf==0.19.0", "onnxruntime==1.32.0", *_TORCH),
 }  # fmt: skip
 """Pinned, or a repetition would measure something else."""
 
