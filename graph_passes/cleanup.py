@@ -22,7 +22,7 @@ from onnxsmith.graph_passes.structure import (
     signature,
 )
 
-__all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts"]
+__all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts", "with_unique_names"]
 
 # Folding uncovers rewrites and rewrites uncover folding. Two rounds have been seen to be enough.
 _ROUNDS = 8
@@ -162,6 +162,14 @@ class Cleanup(GraphPass):
         if any(size is not None and size > self.max_output_elements for size in sizes):
             return False
         return False if None in sizes and node.op_type in _GROWING else None
+
+
+def with_unique_names(model: ir.Model) -> int:
+    """Gives nodes that share a name names of their own, and says how many there were."""
+    doubled = _doubled_names(model)
+    if doubled:
+        common.NameFixPass()(model)
+    return doubled
 
 
 def _doubled_names(model: ir.Model) -> int:

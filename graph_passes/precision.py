@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -17,6 +16,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.shapes import infer_shapes
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = [
     "PRECISION_MAP",
@@ -62,6 +62,7 @@ _LAYOUT = frozenset(
 )  # fmt: skip
 # Operator -> inputs that are float32 whatever the type of the others.
 _ALWAYS_FLOAT: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2})}
+_PART_ELEMENTS = 1 << 22
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
@@ -345,18 +346,25 @@ def _drop_wide_weights(graph: ir.Graph, small: Mapping[ir.Value, ir.Value]) -> N
 
 def _narrow_tensor(tensor: ir.TensorProtocol, target: ir.DataType, name: str | None) -> ir.TensorProtocol:
     array = np.asarray(tensor.numpy(), np.float32)
-    if target == ir.DataType.BFLOAT16:
-        return ir.Tensor(array.astype(ml_dtypes.bfloat16), dtype=target, name=name)
-    return ir.Tensor(_to_half(array), dtype=target, name=name)
+    narrow = np.empty(array.shape, target.numpy())
+    flat, made = array.reshape(-1), narrow.reshape(-1)
+    # In parts, so that what lies between the two types is small whatever the weight.
+    for start in range(0, flat.size, _PART_ELEMENTS):
+        part = flat[start : start + _PART_ELEMENTS]
+        made[start : start + _PART_ELEMENTS] = (
+            _to_half(part, single=array.size == 1) if target == ir.DataType.FLOAT16 else part
+        )
+    drop_pages(tensor)
+    return ir.Tensor(narrow, dtype=target, name=name)
 
 
-def _to_half(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+def _to_half(array: npt.NDArray[np.float32], *, single: bool) -> npt.NDArray[np.float16]:
     """Finite numbers stay finite, and what is not zero does not become zero: an epsilon is there for that."""
     limits = np.finfo(np.float16)
     finite = np.isfinite(array)
     bounded: Any = np.where(finite, np.clip(array, limits.min, limits.max), array)
     half: npt.NDArray[np.float16] = bounded.astype(np.float16)
-    if array.size == 1:
+    if single:
         lost = (half == 0) & (array != 0)
         half = np.where(lost, np.copysign(limits.smallest_subnormal, array), half).astype(np.float16)
     return half

@@ -222,6 +222,8 @@ class SelectOutputs(GraphPass):
             return Changes()
         values = _main_values(model)
         if any(values[name].dtype is None for name in self.names):
+            # Types are not inferred through calls of functions.
+            common.InlinePass()(model)
             infer_shapes(model)
             values = _main_values(model)
         for name in self.names:

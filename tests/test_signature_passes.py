@@ -233,3 +233,16 @@ def test_conversion_to_a_later_operator_set() -> None:
     assert ConvertOpset(version=15)(model).changes.details == {"before": 18, "after": 15}
     with pytest.raises(BadInputError, match="convert_opset: version: 99; expected 7 to"):
         ConvertOpset(version=99)
+
+
+def test_a_cut_behind_a_call_of_a_function() -> None:
+    """Types are not inferred through calls: the function is inlined, so that the output gets one."""
+    text = """<ir_version: 9, opset_import: ["" : 18, "own" : 1]>
+    g (float[n, 4] x) => (float[n, 4] y) { h = own.Twice(x) r = Relu(h) y = Neg(r) }
+    <opset_import: ["" : 18], domain: "own"> Twice (a) => (b) { b = Add(a, a) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    assert load_pass("select_outputs").create({"names": ["r"]})(model).modified
+    [output] = model.graph.outputs
+    assert (output.name, output.dtype) == ("r", ir.DataType.FLOAT)
+    x = np.array([[1, -2, 3, -4]], np.float32)
+    np.testing.assert_array_equal(run(model, {"x": x})["r"], np.maximum(2 * x, 0))

@@ -110,3 +110,12 @@ def test_rounding_is_judged_by_its_precision(model: Path, tmp_path: Path) -> Non
     assert step.details["verified"]["max_abs"] > 0
     again: ModelPackage = load_package(tmp_path / "out")
     assert again.precision == "int4"
+
+
+def test_a_model_that_came_with_two_nodes_of_one_name_is_no_passs_fault(tmp_path: Path) -> None:
+    text = TEXT.replace("h = MatMul(d, w) y = Relu(h)", "[same] h = Abs(d) [same] y = Relu(h)")
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    _, after = optimize_model(
+        tmp_path / "model.onnx", tmp_path / "out", [("set_axes", {"batch": 2})], verify_each=True
+    )
+    assert after.steps[-1].details["verified"]["compared"]
