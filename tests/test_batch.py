@@ -184,6 +184,34 @@ def test_an_interrupt_ends_the_jobs_and_leaves_nothing(work: Path) -> None:
     assert [path.name for path in (work / "out").iterdir()] == [".batch"]
 
 
+@pytest.mark.parametrize("group", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_interrupted_batch_says_what_is_done_and_the_next_goes_on(work: Path, group: bool) -> None:
+    jobs = write(work, job("good"), job("slow", "slow_once"))
+    command = [sys.executable, "-m", "onnxsmith.pipeline", "batch", str(jobs), "--workers", "1"]
+    child = subprocess.Popen(
+        [*command, "--json", "first.json"],
+        cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
+    wait_for(work / "slow", 90)
+    # From a terminal it comes to the whole group; from `kill` to the one process.
+    (os.killpg if group else os.kill)(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, "Traceback" in err) == (130, False), err
+    assert "interrupted; the same command goes on with the jobs that are left" in err
+    assert "2 jobs: 1 done, 0 kept, 0 failed, 1 interrupted" in out
+    first = json.loads((work / "first.json").read_text())
+    assert (first["passed"], first["interrupted"]) == (False, True)
+    assert [one["status"] for one in first["jobs"]] == ["done", "interrupted"]
+    assert "the next one runs it" in first["jobs"][1]["reason"]
+    assert verify_artifact(work / "out" / "good") == []
+    assert {path.name for path in (work / "out").iterdir()} == {".batch", "good"}
+    again = run_batch(jobs)
+    assert statuses(again)["good"][0] == "kept"
+    assert statuses(again)["slow"] == ("done", 1)
+    assert again.passed and not again.interrupted
+
+
 def wait_for(path: Path, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):

@@ -223,6 +223,33 @@ def test_a_gate_that_nothing_goes_through_is_refused() -> None:
         requirements_of(["cuda>=95%"], ["cpu"])
 
 
+def test_graphs_of_a_model_are_held_to_a_requirement_together(cuda: None) -> None:
+    name, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    small = Placement(
+        {name: 1, cpu: 3}, {name: {"MatMul": 1}, cpu: {"Shape": 3}}, {name: 10, cpu: 30}, {name: 1}
+    )
+    large = Placement({name: 96}, {name: {"MatMul": 96}}, {name: 960}, {name: 99}, copies=0, copied_bytes=0)
+    whole = Placement.merged({"decoder": small, "encoder": large})
+    assert (whole.nodes, whole.operators[name]) == ({name: 97, cpu: 3}, {"MatMul": 97})
+    assert (whole.share(name), whole.time_shares[name], whole.bytes_shares[name]) == (0.97, 0.97, 1.0)
+    assert whole.copies is None
+    assert list(whole.graphs_to_json()) == ["decoder", "encoder"]
+    for text, holds in (("cuda>=97%", True), ("cuda>=97%of time", True), ("cuda>=97.1%of time", False)):
+        requirements = requirements_of([text], ["cuda"])
+        if holds:
+            check_requirements(whole, requirements, name="model", provider=name)
+            continue
+        with pytest.raises(
+            CheckFailedError, match=r"97\.0% of time on CUDA\w+ \(decoder 25\.0%, encoder 100\.0%\): 3 of 100"
+        ):
+            check_requirements(whole, requirements, name="model", provider=name)
+    # Where the time of one is not known, that of the whole is not.
+    unknown = Placement.merged({"decoder": small, "encoder": Placement({name: 96}, large.operators)})
+    assert unknown.time_shares == {}
+    with pytest.raises(CheckFailedError, match=r"0\.0% of time"):
+        check_requirements(unknown, requirements_of(["cuda>=1%of time"], ["cuda"]), name="m", provider=name)
+
+
 def test_a_placement_survives_as_plain_data() -> None:
     plain = json.loads(json.dumps(MIXED.to_json()))
     assert plain["CPUExecutionProvider"]["time_share"] == 0.3
