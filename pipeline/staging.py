@@ -130,10 +130,15 @@ def require_space(directory: Path, needed_bytes: int, *, purpose: str) -> None:
     if free < needed_bytes:
         raise ResourceError(
             purpose,
-            got=f"{free / 1e6:.0f} MB free on the disk of {directory}",
-            expected=f"about {needed_bytes / 1e6:.0f} MB",
+            got=f"{_megabytes(free)} MB free on the disk of {directory}",
+            expected=f"about {_megabytes(needed_bytes)} MB",
             remedy="Free some space, or choose another -o",
         )
+
+
+def _megabytes(size: int) -> str:
+    """Whole ones, but for what is so small that nothing would be left of it."""
+    return f"{size / 1e6:.0f}" if size >= 10_000_000 else f"{size / 1e6:.2g}"
 
 
 @contextlib.contextmanager
