@@ -194,6 +194,7 @@ def test_what_cannot_be_pruned_is_told() -> None:
         ({"pattern": "2:5"}, "M a power of two"),
         ({"scope": "global", "method": "wanda"}, "expected method magnitude, unstructured"),
         ({"threshold": -0.1}, "threshold: -0.1; expected 0 or more"),
+        ({"damping": 0.0}, "damping: 0; expected a number above 0"),
     ],
 )
 def test_values_are_checked(arguments: dict[str, Any], message: str) -> None:
