@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxsmith.runtime.session import Array
+from onnxsmith.runtime.tensor_store import is_masked
 
 __all__ = ["ErrorSum", "TensorError"]
 
@@ -55,14 +56,15 @@ class ErrorSum:
         self._bad = self._count = 0
 
     def add(self, reference: Array, candidate: Array) -> None:
-        """Takes one case. The shapes are equal."""
+        """Takes one case. The shapes are equal. What a mask hides in both does not count."""
+        masked = is_masked(reference) & is_masked(candidate)
         expected, got = (np.asarray(array, np.float64) for array in (reference, candidate))
         wrong = ~np.isfinite(got) & np.isfinite(expected)
         self._bad += int(np.count_nonzero(wrong))
-        usable = np.isfinite(got) & np.isfinite(expected)
+        usable = np.isfinite(got) & np.isfinite(expected) & ~masked
         difference = np.zeros_like(expected)
         np.subtract(got, expected, out=difference, where=usable)
-        expected = np.where(np.isfinite(expected), expected, 0.0)
+        expected = np.where(np.isfinite(expected) & ~masked, expected, 0.0)
         self._count += expected.size
         if not expected.size:
             return

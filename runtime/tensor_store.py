@@ -17,7 +17,7 @@ import numpy.typing as npt
 from onnxsmith.runtime.samples import Case
 from onnxsmith.runtime.session import Array
 
-__all__ = ["StoredTensor", "TensorStore", "hide_padding", "swap_middle"]
+__all__ = ["StoredTensor", "TensorStore", "hide_padding", "is_masked", "swap_middle"]
 
 _SKETCH_SIZE = 512
 _SIGNS = 1 << 20
@@ -33,8 +33,10 @@ class StoredTensor:
         dtype: Its element type in the model; on disk bfloat16 is float32.
         sketch: (512,), float64: a random projection. The distance of two sketches is that of the tensors,
             within a few percent (Charikar, Chen, Farach-Colton: Finding frequent items in data streams).
+            Elements that a mask has made as low as they can be count as zero: beside them all scores of
+            attention would look alike.
         swapped: The same of the tensor with its two middle axes swapped; None unless it has four.
-        norm: Euclidean norm of the finite elements.
+        norm: Euclidean norm of the same elements.
         bad: Elements that are NaN or infinite.
     """
 
@@ -84,7 +86,7 @@ class TensorStore:
             array = hide_padding(array, hidden)
         finite = np.isfinite(array)
         bad = int(array.size - np.count_nonzero(finite))
-        clean = np.where(finite, array, 0) if bad else array
+        clean = np.where(finite & ~is_masked(array), array, 0)
         swapped = _sketch(swap_middle(clean)) if clean.ndim == 4 else None
         norm = float(np.linalg.norm(np.asarray(clean, np.float64)))
         stored = StoredTensor(path, array.shape, dtype, _sketch(clean), swapped, norm, bad)
@@ -125,6 +127,14 @@ class TensorStore:
         """Removes the directory."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._tensors = {}
+
+
+def is_masked(array: Array) -> npt.NDArray[np.bool_]:
+    """Where an element is all but the lowest that its type allows, as a mask and a score beside it are."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return np.zeros(array.shape, bool)
+    masked: npt.NDArray[np.bool_] = array <= 0.99 * float(np.finfo(array.dtype).min)
+    return masked
 
 
 def swap_middle(array: Array) -> Array:
