@@ -20,7 +20,7 @@ from onnxsmith.source import ModelSource, SourceKind
 if TYPE_CHECKING:
     from onnxsmith.exporters import LoadedModel
 
-__all__ = ["Forecast", "forecast_run", "foresee", "require_resources"]
+__all__ = ["Forecast", "forecast_run", "foresee", "require_resources", "running_bytes"]
 
 # Fitted to the runs that docs/cache.md names. Python with torch, transformers, ONNX and ONNX Runtime:
 _BASE = 560_000_000
@@ -36,9 +36,9 @@ _TWICE, _KEPT = 1.9, 0.87
 # Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
 _WINDOWS = 7
 # A process that runs a model for the benchmark, before it has one.
-_WORKER = 75_000_000
-# What it holds of float weights, which are mapped, and of quantized ones.
-_WORKER_FLOAT, _WORKER_QUANTIZED = 0.5, 1.2
+_WORKER = 95_000_000
+# What it holds of float weights, which are mapped: of embeddings little is touched. And of quantized ones.
+_WORKER_FLOAT, _WORKER_DECODER, _WORKER_QUANTIZED = 0.8, 0.35, 1.2
 # Passes that make weights smaller, and their bits where they have no parameter of this name.
 _QUANTIZED: Mapping[str, float] = {
     "quantize_weights": 4,
@@ -160,14 +160,30 @@ def _phases(
     return phases
 
 
+def running_bytes(weights: int, *, quantized: bool, decoder: bool, recurrent: int = 0) -> int:
+    """What a process holds that runs a model on the CPU and does nothing else.
+
+    Args:
+        weights: Bytes of all weights.
+        quantized: Whether most of them are integers.
+        decoder: Whether it has a KV cache, whose own bytes are not counted.
+        recurrent: Bytes of those in recurrent layers.
+    """
+    each = _WORKER_QUANTIZED if quantized else _WORKER_DECODER if decoder else _WORKER_FLOAT
+    return _WORKER + int(each * (weights - recurrent) + _OPENED_RECURRENT * recurrent)
+
+
 def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int) -> int:
     """The processes of the benchmark together: all variants are open at the same time."""
     part = size.recurrent / max(size.parameters, 1)
-    total = 0
-    for one in written:
-        each = _WORKER_FLOAT if one >= exported else _WORKER_QUANTIZED
-        total += _WORKER + int(each * one * (1 - part) + _OPENED_RECURRENT * exported * part)
-    return total
+    return sum(
+        # No pass makes recurrent layers smaller.
+        running_bytes(
+            int(one * (1 - part)) + (own := int(exported * part)),
+            quantized=one < exported, decoder=size.decoder, recurrent=own,
+        )
+        for one in written
+    )  # fmt: skip
 
 
 def _opened(size: ModelSize, written: Sequence[int], exported: int) -> list[int]:

@@ -168,11 +168,13 @@ def inspect_model(model: Path, *, top: int = 10, fusions: bool = False) -> dict[
     from onnxsmith.graph_passes import operator_counts
     from onnxsmith.graph_passes.potential import still_to_do
     from onnxsmith.graph_passes.precision import precision_map
+    from onnxsmith.pipeline.forecast import running_bytes
 
     if top < 0:
         raise BadInputError("inspect: --top", got=str(top), expected="at least 0")
     package = load_package(model)
-    components = {}
+    components: dict[str, dict[str, Any]] = {}
+    running = 0
     for name, component in package.components.items():
         graph = component.model.graph
         tensors = [
@@ -187,6 +189,16 @@ def inspect_model(model: Path, *, top: int = 10, fusions: bool = False) -> dict[
         largest = sorted(tensors, key=lambda item: -item[1].nbytes)[:top]
         pairs = cache_pairs(component.inputs, component.outputs)
         weights = weight_bytes(component.model)
+        # Floats that are left beside integers are scales, norms and tables.
+        integers = sum(size for kind, size in by_type.items() if "int" in kind)
+        own = running_bytes(
+            weights,
+            quantized=2 * integers > weights,
+            decoder=bool(pairs),
+            recurrent=_recurrent(component.model),
+        )
+        # The process itself is there once.
+        running += own if not components else own - running_bytes(0, quantized=False, decoder=False)
         components[name] = {
             "file": component.path.name if component.path else None,
             "ir_version": component.model.ir_version,
@@ -212,8 +224,20 @@ def inspect_model(model: Path, *, top: int = 10, fusions: bool = False) -> dict[
         "precision": package.precision,
         "source": dict(package.source),
         "steps": [step.name for step in package.steps],
+        "memory": {"running_mb": running / 1e6},
         "components": components,
     }
+
+
+def _recurrent(model: Any) -> int:
+    """Bytes of the weights in recurrent layers."""
+    return sum(
+        value.const_value.nbytes
+        for node in model.graph
+        if node.op_type in ("LSTM", "GRU", "RNN")
+        for value in node.inputs[1:3]
+        if value is not None and value.const_value is not None
+    )
 
 
 def _type_name(tensor: Any) -> str:

@@ -219,6 +219,10 @@ def show_inspect(result: Mapping[str, Any]) -> None:
     lines = [f"{result['path']}: {result['precision']}, {result['task'] or 'no known task'}"]
     if result["steps"]:
         lines.append(f"steps      {' > '.join(result['steps'])}")
+    lines.append(
+        f"memory     about {result['memory']['running_mb']:.0f} MB for a process that only "
+        "runs it on the CPU; `onnxsmith run RECIPE --forecast` says what making it takes"
+    )
     sys.stdout.write("\n".join(lines) + "\n")
     for name, part in result["components"].items():
         opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in part["opsets"].items())

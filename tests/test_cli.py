@@ -221,7 +221,11 @@ def test_inspect_reads_no_weights(onnxsmith: Command, exported: Path) -> None:
     assert len(model["largest"]) == 3
     assert model["operators"]["com.microsoft.GroupQueryAttention"] == 2
     assert model["cache_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
-    assert onnxsmith("inspect", exported).out.count("\n") > 10
+    shown = onnxsmith("inspect", exported).out
+    assert shown.count("\n") > 10
+    # Next to nothing is the model's own.
+    assert 95 < done.json["memory"]["running_mb"] < 96
+    assert "memory     about 95 MB" in shown and "`onnxsmith run RECIPE --forecast`" in shown
 
 
 @pytest.mark.parametrize(
