@@ -40,6 +40,8 @@ Command = Callable[..., Ended]
 def onnxsmith(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command in an empty directory, as the console script does, but in this process."""
     monkeypatch.chdir(tmp_path)
+    # All but the end of the process, which would be that of the tests, with status 0.
+    monkeypatch.setattr("onnxsmith.pipeline.cli.run_and_leave", lambda command: command())
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["onnxsmith", *map(str, arguments)])
