@@ -171,6 +171,7 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
         outcome, results[name] = judge(directory, test, expected)
         expected = expected or outcome
         results[name]["training"] = None
+        print(name, results[name], flush=True)
     _time(results, made, arguments)
     _print_table(results, arguments.tokens)
     return {"models": results, "matched": matched}
