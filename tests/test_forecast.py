@@ -46,6 +46,22 @@ def test_what_cannot_fit_is_refused_unless_it_is_forced(
     assert report.forecast is not None and 500 < report.forecast["peak_mb"] < 600
 
 
+def test_the_float_model_that_only_quantized_variants_are_timed_beside_counts(tiny_llama_dir: Path) -> None:
+    def told(*presets: str, **evaluation: object) -> forecast.Forecast:
+        plain = recipe_of(tiny_llama_dir).model_dump(mode="json", exclude_unset=True)
+        plain["variants"] = [{"name": one, "preset": one} for one in presets]
+        recipe = Recipe.model_validate(plain | {"evaluation": evaluation})
+        return forecast_run(recipe, ModelSource.parse(recipe.source), cached=False)
+
+    alone, both = told("cpu-int4"), told("cpu-int4", "cpu-fp32")
+    assert (alone.workers, alone.disk) == (both.workers, both.disk)
+    # Nothing is timed, and so nothing is made for it.
+    untimed = told("cpu-int4", benchmark=None)
+    assert untimed.workers == 0 and untimed.disk < 0.5 * alone.disk
+    # While it is checked, a decoder of few bits needs less than one of floats.
+    assert alone.phases["check"] < both.phases["check"]
+
+
 FACTORY = """
 import torch
 
