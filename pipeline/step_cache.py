@@ -169,7 +169,7 @@ class StepCache:
         # The lock is the directory's and goes with it: nobody evicts it before it is open.
         descriptor = os.open(files, os.O_RDONLY)
         share_lock(descriptor)
-        for _ in range(_TRIES):
+        for number in range(_TRIES):
             try:
                 files.rename(place)
                 self._stack.callback(os.close, descriptor)
@@ -179,6 +179,8 @@ class StepCache:
             if theirs is not None:
                 os.close(descriptor)
                 return dataclasses.replace(theirs, hit=False)
+            # Someone is just taking theirs away, for which a busy machine may need a while.
+            time.sleep(0.001 * 2 ** min(number, 8))
         os.close(descriptor)
         raise OSError(f"{place} cannot be written")
 
