@@ -129,7 +129,14 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         directories = make(student, work / "made" / slug, int8=distilled)
         made |= dict(zip((name, f"{name}, int8"), directories, strict=False))
         print(name, json.dumps(costs[name]), flush=True)
-    test = load_dataset(str(data / "test.jsonl"))
+    return _judged(made, costs, arguments)
+
+
+def _judged(
+    made: Mapping[str, Path], costs: Mapping[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Accuracy and latency of models, all against the first, with what training each took."""
+    test = load_dataset(str(arguments.data / "test.jsonl"))
     expected: Outcome | None = None
     results: dict[str, Any] = {}
     for name, directory in made.items():
@@ -164,17 +171,7 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
     made["quantization-aware"] = work / "made" / "aware"
     matched = _quantization_aware(teacher, arguments, made["quantization-aware"])
     print(json.dumps(matched), flush=True)
-    test = load_dataset(str(data / "test.jsonl"))
-    expected: Outcome | None = None
-    results: dict[str, Any] = {}
-    for name, directory in made.items():
-        outcome, results[name] = judge(directory, test, expected)
-        expected = expected or outcome
-        results[name]["training"] = None
-        print(name, results[name], flush=True)
-    _time(results, made, arguments)
-    _print_table(results, arguments.tokens)
-    return {"models": results, "matched": matched}
+    return {"models": _judged(made, {}, arguments), "matched": matched}
 
 
 def _quantization_aware(

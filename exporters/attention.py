@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, require
@@ -118,19 +118,7 @@ def fused_attention(model: Any) -> Iterator[list[AttentionTrace]]:
     Raises:
         ExportError: The model does not use the attention interface.
     """
-    transformers = require("transformers", purpose="exporting a decoder")
-    masks = require("transformers.masking_utils", purpose="exporting a decoder").AttentionMaskInterface
-    interface = transformers.AttentionInterface
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ExportError(
-            type(model).__name__,
-            got="its transformers code has no attention interface",
-            expected="a model whose attention can be replaced",
-            remedy="Export it with --attention standard",
-        )
-    name = f"onnxsmith_gqa_{next(_names)}"
     traces: list[AttentionTrace] = []
-    previous = model.config._attn_implementation
 
     def attention(
         module: Any,
@@ -142,11 +130,42 @@ def fused_attention(model: Any) -> Iterator[list[AttentionTrace]]:
     ) -> tuple[torch.Tensor, None]:
         return _emit(traces[-1], module, query, key, value, attention_mask, options), None
 
+    with replaced_attention(model, attention, _mask, remedy="Export it with --attention standard"):
+        yield traces
+
+
+@contextlib.contextmanager
+def replaced_attention(
+    model: Any, attention: Callable[..., Any], mask: Callable[..., Any], *, remedy: str | None = None
+) -> Iterator[None]:
+    """Lets a model of transformers call another attention, and another mask, while the context is open.
+
+    Args:
+        model: It is as it was afterwards.
+        attention: As transformers' AttentionInterface calls it.
+        mask: As its AttentionMaskInterface calls it.
+        remedy: For the message, where the model does not use these interfaces.
+
+    Raises:
+        ExportError: It does not.
+    """
+    transformers = require("transformers", purpose="exporting a decoder")
+    masks = require("transformers.masking_utils", purpose="exporting a decoder").AttentionMaskInterface
+    interface = transformers.AttentionInterface
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ExportError(
+            type(model).__name__,
+            got="its transformers code has no attention interface",
+            expected="a model whose attention can be replaced",
+            remedy=remedy,
+        )
+    name = f"onnxsmith_attention_{next(_names)}"
+    previous = model.config._attn_implementation
     interface.register(name, attention)
-    masks.register(name, _mask)
+    masks.register(name, mask)
     try:
         model.set_attn_implementation(name)
-        yield traces
+        yield
     finally:
         model.set_attn_implementation(previous)
         interface._global_mapping.pop(name, None)

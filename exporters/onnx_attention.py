@@ -9,12 +9,11 @@ transformers would have masked, so padding, windows and chunks need no code here
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, MissingDependencyError, require
-from onnxsmith.exporters.attention import IGNORED_OPTIONS, MASKED_SCORE
+from onnxsmith.exporters.attention import IGNORED_OPTIONS, MASKED_SCORE, replaced_attention
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_OPSET", "onnx_attention", "why_not_here"]
 
 FIRST_OPSET = 23
-
-_names = itertools.count()
 
 
 @contextlib.contextmanager
@@ -33,17 +30,7 @@ def onnx_attention(model: Any, opset: int) -> Iterator[None]:
     Raises:
         ExportError: The model does not use the attention interface.
     """
-    transformers = require("transformers", purpose="exporting a decoder")
     masking = require("transformers.masking_utils", purpose="exporting a decoder")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ExportError(
-            type(model).__name__,
-            got="its transformers code has no attention interface",
-            expected="a model whose attention can be replaced",
-        )
-    interface, masks = transformers.AttentionInterface, masking.AttentionMaskInterface
-    name = f"onnxsmith_attention_{next(_names)}"
-    previous = model.config._attn_implementation
 
     def attention(
         module: Any,
@@ -59,15 +46,8 @@ def onnx_attention(model: Any, opset: int) -> Iterator[None]:
         options |= {"allow_is_causal_skip": False, "allow_torch_fix": False}
         return _added(masking.sdpa_mask(*args, **options), options.get("dtype"))
 
-    interface.register(name, attention)
-    masks.register(name, mask)
-    try:
-        model.set_attn_implementation(name)
+    with replaced_attention(model, attention, mask):
         yield
-    finally:
-        model.set_attn_implementation(previous)
-        interface._global_mapping.pop(name, None)
-        masks._global_mapping.pop(name, None)
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import is_operator, label
+from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FuseSilu"]
 
 _DOMAIN = "com.microsoft"
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-
-
-class _NoMatchError(Exception):
-    """A near miss, with the reason."""
 
 
 class FuseSilu(GraphPass):
@@ -33,44 +29,35 @@ class FuseSilu(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses in the main graph, and says at which Sigmoid nothing was fused and why."""
-        changes = Changes()
-        for node in list(model.graph):
-            if not is_operator(node, "Sigmoid"):
-                continue
-            try:
-                _fuse(model.graph, node)
-            except _NoMatchError as reason:
-                changes.skipped[label(node)] = str(reason)
-            else:
-                changes.count += 1
+        changes, made = rewrite_each(model, _fuse, domain=_DOMAIN)
         if changes.count:
-            model.opset_imports.setdefault(_DOMAIN, 1)
-            common.RemoveUnusedNodesPass()(model)
-            changes.details = {"made": {"QuickGelu": changes.count}}
+            changes.details = {"made": made}
         return changes
 
 
-def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> None:
+def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> str | None:
+    if not is_operator(sigmoid, "Sigmoid"):
+        return None
     gate = sigmoid.outputs[0]
     users = gate.consumers()
     if gate.is_graph_output() or len(users) != 1 or not is_operator(users[0], "Mul"):
-        raise _NoMatchError("its result is not read by one Mul alone")
+        raise NoMatchError("its result is not read by one Mul alone")
     product = users[0]
     if product.graph is not graph:
-        raise _NoMatchError("its result is read in a subgraph")
+        raise NoMatchError("its result is read in a subgraph")
     factors = [value for value in product.inputs if value is not gate]
     source = sigmoid.inputs[0]
     if len(factors) != 1 or factors[0] is None or source is None:
-        raise _NoMatchError("its result is multiplied with itself")
+        raise NoMatchError("its result is multiplied with itself")
     x, alpha = factors[0], 1.0
     if x is not source:
         scaled, alpha = _scaled(source)
         if scaled is not x:
-            raise _NoMatchError("it multiplies another value than the one that it is of")
+            raise NoMatchError("it multiplies another value than the one that it is of")
     kind = x.dtype or product.outputs[0].dtype
     if kind not in _FLOATS:
         got = "not known" if kind is None else kind.name
-        raise _NoMatchError(f"QuickGelu has no kernel for its element type, which is {got}")
+        raise NoMatchError(f"QuickGelu has no kernel for its element type, which is {got}")
     fused = ir.node("QuickGelu", [x], {"alpha": alpha}, domain=_DOMAIN, name=f"{label(product)}_silu")
     graph.insert_before(product, fused)
     made, output = fused.outputs[0], product.outputs[0]
@@ -78,6 +65,7 @@ def _fuse(graph: ir.Graph, sigmoid: ir.Node) -> None:
     # The name stays, so that tensors of the two graphs can be compared.
     made.name, output.name = output.name, f"{output.name}_unfused"
     output.replace_all_uses_with(made, replace_graph_outputs=True)
+    return fused.op_type
 
 
 def _scaled(value: ir.Value) -> tuple[ir.Value | None, float]:

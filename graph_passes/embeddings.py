@@ -6,19 +6,15 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.matching import int_attribute, is_operator
+from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FoldEmbeddingScale"]
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-
-
-class _NoMatchError(Exception):
-    """A near miss, with the reason."""
 
 
 class FoldEmbeddingScale(GraphPass):
@@ -33,23 +29,18 @@ class FoldEmbeddingScale(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Folds in the main graph, and says which tables stay and why."""
-        changes = Changes()
-        for node in list(model.graph):
-            if not is_operator(node, "Gather"):
-                continue
-            found = _scale(node)
-            if found is None:
-                continue
-            try:
-                _fold(model.graph, node, *found)
-            except _NoMatchError as reason:
-                changes.skipped[label(node)] = str(reason)
-            else:
-                changes.count += 1
+        changes, _ = rewrite_each(model, _rewrite)
         if changes.count:
-            common.RemoveUnusedNodesPass()(model)
             changes.details = {"folded": changes.count}
         return changes
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> str | None:
+    found = _scale(node) if is_operator(node, "Gather") else None
+    if found is None:
+        return None
+    _fold(graph, node, *found)
+    return "folded"
 
 
 def _scale(gather: ir.Node) -> tuple[ir.Node, ir.TensorProtocol] | None:
@@ -71,13 +62,13 @@ def _fold(graph: ir.Graph, gather: ir.Node, product: ir.Node, scale: ir.TensorPr
     table, rows = gather.inputs[0], gather.outputs[0]
     assert table is not None and table.const_value is not None
     if not table.is_initializer():
-        raise _NoMatchError("the table is a Constant node; expected an initializer (run cleanup first)")
+        raise NoMatchError("the table is a Constant node; expected an initializer (run cleanup first)")
     if len(table.uses()) != 1 or table.is_graph_output():
-        raise _NoMatchError(f"the table {table.name!r} is used elsewhere too")
+        raise NoMatchError(f"the table {table.name!r} is used elsewhere too")
     if len(rows.uses()) != 1 or rows.is_graph_output():
-        raise _NoMatchError("the rows are also used without the scale")
+        raise NoMatchError("the rows are also used without the scale")
     if product.graph is not graph:
-        raise _NoMatchError("the rows are scaled in a subgraph")
+        raise NoMatchError("the rows are scaled in a subgraph")
     tensor = table.const_value
     name = table.name
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, is_operator, label
+from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FuseGelu"]
@@ -44,45 +44,30 @@ class FuseGelu(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses in the main graph, and says which near miss stays and why."""
-        changes = Changes()
-        made: dict[str, int] = {}
-        for node in list(model.graph):
-            if node.op_type not in _FORMS or not is_operator(node, node.op_type):
-                continue
-            inner, fused = _FORMS[node.op_type]
-            x = next(
-                (
-                    x
-                    for x in dict.fromkeys(_candidates(node.inputs[0]))
-                    if _is(node.inputs[0], x, None, inner)
-                ),
-                None,
-            )
-            if x is None:
-                # Any other tanh: no near miss.
-                continue
-            reason = _fuse(model.graph, node, x, fused)
-            if reason:
-                changes.skipped[label(node)] = reason
-            else:
-                made[fused] = made.get(fused, 0) + 1
-        changes.count = sum(made.values())
+        changes, made = rewrite_each(model, _fuse, domain=_DOMAIN)
         if changes.count:
-            model.opset_imports.setdefault(_DOMAIN, 1)
-            common.RemoveUnusedNodesPass()(model)
             changes.details = {"made": made}
         return changes
 
 
-def _fuse(graph: ir.Graph, function: ir.Node, x: ir.Value, fused: str) -> str:
-    """Fuses, or gives the reason why not."""
+def _fuse(graph: ir.Graph, function: ir.Node) -> str | None:
+    if function.op_type not in _FORMS or not is_operator(function, function.op_type):
+        return None
+    inner, fused = _FORMS[function.op_type]
+    argument = function.inputs[0]
+    x = next((x for x in dict.fromkeys(_candidates(argument)) if _is(argument, x, None, inner)), None)
+    if x is None:
+        # Any other tanh: no near miss.
+        return None
     kind = x.dtype or function.outputs[0].dtype
     if kind not in _FLOATS:
-        return f"{fused} has no kernel for its element type, which is {kind.name if kind else 'not known'}"
+        raise NoMatchError(
+            f"{fused} has no kernel for its element type, which is {kind.name if kind else 'not known'}"
+        )
     value = function.outputs[0]
     output = next((found for found in _followers(value) if _is(found, x, value, _RESULT)), None)
     if output is None:
-        return "its result does not become x / 2 * (1 + result)"
+        raise NoMatchError("its result does not become x / 2 * (1 + result)")
     last = output.producer()
     assert last is not None
     inputs = [x]
@@ -95,7 +80,7 @@ def _fuse(graph: ir.Graph, function: ir.Node, x: ir.Value, fused: str) -> str:
     # The name stays, so that tensors of the two graphs can be compared.
     made.name, output.name = output.name, f"{output.name}_unfused"
     output.replace_all_uses_with(made, replace_graph_outputs=True)
-    return ""
+    return fused
 
 
 def _without_bias(x: ir.Value, last: ir.Node, function: ir.Node) -> tuple[ir.Value, ir.Value] | None:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import (
@@ -20,13 +19,10 @@ from onnxsmith.graph_passes.matching import (
     small_constant,
 )
 from onnxsmith.graph_passes.reshapes import copies_axes, rows_refusal
+from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of, turned_weight
 
 __all__ = ["GemmToMatMul"]
-
-
-class _NoMatchError(Exception):
-    """A near miss, with the reason."""
 
 
 class GemmToMatMul(GraphPass):
@@ -41,50 +37,42 @@ class GemmToMatMul(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Rewrites in the main graph, and says which Gemm between Reshapes stays and why."""
-        changes = Changes()
-        for node in list(model.graph):
-            view = node.inputs[0].producer() if is_operator(node, "Gemm") and node.inputs[0] else None
-            if view is None or not is_operator(view, "Reshape"):
-                continue
-            try:
-                _rewrite(model.graph, node, view)
-            except _NoMatchError as reason:
-                changes.skipped[label(node)] = str(reason)
-            else:
-                changes.count += 1
+        changes, _ = rewrite_each(model, _rewrite)
         if changes.count:
-            common.RemoveUnusedNodesPass()(model)
             changes.details = {"rewritten": changes.count}
         return changes
 
 
-def _rewrite(graph: ir.Graph, gemm: ir.Node, view: ir.Node) -> None:
+def _rewrite(graph: ir.Graph, gemm: ir.Node) -> str | None:
+    view = gemm.inputs[0].producer() if is_operator(gemm, "Gemm") and gemm.inputs[0] else None
+    if view is None or not is_operator(view, "Reshape"):
+        return None
     source, weight, bias = view.inputs[0], gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
     for name, usual in (("alpha", 1.0), ("beta", 1.0)):
         attribute = gemm.attributes.get(name)
         if attribute is not None and attribute.as_float() != usual and (name == "alpha" or bias is not None):
-            raise _NoMatchError(f"it has {name} {attribute.as_float():g}")
+            raise NoMatchError(f"it has {name} {attribute.as_float():g}")
     if int_attribute(gemm, "transA"):
-        raise _NoMatchError("it turns its first operand")
+        raise NoMatchError("it turns its first operand")
     sizes = axes_of(weight)
     if source is None or weight is None or sizes is None or len(sizes) != 2:
-        raise _NoMatchError("the shape of its weight is not known")
+        raise NoMatchError("the shape of its weight is not known")
     inner, width = sizes[::-1] if int_attribute(gemm, "transB") else sizes
     if not isinstance(inner, int) or not isinstance(width, int):
-        raise _NoMatchError("the shape of its weight is not known")
+        raise NoMatchError("the shape of its weight is not known")
     if bias is not None and not _is_one_row(axes_of(bias), width):
-        raise _NoMatchError("its bias is not known to be the same for all rows")
+        raise NoMatchError("its bias is not known to be the same for all rows")
     lead = _lead(axes_of(source), inner)
     result = gemm.outputs[0]
     users = result.consumers()
     if result.is_graph_output() or not users or not all(is_operator(user, "Reshape") for user in users):
-        raise _NoMatchError("its result is not read by Reshape alone")
+        raise NoMatchError("its result is not read by Reshape alone")
     if any(user.inputs[0] is not result or user.graph is not graph for user in users):
-        raise _NoMatchError("its result is not read by Reshape alone")
+        raise NoMatchError("its result is not read by Reshape alone")
     # The Reshape after it then has another input, of which it must copy no axis.
     back = [user for user in users if _is_back(user, source, lead, width)]
     if any(copies_axes(user) for user in users if user not in back):
-        raise _NoMatchError("the Reshape after it copies an axis")
+        raise NoMatchError("the Reshape after it copies an axis")
     axes = axes_of(source)
     assert axes is not None
     left, kind = source, result.type or weight.type
@@ -105,6 +93,7 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node, view: ir.Node) -> None:
             # The name stays, so that tensors of the two graphs can be compared.
             made.name, output.name = output.name, f"{output.name}_viewed"
         output.replace_all_uses_with(made)
+    return "MatMul"
 
 
 def _is_one_row(axes: Axes | None, width: int) -> bool:
@@ -117,14 +106,14 @@ def _is_one_row(axes: Axes | None, width: int) -> bool:
 def _lead(axes: Axes | None, inner: int) -> Axes:
     """The axes of the rows: all but the fewest at the end that hold what is multiplied."""
     if axes is None:
-        raise _NoMatchError("the shape of what is viewed as rows is not known")
+        raise NoMatchError("the shape of what is viewed as rows is not known")
     for count in range(1, len(axes)):
         tail = [axis for axis in axes[-count:] if isinstance(axis, int)]
         if len(tail) == count and math.prod(tail) == inner:
             if len(axes) - count < 2:
                 break
             return axes[:-count]
-    raise _NoMatchError(f"what is viewed as rows has no axes before those of size {inner}")
+    raise NoMatchError(f"what is viewed as rows has no axes before those of size {inner}")
 
 
 def _is_back(user: ir.Node, source: ir.Value, lead: Axes, width: int) -> bool:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import (
@@ -20,6 +19,7 @@ from onnxsmith.graph_passes.matching import (
     small_constant,
 )
 from onnxsmith.graph_passes.reshapes import rows_refusal, same_rows_as
+from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of, joined_weights
 
 __all__ = ["FuseAttention"]
@@ -30,10 +30,6 @@ _SWAP_HEADS, _KEYS_AT_ONCE, _SWAP_LAST = (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2
 
 # A mask, and the values whose rows queries and keys are, to the mask in full.
 _Masks = dict[tuple[ir.Value, ir.Value, ir.Value], ir.Value]
-
-
-class _NoMatchError(Exception):
-    """A near miss, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +62,14 @@ class FuseAttention(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses what matches, and says at which node the others do not."""
-        changes = Changes()
         masks: _Masks = {}
-        made = {"Attention": 0, "MultiHeadAttention": 0}
-        for node in list(model.graph):
-            if not is_operator(node, "Softmax"):
-                continue
-            try:
-                made[_fuse(model.graph, node, masks)] += 1
-            except _NoMatchError as reason:
-                changes.skipped[label(node)] = str(reason)
-        changes.count = sum(made.values())
+
+        def fuse(graph: ir.Graph, node: ir.Node) -> str | None:
+            return _fuse(graph, node, masks) if is_operator(node, "Softmax") else None
+
+        changes, made = rewrite_each(model, fuse, domain=_DOMAIN)
         if changes.count:
-            model.opset_imports.setdefault(_DOMAIN, 1)
-            common.RemoveUnusedNodesPass()(model)
-            changes.details = {"made": {name: count for name, count in made.items() if count}}
+            changes.details = {"made": dict(sorted(made.items()))}
         return changes
 
 
@@ -90,15 +79,15 @@ def _fuse(
     axis = int_attribute(softmax, "axis", -1)
     source = softmax.inputs[0]
     if source is None or axis not in (-1, 3) or len(axes_of(source) or ()) != 4:
-        raise _NoMatchError("a softmax that is not over the last of four axes")
+        raise NoMatchError("a softmax that is not over the last of four axes")
     weighted = _only_user(softmax.outputs[0], "MatMul")
     if weighted.inputs[0] is not softmax.outputs[0] or weighted.inputs[1] is None:
-        raise _NoMatchError("its result is not the left side of the product with the values")
+        raise NoMatchError("its result is not the left side of the product with the values")
     scores, mask = _scores_and_mask(source)
     scores, after = _unscaled(scores)
     product = scores.producer()
     if product is None or not is_operator(product, "MatMul") or None in product.inputs:
-        raise _NoMatchError("the scores do not come from a MatMul")
+        raise NoMatchError("the scores do not come from a MatMul")
     left, right = product.inputs
     assert left is not None and right is not None
     query, key, value = (
@@ -107,10 +96,10 @@ def _fuse(
         _heads(weighted.inputs[1], keys=False),
     )
     if len({one.heads for one in (query, key, value)}) != 1 or query.size != key.size:
-        raise _NoMatchError("query, key and value have different heads")
+        raise NoMatchError("query, key and value have different heads")
     back = _only_user(weighted.outputs[0], "Transpose")
     if _permutation(back) != _SWAP_HEADS:
-        raise _NoMatchError("its result is not swapped back to (batch, sequence, heads, size)")
+        raise NoMatchError("its result is not swapped back to (batch, sequence, heads, size)")
     final = _only_user(back.outputs[0], "Reshape")
     width = value.heads * value.size
     _require_rows(final, query.rows, [width])
@@ -128,13 +117,13 @@ def _fuse(
 def _require_rows(node: ir.Node, like: ir.Value, tail: list[int]) -> None:
     reason = rows_refusal(node, like, tail)
     if reason:
-        raise _NoMatchError(reason)
+        raise NoMatchError(reason)
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node:
     users = [use.node for use in value.uses()]
     if value.is_graph_output() or len(users) != 1 or not is_operator(users[0], op_type):
-        raise _NoMatchError(f"{value.name!r} is not read by one {op_type} alone")
+        raise NoMatchError(f"{value.name!r} is not read by one {op_type} alone")
     return users[0]
 
 
@@ -152,13 +141,13 @@ def _scores_and_mask(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     for scores, mask in ((left, right), (right, left)):
         try:
             inner, _ = _unscaled(scores)
-        except _NoMatchError:
+        except NoMatchError:
             continue
         if is_operator(inner.producer(), "MatMul") and axes_of(mask) is not None:
             if len(axes_of(mask) or ()) > 4:
-                raise _NoMatchError("the mask has more than four axes")
+                raise NoMatchError("the mask has more than four axes")
             return scores, mask
-    raise _NoMatchError("what is added to the scores has an unknown shape")
+    raise NoMatchError("what is added to the scores has an unknown shape")
 
 
 def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
@@ -173,7 +162,7 @@ def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
         return left, factor if node.op_type == "Mul" else 1 / factor
     factor = _scalar(left) if node.op_type == "Mul" else None
     if factor is None:
-        raise _NoMatchError("the scores or their operands are scaled by something that is not one constant")
+        raise NoMatchError("the scores or their operands are scaled by something that is not one constant")
     return right, factor
 
 
@@ -219,16 +208,16 @@ def _heads(value: ir.Value, *, keys: bool) -> _Heads:
         scale, node = scale * more, value.producer()
         permutation = _KEYS_AT_ONCE if _permutation(node) == _SWAP_HEADS else ()
     if node is None or permutation != (_KEYS_AT_ONCE if keys else _SWAP_HEADS):
-        raise _NoMatchError(f"{value.name!r} is not a projection with its axes swapped")
+        raise NoMatchError(f"{value.name!r} is not a projection with its axes swapped")
     view = node.inputs[0].producer() if node.inputs[0] is not None else None
     if view is None or not is_operator(view, "Reshape") or view.inputs[0] is None:
-        raise _NoMatchError(f"{value.name!r} is not a projection that was viewed as heads")
+        raise NoMatchError(f"{value.name!r} is not a projection that was viewed as heads")
     axes, rows = axes_of(view.outputs[0]), axes_of(view.inputs[0])
     if axes is None or rows is None or len(rows) != 3 or not all(isinstance(axis, int) for axis in axes[2:]):
-        raise _NoMatchError(f"the number or size of the heads of {value.name!r} is not known")
+        raise NoMatchError(f"the number or size of the heads of {value.name!r} is not known")
     heads, size = (int(axis) for axis in axes[2:] if axis is not None)
     if rows[2] != heads * size:
-        raise _NoMatchError(f"the heads of {value.name!r} are not all of its columns")
+        raise NoMatchError(f"the heads of {value.name!r} are not all of its columns")
     _require_rows(view, view.inputs[0], [heads, size])
     return _Heads(view.inputs[0], heads, size, scale)
 

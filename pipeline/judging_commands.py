@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -358,18 +358,26 @@ def generate(
             emit_json(json_target, "generate", {"results": results})
         return
     assert prompt is not None
-    pieces: list[str] = []
-    for piece in generate_text(model, prompt, **settings):
-        if not pieces and json_target != "-" and not chat:
-            sys.stdout.write(prompt)
-        pieces.append(piece)
+    text = generate_text(model, prompt, **settings)
+    _show_pieces(text, json_target, {"prompt": prompt}, before="" if chat else prompt)
+
+
+def _show_pieces(
+    pieces: Iterator[str], json_target: str | None, facts: dict[str, str], *, before: str = ""
+) -> None:
+    """Writes a text piece by piece, with what comes before its first one, or the whole of it as JSON."""
+    from onnxsmith.pipeline.console import emit_json
+
+    shown: list[str] = []
+    for piece in pieces:
         if json_target != "-":
-            sys.stdout.write(piece)
+            sys.stdout.write(piece if shown else f"{before}{piece}")
             sys.stdout.flush()
+        shown.append(piece)
     if json_target != "-":
         sys.stdout.write("\n")
     if json_target:
-        emit_json(json_target, "generate", {"prompt": prompt, "text": "".join(pieces)})
+        emit_json(json_target, "generate", facts | {"text": "".join(shown)})
 
 
 def _transcribe(
@@ -381,7 +389,6 @@ def _transcribe(
     plain: bool,
     max_new_tokens: int | None,
 ) -> None:
-    from onnxsmith.pipeline.console import emit_json
     from onnxsmith.pipeline.transcription import transcribe
 
     if not plain:
@@ -390,16 +397,8 @@ def _transcribe(
             got="options of sampling or of chats",
             expected="neither: speech is decoded greedily",
         )
-    pieces: list[str] = []
-    for piece in transcribe(model, audio, max_new_tokens=max_new_tokens, **settings):
-        pieces.append(piece)
-        if json_target != "-":
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    if json_target != "-":
-        sys.stdout.write("\n")
-    if json_target:
-        emit_json(json_target, "generate", {"audio": str(audio), "text": "".join(pieces)})
+    pieces = transcribe(model, audio, max_new_tokens=max_new_tokens, **settings)
+    _show_pieces(pieces, json_target, {"audio": str(audio)})
 
 
 def _prompts(path: Path) -> Sequence[str]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.step_cache import OpenStep, StepCache
 from onnxsmith.pipeline.step_keys import StepKey
-from onnxsmith.runtime.environments import HOME_VARIABLE
+from onnxsmith.user_directories import SIZE_VARIABLE, given_home, system_caches
 
-__all__ = ["SIZE_VARIABLE", "RunSteps", "bytes_of", "cache_directory", "cache_limit", "user_cache"]
+__all__ = ["RunSteps", "bytes_of", "cache_directory", "cache_limit", "user_cache"]
 
-SIZE_VARIABLE = "ONNXSMITH_CACHE_SIZE"
 _DEFAULT_LIMIT = "20GB"
 _UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # An entry that takes more of the cache than this would push everything else out.
@@ -31,16 +29,8 @@ def cache_directory() -> Path:
 
     ``$ONNXSMITH_HOME/cache``, else ``onnxsmith`` in the directory where the system keeps a user's caches.
     """
-    given = os.environ.get(HOME_VARIABLE)
-    if given:
-        return Path(given).expanduser().resolve() / "cache"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onnxsmith"
+    home = given_home()
+    return home / "cache" if home else system_caches() / "onnxsmith"
 
 
 def bytes_of(text: str, *, where: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import BadInputError, FeedError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnxsmith.runtime import SamplingSettings
     from onnxsmith.runtime.session import Array
 
-__all__ = ["configuration", "is_encoder_decoder", "sequence_tokens"]
+__all__ = ["configuration", "is_encoder_decoder", "sequence_tokens", "start_token"]
 
 
 def is_encoder_decoder(package: ModelPackage) -> bool:
@@ -58,13 +58,7 @@ def sequence_tokens(
             expected="one that takes text",
         )
     told = configuration(package)
-    start = told.get("decoder_start_token_id")
-    if not isinstance(start, int):
-        raise FeedError(
-            "generate",
-            got="no decoder_start_token_id in generation_config.json or config.json",
-            expected="the token that the decoder begins with",
-        )
+    start = start_token(told)
     forced = told.get("forced_bos_token_id")
     banned = [ids[0] for ids in told.get("bad_words_ids") or () if len(ids) == 1]
 
@@ -92,6 +86,22 @@ def sequence_tokens(
             choose=choose,
         ):
             yield int(tokens[0])
+
+
+def start_token(told: Mapping[str, Any]) -> int:
+    """The token that the decoder begins with, by the model's configuration.
+
+    Raises:
+        FeedError: The configuration names none.
+    """
+    start = told.get("decoder_start_token_id")
+    if not isinstance(start, int):
+        raise FeedError(
+            "generate",
+            got="no decoder_start_token_id in generation_config.json or config.json",
+            expected="the token that the decoder begins with",
+        )
+    return start
 
 
 def configuration(package: ModelPackage) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from onnxsmith.errors import BadInputError, FeedError, UnknownNameError
 from onnxsmith.package import ModelPackage
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.generation import TextStream
-from onnxsmith.pipeline.sequence_generation import configuration, is_encoder_decoder
+from onnxsmith.pipeline.sequence_generation import configuration, is_encoder_decoder, start_token
 from onnxsmith.pipeline.sound import MelSettings, log_mel, pieces_of, read_wav, resampled
 from onnxsmith.pipeline.tokenization import PackageTokenizer
 
@@ -148,13 +148,7 @@ def _beginning(
     """The tokens that the decoder begins with: start, language, task, and that no times are wanted."""
     import numpy as np
 
-    start = told.get("decoder_start_token_id")
-    if not isinstance(start, int):
-        raise FeedError(
-            "generate",
-            got="no decoder_start_token_id in generation_config.json or config.json",
-            expected="the token that the decoder begins with",
-        )
+    start = start_token(told)
     tokens = [start]
     if languages:
         if language is None:

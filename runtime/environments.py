@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from onnxsmith.errors import DestinationError, ProviderUnavailableError
+from onnxsmith.user_directories import HOME_VARIABLE, given_home, system_data
 
 __all__ = [
-    "HOME_VARIABLE",
     "Environment",
     "find_environment",
     "home_directory",
@@ -29,7 +29,6 @@ __all__ = [
     "remove_environment",
 ]
 
-HOME_VARIABLE = "ONNXSMITH_HOME"
 
 _RECORD = "environment.json"
 
@@ -61,16 +60,7 @@ def home_directory() -> Path:
 
     ``$ONNXSMITH_HOME``, else the directory where the system keeps a user's data of programs.
     """
-    given = os.environ.get(HOME_VARIABLE)
-    if given:
-        return Path(given).expanduser().resolve()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    return base / "onnxsmith"
+    return given_home() or system_data() / "onnxsmith"
 
 
 def find_environment(package: str) -> Environment | None:

@@ -55,6 +55,26 @@ def onnx_package(tmp_path: Path) -> Callable[..., ModelPackage]:
 
 
 @pytest.fixture(scope="session")
+def save_tiny_bert(tiny_llama_dir: Path) -> Callable[..., None]:
+    """Saves a random BERT without a head, two layers of 64 neurons, with the tokenizer of the tiny Llama."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def save(directory: Path, *, positions: int) -> None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+        config = transformers.BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=positions, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            transformers.BertModel(config).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a random Llama as safetensors, and a BPE tokenizer of 64 tokens."""
     torch = pytest.importorskip("torch")

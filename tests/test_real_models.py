@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import wave
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,19 @@ def recordings(count: int, least_words: int = 6) -> list[tuple[np.ndarray, str, 
     return found
 
 
+def text_only(settings: Any) -> Callable[[int, Any], Any]:
+    """Hides what stands for no text from the choice of tokens, times included."""
+
+    def choose(number: int, logits: Any) -> Any:
+        hidden = [*settings.suppress_tokens, *(settings.begin_suppress_tokens if number == 0 else [])]
+        logits = logits.copy()
+        logits[:, hidden] = -np.inf
+        logits[:, settings.no_timestamps_token_id :] = -np.inf
+        return logits
+
+    return choose
+
+
 def word_errors(spoken: str, heard: str) -> tuple[int, int]:
     """Words that have to be changed, left out or added, and words that were spoken."""
     a, b = (re.sub(r"[^a-z' ]+", " ", t.lower().replace("-", " ")).split() for t in (spoken, heard))
@@ -95,14 +108,7 @@ def test_whisper_hears_as_many_words_as_in_torch(tmp_path: Path) -> None:
     settings = model.generation_config
     start = [settings.decoder_start_token_id, settings.no_timestamps_token_id]
 
-    def choose(number: int, logits: Any) -> Any:
-        hidden = [*settings.suppress_tokens, *(settings.begin_suppress_tokens if number == 0 else [])]
-        logits = logits.copy()
-        logits[:, hidden] = -np.inf
-        # Times are not wanted.
-        logits[:, settings.no_timestamps_token_id :] = -np.inf
-        return logits
-
+    choose = text_only(settings)
     errors = {"torch": 0, "onnx": 0, "command": 0}
     words = 0
     with open_components(OrtBackend(), {n: exported.only(n) for n in exported.components}) as sessions:
@@ -166,13 +172,7 @@ def test_whisper_in_few_bits_hears_as_many_words(tmp_path: Path) -> None:
     settings = model.generation_config
     start = np.array([[settings.decoder_start_token_id, settings.no_timestamps_token_id]])
 
-    def choose(number: int, logits: Any) -> Any:
-        hidden = [*settings.suppress_tokens, *(settings.begin_suppress_tokens if number == 0 else [])]
-        logits = logits.copy()
-        logits[:, hidden] = -np.inf
-        logits[:, settings.no_timestamps_token_id :] = -np.inf
-        return logits
-
+    choose = text_only(settings)
     errors, seconds, size = (dict.fromkeys(IN_FEW_BITS, 0.0) for _ in range(3))
     words = 0
     with contextlib.ExitStack() as stack:

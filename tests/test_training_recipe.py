@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+def bench(tmp_path_factory: pytest.TempPathFactory, save_tiny_bert: Callable[..., None]) -> Path:
     """A body without a head, and data."""
     directory = tmp_path_factory.mktemp("training")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertModel(config).save_pretrained(directory / "body")
-    tokenizer.save_pretrained(directory / "body")
+    save_tiny_bert(directory / "body", positions=128)
     write(directory / "train.jsonl", sentences(400, 1))
     write(directory / "test.jsonl", sentences(150, 2))
     (directory / "more.txt").write_text("\n".join(row["text"] for row in sentences(200, 3)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,9 @@ def rows(count: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_bert: Callable[..., None]) -> Path:
     directory = tmp_path_factory.mktemp("search")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.BertModel(config).save_pretrained(directory / "body")
-    tokenizer.save_pretrained(directory / "body")
+    save_tiny_bert(directory / "body", positions=64)
     (directory / "train.jsonl").write_text(rows(240, 1))
     (directory / "test.jsonl").write_text(rows(160, 2))
     return directory

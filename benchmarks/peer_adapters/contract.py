@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Adapter", "Decoder", "Encoder", "mean_pooled", "tree_bytes"]
+__all__ = ["Adapter", "Decoder", "Encoder", "SteppingDecoder", "mean_pooled", "tree_bytes"]
 
 Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -29,6 +29,39 @@ class Decoder(abc.ABC):
     @abc.abstractmethod
     def logits(self, ids: list[int]) -> Floats:
         """(tokens, vocabulary) of a text, from an empty cache."""
+
+
+class SteppingDecoder(Decoder):
+    """One that is asked for the logits of further tokens, each time from Python."""
+
+    _last = 0
+
+    @abc.abstractmethod
+    def _reset(self) -> None:
+        """Empties the cache."""
+
+    @abc.abstractmethod
+    def _step(self, ids: list[int]) -> Floats:
+        """(tokens, vocabulary) of tokens that follow; the likeliest next one becomes ``_last``."""
+
+    def prefill(self, ids: list[int]) -> int:
+        """As the contract says."""
+        self._reset()
+        self._step(ids)
+        return self._last
+
+    def decode(self, count: int) -> list[int]:
+        """As the contract says."""
+        tokens = []
+        for _ in range(count):
+            self._step([self._last])
+            tokens.append(self._last)
+        return tokens
+
+    def logits(self, ids: list[int]) -> Floats:
+        """As the contract says."""
+        self._reset()
+        return self._step(ids)
 
 
 class Encoder(abc.ABC):

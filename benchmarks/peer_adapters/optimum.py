@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peer_adapters.contract import Adapter, Decoder, Encoder, Floats
+from peer_adapters.contract import Adapter, Decoder, Encoder, Floats, SteppingDecoder
 from peer_adapters.plain_ort import OrtEncoder, only_graph
 
 
-class _Decoder(Decoder):
+class _Decoder(SteppingDecoder):
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime as ort
         import torch
@@ -23,9 +23,8 @@ class _Decoder(Decoder):
         self._model: Any = ORTModelForCausalLM.from_pretrained(path, session_options=options)
         self._past: Any = None
         self._length = 0
-        self._last = 0
 
-    def _step(self, ids: list[int]) -> Any:
+    def _step(self, ids: list[int]) -> Floats:
         torch = self._torch
         self._length += len(ids)
         found = self._model(
@@ -35,27 +34,11 @@ class _Decoder(Decoder):
         )  # fmt: skip
         self._past = found.past_key_values
         self._last = int(found.logits[0, -1].argmax())
-        return found.logits[0]
+        logits: Floats = found.logits[0].numpy()
+        return logits
 
     def _reset(self) -> None:
         self._past, self._length = None, 0
-
-    def prefill(self, ids: list[int]) -> int:
-        self._reset()
-        self._step(ids)
-        return self._last
-
-    def decode(self, count: int) -> list[int]:
-        tokens = []
-        for _ in range(count):
-            self._step([self._last])
-            tokens.append(self._last)
-        return tokens
-
-    def logits(self, ids: list[int]) -> Floats:
-        self._reset()
-        found: Floats = self._step(ids).numpy()
-        return found
 
 
 class OptimumAdapter(Adapter):

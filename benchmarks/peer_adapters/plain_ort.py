@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peer_adapters.contract import Decoder, Encoder, Floats, Tokens, mean_pooled
+from peer_adapters.contract import Encoder, Floats, SteppingDecoder, Tokens, mean_pooled
 
 __all__ = ["OrtDecoder", "OrtEncoder", "only_graph"]
 
@@ -39,7 +39,7 @@ class OrtEncoder(Encoder):
         return mean_pooled(hidden, mask)
 
 
-class OrtDecoder(Decoder):
+class OrtDecoder(SteppingDecoder):
     """A decoder whose cache is inputs ``past_key_values.*`` and outputs ``present.*``, which are fed back."""
 
     def __init__(self, path: Path, threads: int) -> None:
@@ -56,7 +56,6 @@ class OrtDecoder(Decoder):
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._past: dict[str, Any] = {}
         self._length = 0
-        self._last = 0
 
     def _step(self, ids: list[int]) -> Floats:
         made = self._ort.OrtValue.ortvalue_from_numpy
@@ -86,19 +85,3 @@ class OrtDecoder(Decoder):
                 kind = np.float16 if "float16" in value.type else np.float32
                 empty = np.zeros((1, heads, 0, width), kind)
                 self._past[name] = self._ort.OrtValue.ortvalue_from_numpy(empty)
-
-    def prefill(self, ids: list[int]) -> int:
-        self._reset()
-        self._step(ids)
-        return self._last
-
-    def decode(self, count: int) -> list[int]:
-        tokens = []
-        for _ in range(count):
-            self._step([self._last])
-            tokens.append(self._last)
-        return tokens
-
-    def logits(self, ids: list[int]) -> Floats:
-        self._reset()
-        return self._step(ids)

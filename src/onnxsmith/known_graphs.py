@@ -12,17 +12,16 @@ import hashlib
 import json
 import os
 import stat
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onnxsmith._version import __version__
+from onnxsmith.user_directories import SIZE_VARIABLE, given_home, system_caches
 
-__all__ = ["SIZE_VARIABLE", "recall", "remember"]
+__all__ = ["recall", "remember"]
 
-SIZE_VARIABLE = "ONNXSMITH_CACHE_SIZE"
 # Hashing more takes longer than reading the graph does.
 _LARGEST_BYTES = 32 * 1024 * 1024
 # Some kilobytes each.
@@ -90,16 +89,8 @@ def _directory() -> Path | None:
     """Beside the cache of steps; None where caches are switched off."""
     if os.environ.get(SIZE_VARIABLE, "").strip() in ("0", "0B", "0b"):
         return None
-    given = os.environ.get("ONNXSMITH_HOME")
-    if given:
-        return Path(given).expanduser() / "known-graphs"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "onnxsmith-known-graphs"
+    home = given_home()
+    return home / "known-graphs" if home else system_caches() / "onnxsmith-known-graphs"
 
 
 def _is_there(directory: Path, name: str, size: int) -> bool:
