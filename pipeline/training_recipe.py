@@ -61,7 +61,7 @@ class FitSpec(RecipeModel):
     patience: int | None = pydantic.Field(default=None, ge=1)
     """Evaluations without a better value after which training stops; never where absent."""
     watch: str = "loss"
-    """What is better: loss (lower), or accuracy, f1_macro, pearson (higher), on held-out rows."""
+    """What is better on held-out rows: loss or perplexity (lower), accuracy, f1_macro or pearson (higher)."""
     keep_best: bool = True
     """Keep the weights of the best evaluation, not those of the last update."""
     max_minutes: float | None = pydantic.Field(default=None, gt=0)

@@ -251,6 +251,7 @@ class TrainingRun:
         from onnxsmith.exporters import load_torch
         from onnxsmith.package_io import load_package
         from onnxsmith.runtime import OrtBackend
+        from onnxsmith.runtime.samples import decoder_feeds
         from onnxsmith.training import RuntimeTeacher, TorchTeacher
 
         if spec.teacher is None:
@@ -262,12 +263,18 @@ class TrainingRun:
             return
         assert source.path is not None
         with OrtBackend().open(load_package(source.path), name=spec.teacher) as session:
-            yield RuntimeTeacher(
-                lambda feeds: session.run(feeds),
-                inputs=[spec.name for spec in session.inputs],
-                outputs=[spec.name for spec in session.outputs],
-                name=spec.teacher,
-            )
+            run, inputs = session.run, [one.name for one in session.inputs]
+            if session.cache:
+                # A decoder, whose cache is empty: each example is a prompt.
+                inputs = ["input_ids", "attention_mask"]
+
+                def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+                    mask = feeds["attention_mask"] != 0
+                    given = decoder_feeds(session.inputs, feeds["input_ids"], mask=mask)
+                    return session.run(given, ["logits"])
+
+            outputs = [one.name for one in session.outputs]
+            yield RuntimeTeacher(run, inputs=inputs, outputs=outputs, name=spec.teacher)
 
     def _fit(
         self,

@@ -22,6 +22,7 @@ from onnxsmith.training.settings import TrainingSettings
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from onnxsmith.pipeline.training_metrics import held_out_metrics  # noqa: E402
 from onnxsmith.training import distillation_losses as losses  # noqa: E402
 from onnxsmith.training.fitting import FitProgress, FitResult, evaluate_loss, fit  # noqa: E402
 from onnxsmith.training.objectives import Distillation, DistillationWeights, Supervision  # noqa: E402
@@ -228,19 +229,44 @@ def test_a_decoder_is_distilled(tiny_llama_dir: Path) -> None:
     before = evaluate_loss(student, held, objective)
     # The first evaluation is the first control: a model is no distance from itself.
     assert evaluate_loss(teacher, held, objective) == pytest.approx(0, abs=1e-6) and before > 0.05
-    result = fit(student, examples, objective, dataclasses.replace(QUICK, epochs=8), validation=held)
+    fit(student, examples, objective, dataclasses.replace(QUICK, epochs=8), validation=held)
     assert evaluate_loss(student, held, objective) < 0.6 * before
-    assert result.evaluations[-1]["perplexity"] == pytest.approx(np.exp(result.evaluations[-1]["loss"]))
 
 
-def test_the_loss_of_texts_is_the_logarithm_of_the_perplexity(tiny_llama_dir: Path) -> None:
+def test_the_perplexity_of_texts_is_that_of_all_their_tokens(tiny_llama_dir: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
-    ids = list(range(1, 20))
-    loss = evaluate_loss(model, Examples([Example(ids)], kind="next"), Supervision())
-    with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
-    likelihoods = [logits[place, token] for place, token in enumerate(ids[1:])]
-    assert np.exp(loss) == pytest.approx(np.exp(-np.mean(likelihoods)), rel=1e-5)
+    texts = [list(range(1, 20)), [5, 9, 2], [40, 41, 3, 60, 12, 7]]
+    likelihoods: list[list[float]] = []
+    for ids in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+        likelihoods.append([logits[place, token] for place, token in enumerate(ids[1:])])
+    one = Examples([Example(texts[0])], kind="next")
+    assert evaluate_loss(model, one, Supervision()) == pytest.approx(-np.mean(likelihoods[0]), rel=1e-5)
+    expected = np.exp(-np.mean(np.concatenate(likelihoods)))
+    examples = Examples([Example(ids) for ids in texts], kind="next")
+    for batch in (1, 2, 3):
+        found = held_out_metrics(model, examples, batch=batch)
+        assert found == {"perplexity": pytest.approx(expected, rel=1e-5)}
+
+
+def test_a_taught_decoder_is_watched_by_its_perplexity(tiny_llama_dir: Path) -> None:
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    examples = Examples([Example([1, 2, 3, 4, 5, 6])] * 32, kind="next")
+    fit(teacher, examples, Supervision(), dataclasses.replace(QUICK, epochs=6))
+    student = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    begun = held_out_metrics(student, examples)["perplexity"]
+    settings = dataclasses.replace(QUICK, epochs=6, watch="perplexity", patience=6)
+    result = fit(
+        student, examples, Distillation(TorchTeacher(teacher)), settings,
+        validation=examples, metrics=lambda model: held_out_metrics(model, examples),
+    )  # fmt: skip
+    seen = [point["perplexity"] for point in result.evaluations]
+    # What is left to learn of the teacher says nothing about the text.
+    assert seen[-1] < 0.5 * begun and seen[0] != pytest.approx(np.exp(result.evaluations[0]["loss"]), rel=0.1)
+    kept = next(point for point in result.evaluations if point["update"] == result.kept)
+    assert kept["perplexity"] == min(seen)
+    assert held_out_metrics(student, examples)["perplexity"] == pytest.approx(min(seen), rel=1e-5)
 
 
 def test_another_runtime_teaches_the_same(taught: tuple[Any, FitResult]) -> None:

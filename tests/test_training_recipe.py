@@ -226,6 +226,37 @@ def test_onnx_teaches_and_folds_are_judged(
     assert kept["f1_macro"] > second["before"]["f1_macro"]
 
 
+def test_an_onnx_decoder_teaches_what_its_source_does(
+    tiny_llama_dir: Path, tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
+    """An artifact with a cache; texts of other lengths than a whole piece are padded."""
+    (tmp_path / "text.txt").write_text("\n".join(row["text"] for row in sentences(80, 4)))
+    learned = {}
+    for name, teacher in (("torch", None), ("onnx", tiny_artifact_dir)):
+        named = {} if teacher is None else {"teacher": str(teacher)}
+        steps = [
+            {"prune": {"layers": 1, "method": "random"}},
+            {"distill": {**LEARN, "epochs": 1, "batch": 4, **named}},
+        ]
+        recipe = Recipe.model_validate({
+            "schema_version": 1, "name": "taught", "source": str(tiny_llama_dir),
+            "training": {"data": "text.txt", "max_length": 24, "steps": steps},
+            "variants": [{"name": "fp32", "preset": "cpu-fp32"}],
+        })  # fmt: skip
+        trained = train(recipe, tmp_path)
+        learned[name] = trained.model.module.state_dict()
+        [_, taught] = trained.report["steps"]
+        assert taught["objective"]["teacher"] == ("the original" if teacher is None else str(teacher))
+        assert taught["before"]["perplexity"] > 1 and taught["after"]["perplexity"] > 1
+    moved = 0.0
+    original = load_torch(ModelSource.parse(str(tiny_llama_dir))).module.state_dict()
+    for key, tensor in learned["torch"].items():
+        torch.testing.assert_close(learned["onnx"][key], tensor, atol=5e-4, rtol=1e-2)
+        if key in original and original[key].shape == tensor.shape:
+            moved = max(moved, float((original[key] - tensor).abs().max()))
+    assert moved > 5e-3
+
+
 def test_a_given_student_takes_the_place_of_the_model(bench: Path) -> None:
     """A body that embeds teaches another one, of another width, its embeddings; nothing is labelled."""
     config = transformers.BertConfig(

@@ -18,7 +18,7 @@ from onnxsmith.training.devices import cuda_devices, usable_device
 from onnxsmith.training.dropout import dropout_of
 from onnxsmith.training.examples import Examples
 from onnxsmith.training.objectives import Objective
-from onnxsmith.training.settings import PRECISIONS, TrainingSettings
+from onnxsmith.training.settings import LESS_IS_BETTER, PRECISIONS, TrainingSettings
 from onnxsmith.training.sparsity import kept_zeros
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ class _Fit:
             raise BadInputError(
                 "training: watch", got=repr(self.settings.watch), expected=f"one of {', '.join(known)}"
             )
-        value = -value if self.settings.watch == "loss" else value
+        value = -value if self.settings.watch in LESS_IS_BETTER else value
         if self.best is None or value > self.best:
             self.best, self.bad, self.kept = value, 0, self.update
             if self.settings.keep_best:
@@ -406,8 +406,6 @@ class _Fit:
                     self.model, self.validation, self.objective,
                     batch=self.settings.batch, device=self.device,
                 )  # fmt: skip
-                if self.validation.kind == "next":
-                    found["perplexity"] = math.exp(min(found["loss"], 700))
             if self.metrics is not None:
                 self.model.eval()
                 with torch.no_grad():

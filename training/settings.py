@@ -9,8 +9,10 @@ from typing import Any
 
 from onnxsmith.errors import BadInputError
 
-__all__ = ["PRECISIONS", "SCHEDULES", "TrainingSettings"]
+__all__ = ["LESS_IS_BETTER", "PRECISIONS", "SCHEDULES", "TrainingSettings"]
 
+# Of what can be watched.
+LESS_IS_BETTER = frozenset({"loss", "perplexity"})
 SCHEDULES = ("linear", "cosine", "constant")
 # Name -> the element type of autocast; weights, their gradients and the optimizer's state stay in float32.
 PRECISIONS: Mapping[str, str | None] = {"float32": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -38,7 +40,8 @@ class TrainingSettings:
         freeze: Patterns of parameter names that keep their values.
         evaluate_every: Updates between evaluations; each epoch where None.
         patience: Evaluations in a row without a better value after which training stops; never where None.
-        watch: What is better: ``loss`` (lower) on held-out examples, or the name of a metric (higher).
+        watch: What is better: ``loss`` or ``perplexity`` (lower) on held-out examples, or the name of another
+            metric (higher).
         keep_best: Whether the weights of the best evaluation are kept, and not those of the last update.
         max_minutes: Training stops after this time. Its result then depends on how fast the machine is.
         checkpoint_seconds: Time between checkpoints.

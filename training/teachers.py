@@ -120,7 +120,7 @@ class RuntimeTeacher:
             raise FeedError(
                 f"teacher {name}", got=f"the input {unknown[0]!r}",
                 expected="a model that takes input_ids, attention_mask and token_type_ids",
-                remedy="Of a decoder, name its PyTorch source as the teacher",
+                remedy="Give those alone, and let run fill in the rest",
             )  # fmt: skip
         found = [n for n in ("logits", "last_hidden_state") if n in outputs]
         if not found:
