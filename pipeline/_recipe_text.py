@@ -14,6 +14,7 @@ from typing import Any, Self
 import pydantic
 
 from onnxsmith.errors import RecipeError
+from onnxsmith.pipeline._yaml_values import compose_yaml, load_yaml
 from onnxsmith.pipeline.recipe_placeholders import PlaceholderError, fill_environment
 
 __all__ = ["RecipeText"]
@@ -105,10 +106,10 @@ class RecipeText:
         if path.suffix.lower() == ".toml":
             return cls(path, _toml(path, text), None)
         try:
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
+            tree = compose_yaml(text)
             if tree is not None:
                 _check_tree(path, tree)
-            data = yaml.safe_load(text)
+            data = load_yaml(text)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             # JSON allows tabs between its values, and YAML does not.
             found = _json_or_none(text)
@@ -134,10 +135,10 @@ class RecipeText:
         if not equals or not all(parts):
             raise RecipeError(where, got="no key=value", expected="for example budgets.size_mb=100")
         try:
-            tree = yaml.compose(value, Loader=yaml.SafeLoader)
+            tree = compose_yaml(value)
             if tree is not None:
                 _check_tree(self.path, tree)
-            parsed = fill_environment(yaml.safe_load(value))
+            parsed = fill_environment(load_yaml(value))
         except PlaceholderError as error:
             raise _unfilled(error, where) from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:

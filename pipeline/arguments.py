@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxsmith.errors import BadInputError, UnknownNameError
+from onnxsmith.pipeline._yaml_values import load_yaml
 
 if TYPE_CHECKING:
     from onnxsmith.comparison import Tolerance
@@ -155,7 +156,7 @@ def pass_spec(text: str) -> tuple[str, dict[str, Any]]:
         if key in arguments:
             raise BadInputError(f"--pass {text}", got=f"{key!r} twice", expected="each parameter once")
         try:
-            arguments[key] = yaml.safe_load(value)
+            arguments[key] = load_yaml(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise BadInputError(
                 f"--pass {text}", got=f"the value {value!r}", expected="a YAML value"

@@ -263,16 +263,17 @@ class TrainingRun:
             return
         assert source.path is not None
         with OrtBackend().open(load_package(source.path), name=spec.teacher) as session:
-            run, inputs = session.run, [one.name for one in session.inputs]
-            if session.cache:
-                # A decoder, whose cache is empty: each example is a prompt.
-                inputs = ["input_ids", "attention_mask"]
+            # A decoder is asked with an empty cache: each example is a prompt.
+            decodes = bool(session.cache)
 
-                def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-                    mask = feeds["attention_mask"] != 0
-                    given = decoder_feeds(session.inputs, feeds["input_ids"], mask=mask)
-                    return session.run(given, ["logits"])
+            def run(feeds: Mapping[str, Any]) -> Mapping[str, Any]:
+                if not decodes:
+                    return session.run(feeds)
+                mask = feeds["attention_mask"] != 0
+                given = decoder_feeds(session.inputs, feeds["input_ids"], mask=mask)
+                return session.run(given, ["logits"])
 
+            inputs = ["input_ids", "attention_mask"] if decodes else [one.name for one in session.inputs]
             outputs = [one.name for one in session.outputs]
             yield RuntimeTeacher(run, inputs=inputs, outputs=outputs, name=spec.teacher)
 

@@ -10,6 +10,7 @@ import pytest
 
 from onnxsmith import Recipe, load_recipe
 from onnxsmith.errors import RecipeError, UnknownNameError
+from onnxsmith.pipeline.arguments import pass_spec
 
 SMALL = """\
 schema_version: 1
@@ -51,6 +52,22 @@ def test_json_is_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, SMALL))
     as_json = json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), indent="\t")
     assert load_recipe(written(tmp_path, as_json, "recipe.json")) == recipe
+
+
+def test_n_of_m_needs_no_quotes(tmp_path: Path) -> None:
+    """In YAML 1.1 `2:4` is 124, to the base of sixty."""
+    text = SMALL.replace(
+        "      - quantize_weights: {bits: 8}", "      - prune_weights: {pattern: 2:4, ratio: 5.0e-1}"
+    )
+    specs = load_recipe(written(tmp_path, text)).variants[1].specs()
+    assert specs == [("cleanup", {}), ("prune_weights", {"pattern": "2:4", "ratio": 0.5})]
+    path = written(tmp_path, text)
+    changed = load_recipe(path, overrides=["variants.1.passes.1.prune_weights.pattern=4:8"])
+    assert changed.variants[1].specs()[1][1]["pattern"] == "4:8"
+    assert pass_spec("prune_weights:pattern=2:4,ratio=0.25") == (
+        "prune_weights", {"pattern": "2:4", "ratio": 0.25},
+    )  # fmt: skip
+    assert pass_spec("p:a=60,b=0x10,c=!!int 7,d=[1:2, 3]")[1] == {"a": 60, "b": 16, "c": 7, "d": ["1:2", 3]}
 
 
 def test_a_recipe_survives_its_own_json(tmp_path: Path) -> None:
