@@ -177,7 +177,7 @@ def recorded_options() -> Iterator[set[str]]:
     """Notes which options models pass to ``sdpa`` attention while the context is open.
 
     Yields:
-        The names of the options that were not None.
+        The names of the options that were not None, ``attention_mask`` among them.
     """
     interface = require("transformers", purpose="exporting a decoder").AttentionInterface
     original = interface._global_mapping["sdpa"]
@@ -185,6 +185,8 @@ def recorded_options() -> Iterator[set[str]]:
 
     def record(*tensors: Any, **options: Any) -> Any:
         seen.update(name for name, value in options.items() if value is not None)
+        if len(tensors) > 4 and tensors[4] is not None:
+            seen.add("attention_mask")
         return original(*tensors, **options)
 
     interface.register("sdpa", record)

@@ -32,8 +32,10 @@ __all__ = ["decoder_program", "trace_decoder"]
 # Different from each other, from 0 and 1, and unlikely to equal a size of the model: torch would
 # otherwise take two axes for one, or an axis for a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
-# transformers' sdpa attention takes these and silently leaves them out of the computation.
-_DROPPED_BY_SDPA = frozenset({"softcap", "s_aux"})
+# What makes transformers' sdpa attention leave something out silently: two options that it ignores, and a
+# mask of the model's own. For a prompt without padding transformers makes no mask, because sdpa is causal by
+# itself; where it is given one all the same, it is not.
+_DROPPED_BY_SDPA = frozenset({"softcap", "s_aux", "attention_mask"})
 
 
 def decoder_program(loaded: LoadedModel) -> TorchProgram:
@@ -45,7 +47,8 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
     ``present.{layer}.{key,value}`` (batch, kv heads, total_sequence, head size).
 
     Where transformers' default attention would leave out a part of the model's attention (soft-capping of
-    scores), the model is switched to the eager one: what comes from here is what others are judged by.
+    scores, causality beside a mask of the model's own), the model is switched to the eager one: what comes
+    from here is what others are judged by.
 
     Raises:
         ExportError: Its cache is not one of key and value tensors.
@@ -167,7 +170,8 @@ def _trace_decoder(
             except ExportError as error:
                 if attention == "fused":
                     raise
-                details["why_not_fused"] = str(error)
+                # Without the remedy, which is what is done next.
+                details["why_not_fused"] = f"{error.where}: {error.got}; expected {error.expected}."
             else:
                 return model, {"attention": "GroupQueryAttention"} | traced
         if opset is not None and opset >= FIRST_OPSET:
@@ -212,8 +216,13 @@ class _Road:
                 )
         else:
             why = "as asked"
-        model = trace(self.program, self.module(every), opset=self.opset)
+        model = trace(self.program, self.module(every), opset=self.opset, longest=self.positions())
         return model, {"tracing": "whole", "why_whole": why}
+
+    def positions(self) -> int | None:
+        """How many the model is made for."""
+        found = getattr(self.model.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
 
     def trace_layers(self, count: int) -> tuple[ir.Model, dict[str, Any]]:
         whole, program = self.module(range(count)), self.program
@@ -231,7 +240,7 @@ class _Road:
             outputs=tuple(filter(kept, program.outputs)),
         )
         with shortened(self.model, kinds), without_memory_of_operators():
-            model = trace(part, self.module(kinds.distinct), opset=self.opset)
+            model = trace(part, self.module(kinds.distinct), opset=self.opset, longest=self.positions())
         if self.tidy is not None:
             model = tidied(model, kinds, self.tidy)
         stitch(model, kinds, program.inputs, program.outputs, lambda name: weight_tensor(named[name], name))

@@ -20,8 +20,9 @@ from onnxsmith.exporters.decomposition import (
     operators_listed_quickly,
     without_autocast,
 )
+from onnxsmith.exporters.ranges import runs_with, traced_sizes
 from onnxsmith.exporters.recurrent import recurrent_operators
-from onnxsmith.package import TensorSpec
+from onnxsmith.package import TEXT_GENERATION, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,7 +38,7 @@ _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 class FixedAxisError(ExportError):
-    """An axis that is dynamic in the signature and has one size in the traced graph."""
+    """An axis that is dynamic in the signature, and has one size or a largest one in the traced graph."""
 
     def __init__(self, axis: str, where: str, *, got: str, expected: str, remedy: str) -> None:
         """``axis`` is its name."""
@@ -46,7 +47,11 @@ class FixedAxisError(ExportError):
 
 
 def trace(
-    program: TorchProgram, module: torch.nn.Module | None = None, *, opset: int | None = None
+    program: TorchProgram,
+    module: torch.nn.Module | None = None,
+    *,
+    opset: int | None = None,
+    longest: int | None = None,
 ) -> ir.Model:
     """Traces a program to an ONNX graph with the program's names and dynamic axes.
 
@@ -56,9 +61,11 @@ def trace(
         program: The signature, with example inputs.
         module: What to trace in place of ``program.module``; same signature.
         opset: Version of the ONNX operator set; torch's default where None.
+        longest: How many positions a decoder is made for, where that is known.
 
     Raises:
         ExportError: torch cannot trace it. The message names the module and the line.
+        FixedAxisError: The graph would be wrong for other sizes, or larger ones, of an axis.
     """
     torch = require("torch", purpose="exporting")
     require("onnxscript", purpose="exporting")
@@ -86,6 +93,7 @@ def trace(
         ):
             exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)
             _refuse_state(program, exported)
+            _refuse_narrow(program, exported, longest)
             onnx_program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -145,6 +153,37 @@ def _refuse_state(program: TorchProgram, exported: torch.export.ExportedProgram)
             expected="a module without state",
             remedy="Take what it remembers as an input and return it as an output",
         )
+
+
+def _refuse_narrow(
+    program: TorchProgram, exported: torch.export.ExportedProgram, longest: int | None
+) -> None:
+    """Refuses a graph that is right for fewer sizes than the module itself takes."""
+    decoder = program.task == TEXT_GENERATION
+    for axis, (lower, upper) in traced_sizes(program, exported).items():
+        least, most = program.axis_limits.get(axis, (1, longest))
+        wrong = []
+        # Bounds of a sum (past and new tokens) are those of each part, of which the other has at least 2.
+        if upper is not None and (most is None or most > upper + 2):
+            if decoder or runs_with(program, axis, upper + 1):
+                wrong.append(f"up to {upper}")
+            else:
+                most = upper
+        if lower > 2 and least < lower and not decoder:
+            if runs_with(program, axis, lower - 1):
+                wrong.append(f"from {lower} on")
+            else:
+                least = lower
+        if wrong:
+            raise FixedAxisError(
+                axis,
+                f"{program.name}: axis {axis}",
+                got=f"torch traced it for sizes {' and '.join(wrong)} only",
+                expected="a graph for all sizes that the module takes",
+                remedy="The model branches on this size; make it independent of it",
+            )
+        if not decoder and axis in program.axis_limits:
+            program.axis_limits[axis] = (least, most)
 
 
 def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str]) -> torch.nn.Module:

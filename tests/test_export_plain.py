@@ -555,23 +555,6 @@ def test_a_module_that_keeps_what_it_sees_is_not_changed_by_trying() -> None:
     assert module.window == 9
 
 
-def test_an_axis_that_torch_fixes_is_a_size_and_said() -> None:
-    """A size that the model branches on: found to be dynamic, traced as one size, and the report says so."""
-
-    class Wide(nn.Module):
-        def forward(self, x: Any) -> Any:
-            return x * 2 if x.shape[1] > 5 else x * 3
-
-    model = loaded(Wide(), torch.rand(2, 8))
-    program = torch_program(model)
-    assert program.inputs[0].shape == ("batch", "length")
-    package = export(model, program)
-    shape = package.main.inputs[0].shape
-    if shape != ("batch", "length"):
-        assert shape == ("batch", 8) == program.inputs[0].shape
-        assert "length" in package.steps[0].details["model"]["fixed_axes"]
-
-
 @pytest.mark.slow
 def test_a_transformer_of_torch() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)

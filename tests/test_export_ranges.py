@@ -1,0 +1,113 @@
+"""Sizes that a model branches on: the graph is right for all sizes that it takes, or does not take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from onnxsmith.comparison import TOLERANCES
+from onnxsmith.errors import ExportError
+from onnxsmith.exporters import LoadedModel, export, torch_program
+from onnxsmith.runtime import OrtSession, TorchSession, cases_for, compare_sessions, reference_outputs
+from onnxsmith.source import ModelSource, SourceKind
+from test_export_decoder import compared
+from test_export_plain import loaded
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("onnxruntime")
+nn = torch.nn
+
+
+class Branches(nn.Module):
+    """Doubles short rows or long ones, and triples the others."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Any) -> Any:
+        return x * 2 if x.shape[1] > self.size else x * 3
+
+
+class Positions(nn.Module):
+    """Runs with at most as many positions as its table has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(40, 4))
+
+    def forward(self, x: Any) -> Any:
+        if x.shape[1] > 40:
+            raise ValueError("too long")
+        return x + self.table[: x.shape[1]]
+
+
+@pytest.mark.parametrize(("limit", "said"), [(5, "from 6 on"), (100, "up to 100")])
+def test_an_axis_that_a_model_branches_on_is_a_size_and_said(limit: int, said: str) -> None:
+    """Found to be dynamic, and traced for one of the branches: the other sizes would be silently wrong."""
+    model = loaded(Branches(limit), torch.rand(2, 8))
+    program = torch_program(model)
+    assert program.inputs[0].shape == ("batch", "length")
+    package = export(model, program)
+    assert package.main.inputs[0].shape == ("batch", 8) == program.inputs[0].shape
+    fixed = package.steps[0].details["model"]["fixed_axes"]
+    assert f"torch traced it for sizes {said} only" in fixed["length"]
+
+
+def test_the_end_of_what_a_model_takes_is_no_branch() -> None:
+    model = loaded(Positions(), torch.rand(2, 8, 4))
+    program = torch_program(model)
+    package = export(model, program)
+    assert package.main.inputs[0].shape == ("batch", "sequence", 4)
+    assert "model" not in package.steps[0].details
+    assert program.axis_limits["sequence"] == (1, 40)
+    reference = TorchSession(program)
+    cases = cases_for(reference, limits=program.limits, axis_limits=program.axis_limits)
+    with OrtSession(package, threads=1) as session:
+        expected = reference_outputs(reference, list(cases))
+        comparison = compare_sessions(reference, session, expected, tolerance=TOLERANCES["float32"])
+    assert comparison.passed, comparison.reason
+
+
+def doge(window: int) -> LoadedModel:
+    """Its layers make a mask from their values: the best of them if there are more than ``window``."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        keep_window_size=window,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    return LoadedModel(model, ModelSource(SourceKind.FACTORY, "test:make"), "text-generation", {}, {})
+
+
+def test_a_mask_of_the_models_own_is_causal_too() -> None:
+    """transformers makes no mask for sdpa, which is causal without one; with the model's own it is not."""
+    model = doge(256)
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        seen = [model.module(ids[:, :length]).logits[:, :5] for length in (8, 12)]
+    assert not torch.allclose(*seen, atol=1e-3), "transformers looks into the future no more"
+    program = torch_program(model)
+    assert model.module.config._attn_implementation == "eager"
+    with torch.no_grad():
+        seen = [model.module(ids[:, :length]).logits[:, :5] for length in (8, 12)]
+    assert torch.allclose(*seen, atol=1e-5)
+    comparison = compared(program, export(model, program))
+    assert comparison.passed, comparison.reason
+
+
+def test_a_branch_inside_the_context_is_refused() -> None:
+    with pytest.raises(
+        ExportError, match=r"DogeForCausalLM: axis sequence: torch traced it for sizes up to 14"
+    ):
+        export(doge(16))
