@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.context_length import POSITIONS, context_length
 from onnxsmith.errors import ExportError, require
 from onnxsmith.exporters.attention import AttentionTrace, fused_attention, recorded_options
 from onnxsmith.exporters.decomposition import without_memory_of_operators
@@ -76,6 +77,10 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
             for name, (heads, size) in zip(names, flat_shapes, strict=True)
         ),
     )
+    limits = {"input_ids": vocabulary}
+    positions = context_length(model.config.to_dict())
+    if positions is not None:
+        limits[POSITIONS] = positions
     head = model.get_output_embeddings()
     classes = vocabulary if head is None else int(head.weight.shape[0])
     outputs = (
@@ -106,7 +111,7 @@ def decoder_program(loaded: LoadedModel) -> TorchProgram:
         outputs=outputs,
         examples=examples,
         task=TEXT_GENERATION,
-        limits={"input_ids": vocabulary},
+        limits=limits,
         name=type(model).__name__,
         prepare=None if loaded.weights is None else partial(loaded.weights.fill, model),
         release=None if loaded.weights is None else loaded.weights.drop,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from onnxsmith.context_length import context_of_files
 from onnxsmith.environment import give_back_memory
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.package import Component, ModelPackage, TensorSpec, cache_pairs
@@ -44,8 +45,8 @@ class CalibrationData:
         data: A text (see ``load_text``), or an ``.npz`` file with one array for each input, a sample along
             the first axis of each.
         samples: Samples used, from the beginning.
-        tokens: Longest sample of a text. A decoder's samples are pieces of this length of the whole text,
-            any other model's are its lines.
+        tokens: Longest sample of a text; the model's positions where it has fewer. A decoder's samples are
+            pieces of this length of the whole text, any other model's are its lines.
         base: The directory that a relative path starts from.
         fold: (number, count), to leave one sample of so many out, beginning with that number.
     """
@@ -106,15 +107,16 @@ class CalibrationData:
 
         tokenizer = PackageTokenizer(package)
         text = load_text(self.data, base=self.base)
+        tokens = min(self.tokens, context_of_files(package.files) or self.tokens)
         if any(cache_pairs(c.inputs, c.outputs) for c in package.components.values()):
             # A token is at least one byte, so this much text is enough.
-            ids = np.array(tokenizer.encode(text[: self.samples * self.tokens * 16]), np.int64)
-            pieces = [ids[i : i + self.tokens] for i in range(0, len(ids), self.tokens)][: self.samples]
+            ids = np.array(tokenizer.encode(text[: self.samples * tokens * 16]), np.int64)
+            pieces = [ids[i : i + tokens] for i in range(0, len(ids), tokens)][: self.samples]
             return [piece for piece in pieces if len(piece) > 1]
         lines = (line.strip() for line in text.splitlines())
         found: list[npt.NDArray[np.int64]] = []
         for line in (line for line in lines if line):
-            found.append(np.array(tokenizer.encode(line)[: self.tokens], np.int64))
+            found.append(np.array(tokenizer.encode(line)[:tokens], np.int64))
             if len(found) == self.samples:
                 break
         return found

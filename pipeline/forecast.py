@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import OnnxsmithError, ResourceError
 from onnxsmith.free_memory import available_memory
+from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.model_size import ModelSize, loaded_size, model_size, why_unknown
 from onnxsmith.pipeline.recipe import Recipe
@@ -307,6 +308,7 @@ def foresee(recipe: Recipe, destination: Path, *, base: Path | None = None, cach
         OnnxsmithError: A factory cannot be called.
     """
     source = ModelSource.parse(recipe.source, base=base)
+    recipe = fit_context(recipe, source)
     found = forecast_run(recipe, source, cached=cached, base=base)
     if found.peak is None and source.kind is SourceKind.FACTORY:
         from onnxsmith.exporters import load_torch

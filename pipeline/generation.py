@@ -244,7 +244,7 @@ def generate_texts(
     Raises:
         OnnxsmithError: The model is no decoder, or has no tokenizer.
     """
-    from onnxsmith.runtime import OrtBackend, generate, generate_batch
+    from onnxsmith.runtime import OrtBackend, generate, generate_batch, room_for
 
     if batch < 1:
         raise BadInputError("generate: --batch", got=str(batch), expected="at least 1")
@@ -279,7 +279,9 @@ def generate_texts(
             rows = [_ids(package, tokenizer, prompt, chat=chat, system=system) for prompt in part]
             streams = [TextStream(tokenizer, ids, stop) for ids in rows]
             ended = [False] * len(rows)
-            options = {"max_new_tokens": max_new_tokens, "stop": tokenizer.stop_ids, "sampling": sampling}
+            # They end where the model has no more positions.
+            most = room_for(session, rows, max_new_tokens)
+            options = {"max_new_tokens": most, "stop": tokenizer.stop_ids, "sampling": sampling}
             steps = (
                 generate_batch(session, rows, **options)
                 if speculation is None
@@ -295,7 +297,7 @@ def generate_texts(
                     break
             for prompt, stream, done in zip(part, streams, ended, strict=True):
                 stream.finish()
-                over = done or stream.ended or len(stream.ids) < max_new_tokens
+                over = done or stream.ended or len(stream.ids) < most
                 yield Generated(prompt, stream.text, len(stream.ids), "stop" if over else "length")
 
 

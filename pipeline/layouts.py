@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from onnxsmith.context_length import context_length
 from onnxsmith.environment import describe_environment
 from onnxsmith.package import TEXT_GENERATION, Component, ModelPackage, cache_is_shareable, cache_pairs
 from onnxsmith.pipeline.serving_scripts import dockerfile, inference_script
@@ -158,7 +159,7 @@ def genai_config(package: ModelPackage, graph: str) -> dict[str, Any]:
     eos = token("eos_token_id")
     first_eos = eos[0] if isinstance(eos, list) and eos else eos
     pad = token("pad_token_id")
-    context = _first(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len") or 2048
+    context = context_length(config) or 2048
     inputs = {spec.name for spec in component.inputs}
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -212,7 +213,7 @@ def _sentence_transformers_files(laid: Laid) -> Mapping[str, bytes]:
         for number, (path, kind) in enumerate(kinds)
     ]
     length = _json_of(laid.package, "tokenizer_config.json").get("model_max_length")
-    limit = _first(laid.config, "max_position_embeddings") or 512
+    limit = context_length(laid.config) or 512
     told = min(length, limit) if isinstance(length, int) else limit
     return {
         "modules.json": _json_bytes(modules),

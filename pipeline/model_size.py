@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.context_length import context_length
 from onnxsmith.errors import OnnxsmithError, require
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
@@ -48,6 +49,7 @@ class ModelSize:
         lazy: Whether the weights are in files that can be read one by one.
         recurrent: Elements in recurrent layers, which ONNX Runtime copies; 0 where nobody knows.
         pair: Whether it is an encoder with a decoder, whose graphs have the decoder's weights twice.
+        positions: How many a text model has; None where nothing says.
     """
 
     parameters: int
@@ -63,6 +65,7 @@ class ModelSize:
     lazy: bool = True
     recurrent: int = 0
     pair: bool = False
+    positions: int | None = None
 
 
 def model_size(source: ModelSource, *, task: str | None = None) -> ModelSize | None:
@@ -184,6 +187,7 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
         "width": width,
         "inner": first("intermediate_size", "d_ff", "encoder_ffn_dim", "n_inner", "hidden_dim") or 4 * width,
         "layers": first("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+        "positions": context_length(config),
     }
 
 
@@ -194,7 +198,8 @@ def _of_gguf(path: Path) -> ModelSize:
     shapes = {tensor.name: tensor.shape for tensor in gguf.tensors}
     stored = sum(tensor.nbytes for tensor in gguf.tensors)
     vocabulary = len(gguf.metadata.get("tokenizer.ggml.tokens") or ())
-    shape = _shape({}) | {"vocabulary": vocabulary}
+    told = gguf.metadata.get(f"{gguf.metadata.get('general.architecture')}.context_length")
+    shape = _shape({}) | {"vocabulary": vocabulary, "positions": told if isinstance(told, int) else None}
     return _of_shapes(shapes, stored, shape, decoder=True)
 
 

@@ -48,6 +48,7 @@ _MEASURED_BY: Mapping[str, str] = {
     "metric_drop_points": "task",
     "metric_drop_pct": "task",
     "latency_ms": "benchmark",
+    "p50_ms": "benchmark",
     "latency_vs_original": "benchmark",
     "peak_rss_mb": "benchmark",
 }
@@ -182,7 +183,7 @@ class PerplexitySpec(_Model):
     max_tokens: int = pydantic.Field(default=2048, ge=2)
     """Tokens used, from the beginning."""
     window: int = pydantic.Field(default=512, ge=2)
-    """Tokens in a window; each window starts from an empty cache."""
+    """Tokens in a window, each from an empty cache; by default the model's positions where it has fewer."""
     share: Share = (0.0, 1.0)
     """Part of these tokens that is used, from and to, as shares of the whole; cut between windows."""
 
@@ -191,7 +192,9 @@ class BenchmarkSpec(_Model):
     """How fast the variants are."""
 
     prompt_tokens: int = pydantic.Field(default=128, ge=1)
+    """Tokens of the prompt, or of the text; by default less where the model has fewer positions."""
     new_tokens: int = pydantic.Field(default=32, ge=2)
+    """Tokens generated after it (decoders); by default less where the model has fewer positions."""
     batch: int = pydantic.Field(default=1, ge=1)
     runs: int = pydantic.Field(default=5, ge=1)
     threads: int | None = pydantic.Field(default=None, ge=1)
@@ -246,7 +249,7 @@ class CalibrationSpec(_Model):
     samples: int = pydantic.Field(default=128, ge=1)
     """Samples used, from the beginning."""
     tokens: int = pydantic.Field(default=512, ge=2)
-    """Longest sample of a text: decoders take pieces of this length, other models lines."""
+    """Longest sample of a text (pieces for decoders, else lines); less where there are fewer positions."""
 
 
 class Budgets(_Model):
@@ -260,6 +263,8 @@ class Budgets(_Model):
     """Largest size of graph and weights, in MB (10**6 bytes)."""
     latency_ms: float | None = pydantic.Field(default=None, gt=0)
     """Highest median of one call; for decoders of one decoded token."""
+    p50_ms: float | None = pydantic.Field(default=None, gt=0)
+    """Another name of `latency_ms`; one of the two."""
     peak_rss_mb: float | None = pydantic.Field(default=None, gt=0)
     """Highest peak of resident memory of a process that runs the variant."""
     latency_vs_original: float | None = pydantic.Field(default=None, gt=0)
@@ -271,6 +276,12 @@ class Budgets(_Model):
     metric_drop_pct: dict[str, float] = pydantic.Field(default={})
     """Name of a metric to the percents of its value that may be lost against torch, or the original."""
 
+    @pydantic.model_validator(mode="after")
+    def _one_latency(self) -> Budgets:
+        if self.p50_ms is not None and self.latency_ms is not None:
+            raise _broken_rule(("p50_ms",), "latency_ms too", "one of them: they are the same")
+        return self
+
     def limits(self) -> dict[str, float]:
         """The budgets that are set, with one for each metric: ``accuracy_drop_points``."""
         found: dict[str, float] = {}
@@ -278,7 +289,7 @@ class Budgets(_Model):
             # `metric_drop_points: {accuracy: 1}` is `accuracy_drop_points`.
             suffix = key.removeprefix("metric")
             if suffix == key:
-                found[key] = value
+                found["latency_ms" if key == "p50_ms" else key] = value
             else:
                 found |= {f"{name}{suffix}": limit for name, limit in value.items()}
         return found

@@ -12,6 +12,7 @@ from onnxsmith.environment import describe_environment, usable_cpus
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.artifact_filling import fill_artifact
 from onnxsmith.pipeline.choosing import choose
+from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.forecast import Forecast, forecast_run, require_resources
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.records import created_at
@@ -80,6 +81,7 @@ def run_recipe(
     check_destination(destination, force=force or resume)
     check_report_place(failed)
     source = ModelSource.parse(recipe.source, base=base)
+    recipe = fit_context(recipe, source)
     with Workbench(
         recipe,
         source,

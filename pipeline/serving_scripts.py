@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from onnxsmith.context_length import context_of_files
 from onnxsmith.errors import BadInputError
 from onnxsmith.package import TEXT_GENERATION, ModelPackage, cache_pairs
 
@@ -151,4 +152,4 @@ def _number(package: ModelPackage, key: str, otherwise: int, *, file: str = "con
 def _length(package: ModelPackage) -> int:
     """The longest text: some models have a few positions that no token may take."""
     told = _number(package, "model_max_length", 512, file="tokenizer_config.json")
-    return min(told, _number(package, "max_position_embeddings", told))
+    return min(told, context_of_files(package.files) or told)

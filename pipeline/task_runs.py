@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxsmith.context_length import context_length
 from onnxsmith.errors import BadInputError, FeedError, UnknownNameError, require
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.pipeline.datasets import Dataset
@@ -345,11 +346,7 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _max_length(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> int:
-    limits = [
-        config.get("max_position_embeddings"),
-        config.get("n_positions"),
-        tokenizer.get("model_max_length"),
-    ]
+    limits = [context_length(config), tokenizer.get("model_max_length")]
     return min([_DEFAULT_LENGTH, *(int(n) for n in limits if isinstance(n, int | float) and 1 < n < 1e9)])
 
 

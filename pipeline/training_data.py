@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.context_length import context_length
 from onnxsmith.errors import BadInputError
 from onnxsmith.package import TEXT_GENERATION, ModelPackage
 from onnxsmith.pipeline.datasets import Dataset, load_dataset
@@ -195,7 +196,7 @@ class _Maker:
         self._where = loaded.source.text
         self._inputs, self._task = inputs, loaded.task
         self._pad = int(getattr(config, "pad_token_id", None) or 0)
-        limit = int(getattr(config, "max_position_embeddings", 0) or max_length)
+        limit = context_length(config.to_dict()) or max_length
         self._length = min(max_length, limit)
         self._names = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
         self._values = int(getattr(config, "num_labels", 0) or 0) == 1

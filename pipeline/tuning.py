@@ -16,6 +16,7 @@ from typing import Any
 from onnxsmith.errors import BadInputError, LackingError, OnnxsmithError, SourceError, require
 from onnxsmith.package_io import MANIFEST_NAME
 from onnxsmith.pipeline.artifact import to_plain, verify_artifact
+from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.recipe import Recipe, load_recipe
 from onnxsmith.pipeline.run import report_nothing, run_recipe
@@ -126,6 +127,7 @@ def tune_recipe(
             remedy="`onnxsmith run` makes what a recipe says",
         )  # fmt: skip
     require("optuna", purpose="onnxsmith tune")
+    recipe = fit_context(recipe, ModelSource.parse(recipe.source, base=base))
     name = destination.name or destination.resolve().name
     directory = (store or destination.with_name(f"{name}.tune")).absolute()
     directory.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         open_components,
     )
     from onnxsmith.runtime.divergence import Blame, Divergence
-    from onnxsmith.runtime.generation import generate, generate_batch
+    from onnxsmith.runtime.generation import generate, generate_batch, room_for
     from onnxsmith.runtime.ort_session import OrtSession
     from onnxsmith.runtime.placement import Placement, Requirement, check_requirements, requirements_of
     from onnxsmith.runtime.providers import (
@@ -83,6 +83,7 @@ __all__ = [
     "reference_outputs",
     "requirements_of",
     "resolve_provider",
+    "room_for",
     "value_limits",
 ]
 
@@ -116,6 +117,7 @@ _HOMES: Mapping[str, tuple[str, ...]] = {
     "generation": (
         "generate",
         "generate_batch",
+        "room_for",
     ),
     "ort_session": ("OrtSession",),
     "placement": (

@@ -13,7 +13,7 @@ from onnxsmith.runtime.sampling import Sampler, SamplingSettings
 from onnxsmith.runtime.session import Session
 from onnxsmith.runtime.speculation import LookupSettings, speculative_calls
 
-__all__ = ["generate", "generate_batch"]
+__all__ = ["generate", "generate_batch", "room_for"]
 
 # The cache is made for at most so many tokens at once; it grows where a text gets longer.
 _MAX_RESERVED_TOKENS = 4096
@@ -33,17 +33,17 @@ def generate(
     Args:
         session: An open decoder.
         prompt: Token ids; at least one.
-        max_new_tokens: Upper bound of tokens.
+        max_new_tokens: Upper bound of tokens; the text ends too where the model has no more positions.
         stop: Tokens that end the text; they are not given back.
         sampling: How tokens are chosen; greedy where None.
         speculation: Whether calls of the model check guesses of several tokens, and how those are made; see
             ``runtime.speculation``. The text stays the same.
 
     Raises:
-        BadInputError: The prompt is empty.
+        BadInputError: The prompt is empty, or longer than the model can read.
     """
     if speculation is not None:
-        _require_tokens([prompt])
+        max_new_tokens = room_for(session, [prompt], max_new_tokens)
         room = len(prompt) + min(max_new_tokens, _MAX_RESERVED_TOKENS) + speculation.tokens
         decoder = open_decoder(session, capacity=room)
         sampler = Sampler(sampling or SamplingSettings(), [prompt])
@@ -75,7 +75,8 @@ def generate_batch(
     Args:
         session: An open decoder.
         prompts: Token ids; at least one for each row.
-        max_new_tokens: Upper bound of tokens for each row.
+        max_new_tokens: Upper bound of tokens for each row; all rows end where the longest one has no more
+            positions.
         stop: Tokens that end a row; they are not given back.
         sampling: How tokens are chosen; greedy where None.
 
@@ -83,9 +84,9 @@ def generate_batch(
         The next token of each row; None for rows that have ended.
 
     Raises:
-        BadInputError: A prompt is empty.
+        BadInputError: A prompt is empty, or longer than the model can read.
     """
-    _require_tokens(prompts)
+    max_new_tokens = room_for(session, prompts, max_new_tokens)
     longest = max(len(prompt) for prompt in prompts)
     decoder = open_decoder(session, capacity=longest + min(max_new_tokens, _MAX_RESERVED_TOKENS))
     sampler = Sampler(sampling or SamplingSettings(), list(prompts))
@@ -100,6 +101,32 @@ def generate_batch(
             return
         yield [None if done else int(token) for done, token in zip(ended, chosen, strict=True)]
         tokens, mask = chosen[:, None], np.ones((len(prompts), 1), np.bool_)
+
+
+def room_for(session: Session, prompts: Sequence[list[int]], max_new_tokens: int) -> int:
+    """How many tokens may follow the prompts of a batch: no more than the model has positions for.
+
+    Args:
+        session: An open decoder.
+        prompts: Token ids of each row.
+        max_new_tokens: Upper bound.
+
+    Raises:
+        BadInputError: There is no prompt, or one is empty, or longer than the model can read.
+    """
+    _require_tokens(prompts)
+    if session.positions is None:
+        return max_new_tokens
+    longest = max(len(prompt) for prompt in prompts)
+    if longest >= session.positions:
+        raise BadInputError(
+            session.name,
+            got=f"a prompt of {longest} tokens",
+            expected=f"at most {session.positions - 1}: it has {session.positions} positions for prompt and "
+            "answer together",
+            remedy="Shorten the prompt",
+        )
+    return min(max_new_tokens, session.positions - longest)
 
 
 def _require_tokens(prompts: Sequence[list[int]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxsmith.context_length import POSITIONS
 from onnxsmith.errors import ModelFileError, ProviderUnavailableError, require
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.graph_file import GraphFile
@@ -108,6 +109,7 @@ class OrtSession(Session):
         self.cache_scales = self._graph.cache_scales
         self.most_alike = self._graph.most_alike
         self.rows_interact = self._graph.rows_interact
+        self.positions = self.limits.get(POSITIONS)
 
     @property
     def ort_session(self) -> Any:

@@ -51,8 +51,9 @@ def round_of(session: Session, settings: Mapping[str, Any], limits: Mapping[str,
         limits: For integer inputs, one above the highest valid value.
 
     Raises:
-        BadInputError: CUDA graphs of a decoder.
+        BadInputError: CUDA graphs of a decoder; or more tokens than the model can read.
     """
+    _require_positions(session, settings)
     if session.cache:
         if settings.get("cuda_graph"):
             raise BadInputError(
@@ -63,6 +64,20 @@ def round_of(session: Session, settings: Mapping[str, Any], limits: Mapping[str,
             )
         return LlmRound(session, settings, limits)
     return PlainRound(session, settings, limits)
+
+
+def _require_positions(session: Session, settings: Mapping[str, Any]) -> None:
+    if session.positions is None:
+        return
+    prompt = len(settings.get("prompt") or ()) or settings["prompt_tokens"]
+    more = settings["new_tokens"] if session.cache else 0
+    if prompt + more > session.positions:
+        raise BadInputError(
+            session.name,
+            got=f"{prompt} tokens" + (f" and {more} new ones" if more else ""),
+            expected=f"at most {session.positions} together, its positions",
+            remedy=f"Measure it with {max(session.positions - more, 1)} prompt tokens or fewer",
+        )
 
 
 class LlmRound(Round):

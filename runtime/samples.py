@@ -6,13 +6,14 @@ import dataclasses
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxsmith.context_length import POSITIONS, context_of_files
 from onnxsmith.errors import FeedError
 from onnxsmith.package import ModelPackage, TensorSpec
 from onnxsmith.runtime.session import Array, Session
@@ -99,7 +100,8 @@ def cases_for(
 
     Args:
         reference: The model that is right; its signature says which inputs there are.
-        limits: For integer inputs, one above the highest valid value.
+        limits: For integer inputs, one above the highest valid value; that of ``position_ids`` bounds how
+            long inputs are.
         samples: How many cases; all kinds where None.
         seed: Of the random numbers.
         sizes: (batch, other dynamic axes), for one case of that size.
@@ -109,9 +111,10 @@ def cases_for(
     random = np.random.default_rng(seed)
     if reference.cache:
         decoder_shapes = ((sizes[0], 0, sizes[1], 0),) if sizes else _DECODER_SHAPES
-        for shape in decoder_shapes[:samples]:
+        for shape in _within(decoder_shapes[:samples], limits.get(POSITIONS)):
             yield _decoder_case(reference, limits, random, *shape)
         return
+    bounds = {**_length_limits(reference.inputs, limits), **(axis_limits or {})}
     known: set[tuple[int, ...]] = set()
     for number, (first, rest) in enumerate((sizes,) if sizes else _PLAIN_SHAPES[:samples]):
         found: dict[str, int] = {}
@@ -122,7 +125,7 @@ def cases_for(
             random=random,
             first=first,
             rest=rest,
-            axis_limits=axis_limits or {},
+            axis_limits=bounds,
             fixed=fixed or {},
             pad=number == 4,
         )
@@ -133,6 +136,31 @@ def cases_for(
         known.add(made)
         described = " ".join(f"{name}={size}" for name, size in found.items()) or "fixed shapes"
         yield Case(described + (" right-padding" if tokens is not None else ""), feeds, tokens)
+
+
+def _within(
+    shapes: Sequence[tuple[int, int, int, int]], positions: int | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """Decoder shapes that a model of so many positions can take, each once."""
+    known: set[tuple[int, int, int, int]] = set()
+    for batch, past, new, padding in shapes:
+        fitting = (batch, past, new, padding)
+        if positions is not None:
+            tokens = min(new, positions - 1 if past else positions)
+            before = min(past, positions - tokens)
+            fitting = (batch, before, tokens, min(padding, before + tokens - 1))
+        if fitting not in known:
+            known.add(fitting)
+            yield fitting
+
+
+def _length_limits(
+    inputs: tuple[TensorSpec, ...], limits: Mapping[str, int]
+) -> dict[str, tuple[int, int | None]]:
+    """The axis of tokens, and how long it may be, where that is known."""
+    ids = next((spec for spec in inputs if spec.name == "input_ids"), None)
+    axis = ids.shape[1] if ids is not None and ids.shape and len(ids.shape) == 2 else None
+    return {axis: (1, limits[POSITIONS])} if isinstance(axis, str) and POSITIONS in limits else {}
 
 
 def decoder_feeds(
@@ -304,7 +332,8 @@ def value_limits(package: ModelPackage) -> dict[str, int]:
     """For each integer input of the package, one above the highest value that its tables can be indexed with.
 
     Found from the Gather nodes that an input leads to, so it holds for graphs of any origin; else from
-    ``vocab_size`` in config.json.
+    ``vocab_size`` in config.json. ``position_ids`` is there for every model whose configuration says how
+    many positions it has, whether it has the input or finds positions itself.
     """
     limits: dict[str, int] = {}
     for component in package.components.values():
@@ -317,6 +346,9 @@ def value_limits(package: ModelPackage) -> dict[str, int]:
         vocabulary = json.loads(package.files["config.json"]).get("vocab_size")
         if isinstance(vocabulary, int):
             limits["input_ids"] = vocabulary
+    context = context_of_files(package.files)
+    if context is not None and "input_ids" in limits:
+        limits[POSITIONS] = min(context, limits.get(POSITIONS, context))
     return limits
 
 

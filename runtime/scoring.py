@@ -125,6 +125,9 @@ def score_texts(
 
     Yields:
         The windows, the longest first; those of a text in their order.
+
+    Raises:
+        BadInputError: A window is longer than the model can read.
     """
     windows = [
         (number, part)
@@ -132,6 +135,14 @@ def score_texts(
         for part in (tokens[begin : begin + window] for begin in range(0, len(tokens), window))
         if len(part) >= 2
     ]
+    longest = max((len(part) for _, part in windows), default=0)
+    if session.positions is not None and longest > session.positions:
+        raise BadInputError(
+            session.name,
+            got=f"a window of {longest} tokens",
+            expected=f"at most {session.positions}, its positions",
+            remedy="Take a shorter window",
+        )
     windows.sort(key=lambda item: -len(item[1]))
     for group in _calls(session, windows, batch):
         ids, mask = _padded([part for _, part in group], rows=_fixed_rows(session) or len(group))
@@ -210,7 +221,8 @@ def perplexity(
         on_window: Called with the number of windows done.
 
     Raises:
-        BadInputError: The text or the window is shorter than two tokens, or the result is not a number.
+        BadInputError: The text or the window is shorter than two tokens, the window is longer than the model
+            can read, or the result is not a number.
     """
     if window < 2:
         raise BadInputError("perplexity: window", got=str(window), expected="at least two tokens")

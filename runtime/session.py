@@ -31,6 +31,7 @@ class Session(abc.ABC):
         most_alike: Calls of up to so many positions are computed alike, longer ones in another way; None
             where all are computed alike.
         rows_interact: Whether what a row gives depends on the other rows of its batch.
+        positions: How many it has, for prompt and continuation together; None where nothing says.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -40,6 +41,7 @@ class Session(abc.ABC):
     cache_scales: Mapping[str, Array] = {}
     most_alike: int | None = None
     rows_interact: bool = False
+    positions: int | None = None
 
     @property
     def cache(self) -> tuple[CachePair, ...]:

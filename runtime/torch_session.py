@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxsmith.context_length import POSITIONS
 from onnxsmith.errors import ProviderUnavailableError, require
 from onnxsmith.program import TorchProgram
 from onnxsmith.runtime.session import Array, Session
@@ -38,6 +39,7 @@ class TorchSession(Session):
         self.outputs = program.outputs
         self.provider = "torch.compile" if compiled else "torch"
         self.name = program.name
+        self.positions = program.limits.get(POSITIONS)
 
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
         assert self._program is not None, "the session is closed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from onnxsmith.context_length import POSITIONS
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.decoding import Decoder, Mask, Tokens
 from onnxsmith.runtime.graph_file import GraphFile
@@ -51,6 +52,7 @@ class WorkerSession(Session):
         self.cache_scales = self._graph.cache_scales
         self.most_alike = self._graph.most_alike
         self.rows_interact = self._graph.rows_interact
+        self.positions = self._graph.limits.get(POSITIONS)
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")

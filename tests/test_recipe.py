@@ -11,6 +11,7 @@ import pytest
 from onnxsmith import Recipe, load_recipe
 from onnxsmith.errors import RecipeError, UnknownNameError
 from onnxsmith.pipeline.arguments import pass_spec
+from onnxsmith.pipeline.recipe import Budgets
 
 SMALL = """\
 schema_version: 1
@@ -35,6 +36,10 @@ def written(tmp_path: Path, text: str, name: str = "recipe.yaml") -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_median_has_two_names() -> None:
+    assert Budgets(p50_ms=3).limits() == Budgets(latency_ms=3).limits() == {"latency_ms": 3}
 
 
 def test_a_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
@@ -145,6 +150,14 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, old: str, new: str
         (
             "budgets: {perplexity_increase_pct: 2}",
             r"budgets\.perplexity_increase_pct: no evaluation\.perplexity",
+        ),
+        (
+            "budgets: {p50_ms: 2, latency_ms: 2}",
+            r"budgets\.p50_ms: latency_ms too; expected one of them",
+        ),
+        (
+            "budgets: {p50_ms: 2}\nevaluation: {benchmark: null}",
+            r"budgets\.p50_ms: no evaluation\.bench",
         ),
         (
             "budgets: {latency_ms: 2}\nevaluation: {benchmark: null}",
