@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,11 @@ def _archive(directory: Path) -> str:
     parts = [
         torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.ReLU()) for a, b in itertools.pairwise(sizes)
     ]
-    rows = {"x": {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(
         torch.nn.Sequential(*parts).eval(),
         (torch.zeros(3, 1024),),
         dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
     )
-    del rows
     torch.export.save(program, directory / "model.pt2")
     return str(directory / "model.pt2")
 
@@ -177,6 +176,7 @@ def measure(name: str, *, cached: bool) -> dict[str, Any]:
             "name": name, "cached": cached, "fitted": fitted, "parameters": report["source"]["parameters"],
             "forecast": report.get("forecast"), "note": report["steps"][0]["note"], "steps": peaks,
             "measured_mb": max(peaks.values()), "workers": workers, "disk_mb": disk.peak_bytes / 1e6,
+            "disk_parts_mb": {part: size / 1e6 for part, size in disk.parts.most_common(12)},
             "verdict": report["verdict"], "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
@@ -186,6 +186,7 @@ class _Disk:
 
     def __init__(self, directory: Path) -> None:
         self.peak_bytes = 0
+        self.parts: Counter[str] = Counter()
         self._directory = directory
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -200,7 +201,9 @@ class _Disk:
     def _watch(self) -> None:
         while not self._ended.wait(0.2):
             seen: dict[int, int] = {}
+            parts: dict[int, str] = {}
             for folder, _, files in os.walk(self._directory):
+                part = "/".join(Path(folder).relative_to(self._directory).parts[:3])
                 for file in files:
                     try:
                         found = os.lstat(os.path.join(folder, file))
@@ -208,7 +211,11 @@ class _Disk:
                         continue
                     # A file with two names is there once; one with holes has what it fills.
                     seen[found.st_ino] = found.st_blocks * 512
-            self.peak_bytes = max(self.peak_bytes, sum(seen.values()))
+                    parts[found.st_ino] = part
+            if sum(seen.values()) > self.peak_bytes:
+                self.peak_bytes, self.parts = sum(seen.values()), Counter()
+                for inode, part in parts.items():
+                    self.parts[part] += seen[inode]
 
 
 def page() -> str:

@@ -79,10 +79,10 @@ class RecipeText:
         try:
             found.data = fill_environment(found.data)
         except PlaceholderError as error:
-            raise _unfilled(error, found._where(error.place)) from None
+            raise _unfilled(error, found.where(error.place)) from None
         if not extends or "extends" not in found.data:
             return found
-        where = found._where(["extends"])
+        where = found.where(["extends"])
         name = found.data.pop("extends")
         if name is None:
             # So a recipe that was written from its model says that it extends nothing.
@@ -167,7 +167,7 @@ class RecipeText:
         # A rule about several keys knows which of them is to blame, and what it says.
         rule = first.get("ctx", {}) if first["type"] == "rule" else {}
         location = [*_place(first["loc"]), *rule.get("at", ())]
-        where = f"{self._where(location)}: {'.'.join(map(str, location)) or 'recipe'}"
+        where = f"{self.where(location)}: {'.'.join(map(str, location)) or 'recipe'}"
         count = len(errors) - 1
         more = f"({count} more error{'s' if count > 1 else ''})" if count else None
         if first["type"] == "extra_forbidden":
@@ -188,15 +188,19 @@ class RecipeText:
             return RecipeError(where, got=f"the key {_shown(first['input'])}", expected="text", remedy=more)
         return RecipeError(where, got=_shown(first["input"]), expected=_wanted(first), remedy=more)
 
-    def _where(self, location: Sequence[int | str]) -> str:
-        """The override that a place comes from, or else its line in the file."""
+    def where(self, location: Sequence[int | str]) -> str:
+        """The override that a place comes from, or else its line in the file.
+
+        Args:
+            location: Keys and indices that lead to it.
+        """
         parts = tuple(str(part) for part in location)
         for place, text in reversed(self.overrides.items()):
             if parts[: len(place)] == place:
                 return f"--set {text}"
         # An extended file is to blame for what only it says.
         if self.extended is not None and not _stands(self.own, location) and self.extended._says(location):
-            return self.extended._where(location)
+            return self.extended.where(location)
         return str(self.path) if self.tree is None else f"{self.path}, line {_line_of(self.tree, location)}"
 
     def _says(self, location: Sequence[int | str]) -> bool:
@@ -392,7 +396,13 @@ def _wanted(error: Any) -> str:
     if error["type"] in _KINDS:
         return _KINDS[error["type"]]
     message = str(error["msg"])
-    for start in ("Value error, ", "Input should be ", "String should have ", "Tuple should have "):
+    for start in (
+        "Value error, ",
+        "Input should be ",
+        "String should have ",
+        "Tuple should have ",
+        "List should have ",
+    ):
         message = message.removeprefix(start)
     return message.split(" after validation")[0]
 

@@ -17,7 +17,7 @@ from onnxsmith.free_memory import available_memory
 from onnxsmith.pipeline.batch_jobs import Job, expand_jobs, load_batch
 from onnxsmith.pipeline.batch_worker import Attempt, run_attempt
 from onnxsmith.pipeline.run_steps import user_cache
-from onnxsmith.pipeline.staging import write_beside
+from onnxsmith.pipeline.staging import destination_error, write_beside
 from onnxsmith.progress import Progress
 
 __all__ = ["EXECUTORS", "BatchResult", "JobResult", "run_batch"]
@@ -110,6 +110,7 @@ def run_batch(
 
     Raises:
         RecipeError: The list cannot be read.
+        DestinationError: The output cannot be written.
         UnknownNameError: No such executor.
         MissingDependencyError: Ray is asked for and not installed.
     """
@@ -124,7 +125,10 @@ def run_batch(
     target = (output or Path(spec.output)).absolute()
     jobs = expand_jobs(spec, base=jobs_file.absolute().parent, output=target)
     state = target / _STATE
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise destination_error(error, target) from error
     results: dict[str, JobResult] = {}
     with (progress or Progress()).step("batch", len(jobs)) as step:
         waiting = []

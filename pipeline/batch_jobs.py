@@ -45,7 +45,7 @@ class JobSpec(_Model):
     """A recipe, relative to this file."""
     set: dict[str, Any] = {}
     """Keys of the recipe with dots between their parts, and what to put there."""
-    matrix: dict[str, list[Any]] = {}
+    matrix: dict[str, Annotated[list[Any], pydantic.Field(min_length=1)]] = {}
     """The same with several values each: one job for each combination."""
     retries: int | None = pydantic.Field(default=None, ge=0, le=10)
     """How often a job is started again that crashed or took too long; the batch's own where absent."""
@@ -103,10 +103,12 @@ def load_batch(path: Path) -> BatchSpec:
         spec = BatchSpec.model_validate(text.data)
     except pydantic.ValidationError as error:
         raise text.explain(error, BatchSpec) from error
-    names = [job.name for job in spec.jobs]
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(f"{path}: job {name}", got="two jobs of this name", expected="unique names")
+    seen: set[str] = set()
+    for number, job in enumerate(spec.jobs):
+        if job.name in seen:
+            where = f"{text.where(['jobs', number, 'name'])}: jobs.{number}.name"
+            raise RecipeError(where, got=f"a second job named {job.name!r}", expected="unique names")
+        seen.add(job.name)
     return spec
 
 

@@ -19,6 +19,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline._recipe_text import RecipeText
 from onnxsmith.pipeline.recipe_base import RecipeModel as _Model
 from onnxsmith.pipeline.recipe_base import broken_rule as _broken_rule
+from onnxsmith.pipeline.recipe_names import check_names
 from onnxsmith.pipeline.recipe_placeholders import combinations, fill_matrix, matrix_keys, slug
 from onnxsmith.pipeline.training_recipe import TrainingSpec
 from onnxsmith.pipeline.tuning_space import TuneSpec, alternatives
@@ -417,6 +418,9 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         text.override(override)
     try:
-        return Recipe.model_validate(text.data)
+        recipe = Recipe.model_validate(text.data)
     except pydantic.ValidationError as error:
         raise text.explain(error, Recipe) from error
+    # A matrix is many variants of one entry.
+    check_names(text, recipe, [Variant.model_validate(entry) for entry in text.data.get("variants", ())])
+    return recipe

@@ -22,7 +22,14 @@ try:
 except ImportError:  # pragma: no cover - Windows: no locks, so nothing that may be alive is ever removed
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_destination", "check_report_place", "require_space", "staged_directory", "write_beside"]
+__all__ = [
+    "check_destination",
+    "check_report_place",
+    "destination_error",
+    "require_space",
+    "staged_directory",
+    "write_beside",
+]
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-\w+")
 _REPORT_FILES = frozenset({"report.json", "report.html"})
@@ -53,7 +60,7 @@ def check_destination(destination: Path, *, force: bool) -> None:
         with tempfile.TemporaryDirectory(prefix=".onnxsmith-", dir=existing):
             pass
     except OSError as error:
-        raise _destination_error(error, destination) from error
+        raise destination_error(error, destination) from error
 
 
 def _check_content(destination: Path, *, force: bool) -> None:
@@ -188,7 +195,7 @@ def check_report_place(directory: Path) -> None:
         if ours or not (directory.exists() or directory.is_symlink()):
             return
     except OSError as error:
-        raise _destination_error(error, directory) from error
+        raise destination_error(error, directory) from error
     raise DestinationError(
         str(directory),
         got="something that is not the report of a failed run",
@@ -228,7 +235,7 @@ def _errors_of(destination: Path) -> Iterator[None]:
     except OSError as error:
         # A missing file of the work itself is none of the destination's business.
         if error.errno in _FULL or (error.errno in _REFUSED and _is_below(error, destination.parent)):
-            raise _destination_error(error, destination) from error
+            raise destination_error(error, destination) from error
         raise
 
 
@@ -342,7 +349,8 @@ def _umask() -> int:
     return umask
 
 
-def _destination_error(error: OSError, destination: Path) -> OnnxsmithError:
+def destination_error(error: OSError, destination: Path) -> OnnxsmithError:
+    """What to raise where an output could not be written: a full disk is another matter than permission."""
     if error.errno in _FULL:
         return ResourceError(
             str(destination),

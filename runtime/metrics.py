@@ -66,6 +66,17 @@ class Metric:
     resamples: int = 1000
 
 
+def require_metric(name: str) -> None:
+    """Looks whether there is a metric of this name, of whatever kind.
+
+    Raises:
+        UnknownNameError: No such metric.
+    """
+    known = {metric.name for metric in METRICS.values()} | set(_ALIASES)
+    if name not in known:
+        raise UnknownNameError("metric", name=name, known=known, kind="metric")
+
+
 def metric_named(name: str, kind: Kind) -> Metric:
     """A metric for predictions of some kind.
 

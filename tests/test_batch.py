@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import heed_interrupts
 
 from onnxsmith import verify_artifact
-from onnxsmith.errors import BadInputError, RecipeError, UnknownNameError
+from onnxsmith.errors import BadInputError, DestinationError, RecipeError, UnknownNameError
 from onnxsmith.pipeline.batch import _Room, run_batch
 from onnxsmith.pipeline.batch_jobs import expand_jobs, load_batch
 
@@ -241,7 +241,11 @@ def test_a_job_ends_with_the_batch_even_if_that_is_killed(work: Path) -> None:
         ),
         (
             "schema_version: 1\njobs: [{name: a, recipe: r.yaml}, {name: a, recipe: r.yaml}]\n",
-            r"job a: two jobs of this name; expected unique names",
+            r"line 2: jobs\.1\.name: a second job named 'a'; expected unique names",
+        ),
+        (
+            "schema_version: 1\njobs:\n- {name: a, recipe: r.yaml, matrix: {seed: []}}\n",
+            r"line 3: jobs\.0\.matrix\.seed: \[\]; expected at least 1 item",
         ),
         (
             "schema_version: 1\njobs: [{name: ../a, recipe: r.yaml}]\n",
@@ -254,6 +258,12 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path, text: str, message: str)
     with pytest.raises(RecipeError, match=message):
         run_batch(tmp_path / "jobs.yaml", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused(work: Path) -> None:
+    (work / "taken").write_text("")
+    with pytest.raises(DestinationError, match="taken: cannot be written: Not a directory"):
+        run_batch(write(work, job("a")), output=work / "taken")
 
 
 def test_wrong_options_are_refused(work: Path) -> None:

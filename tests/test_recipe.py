@@ -248,11 +248,12 @@ def test_a_wrong_override_is_named_as_it_was_given(tmp_path: Path, override: str
 
 
 def test_an_unknown_preset_gets_a_suggestion(tmp_path: Path) -> None:
-    recipe = load_recipe(written(tmp_path, SMALL.replace("preset: clean", "preset: cpu-int5")))
+    recipe = load_recipe(written(tmp_path, SMALL))
+    variant = recipe.variants[0].model_copy(update={"preset": "cpu-int5"})
     with pytest.raises(
         UnknownNameError, match=r"variant fp32: unknown preset 'cpu-int5'.*Did you mean 'cpu-int"
     ):
-        recipe.variants[0].specs()
+        variant.specs()
 
 
 def test_several_errors_are_counted(tmp_path: Path) -> None:
@@ -408,3 +409,55 @@ def test_an_unset_variable_of_an_extended_recipe_is_where_it_stands(
     child = written(tmp_path, "extends: base.yaml\nname: other\n", "child.yaml")
     with pytest.raises(RecipeError, match=r"base\.yaml, line 3: source: the environment variable MODELS"):
         load_recipe(child)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("preset: cpu-fp23", r"line 5: variants\.0\.preset: unknown preset 'cpu-fp23'.*'cpu-fp32'\?"),
+        ("passes:\n      - cleanup\n      - quantise_weights",
+         r"line 7: variants\.0\.passes\.1: unknown pass 'quantise_weights'.*'quantize_weights'\?"),
+        ("passes:\n      - quantize_weights:\n          bits: 4\n          block_sise: 32",
+         r"line 8: variants\.0\.passes\.0\.quantize_weights\.block_sise: unknown.*'block_size'\?"),
+        ("passes:\n      - cleanup\n      - quantize_weights:\n          bits: four",
+         r"line 8: variants\.0\.passes\.1\.quantize_weights\.bits: 'four'; expected 2, 4 or 8"),
+        ("passes: [{quantize_weights: {bits: \"${matrix:b}\"}}]\n    matrix: {b: [4, 5]}",
+         r"line 5: variants\.0\.passes\.0\.quantize_weights\.bits: 5; expected 2, 4 or 8"),
+    ],
+)  # fmt: skip
+def test_passes_that_do_not_exist_are_found_with_their_lines(
+    tmp_path: Path, entry: str, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"schema_version: 1\nname: x\nsource: a:b\nvariants:\n  - {entry}\n    name: v\n")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_an_override_is_to_blame_for_its_pass(tmp_path: Path) -> None:
+    path = written(tmp_path, SMALL)
+    with pytest.raises(RecipeError, match=r"--set variants\.fp32\.preset=cpu: variants\.0\.preset: unknown"):
+        load_recipe(path, overrides=["variants.fp32.preset=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("task: text-generatoin", r"line 7: task: unknown task.*'text-generation'\?"),
+        ("provider: cuda9", r"line 7: provider: unknown execution provider.*'cuda'\?"),
+        ("provider: 'cpu9:arena=1'", r"line 7: provider: unknown execution provider"),
+        ("evaluation:\n  task:\n    data: x.csv\n    metrics: [f1, acuracy]",
+         r"line 10: evaluation\.task\.metrics\.1: unknown metric 'acuracy'.*'accuracy'\?"),
+        ("evaluation: {task: {data: x.csv}}\nbudgets:\n  metric_drop_pct: {acuracy: 1}",
+         r"line 9: budgets\.metric_drop_pct\.acuracy: unknown metric"),
+    ],
+)  # fmt: skip
+def test_names_are_looked_up_before_any_work(tmp_path: Path, more: str, message: str) -> None:
+    text = "schema_version: 1\nname: x\nsource: a:b\nvariants:\n  - name: v\n    preset: clean\n"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(tmp_path, f"{text}{more}\n"))
+
+
+def test_a_provider_that_is_not_here_may_stand_in_a_recipe(tmp_path: Path) -> None:
+    for name in ("cuda", "tensorrt:trt_fp16_enable=1", "mine@/nowhere/lib.so"):
+        assert load_recipe(written(tmp_path, SMALL + f"provider: '{name}'\n")).provider == name

@@ -430,6 +430,6 @@ def test_without_optuna_the_message_says_what_to_install(
 
 def test_too_little_text_to_hold_some_out_is_an_error(tiny_llama_dir: Path, work: Path) -> None:
     plain = plain_recipe(tiny_llama_dir)
-    plain["evaluation"]["perplexity"]["window"] = 512
+    plain["evaluation"]["perplexity"]["window"] = 256
     with pytest.raises(BadInputError, match=r"no window from 0% to .*Take more max_tokens"):
         tuned(plain, work)
