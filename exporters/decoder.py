@@ -175,8 +175,8 @@ def _trace_decoder(
             except ExportError as error:
                 if attention == "fused":
                     raise
-                # Without the remedy, which is what is done next.
-                details["why_not_fused"] = f"{error.where}: {error.got}; expected {error.expected}."
+                # Without the remedy, which is what happens next.
+                details["why_not_fused"] = error.reason
             else:
                 return model, {"attention": "GroupQueryAttention"} | traced
         if opset is not None and opset >= FIRST_OPSET:

@@ -13,6 +13,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
 from onnxsmith.graph_passes.folding import constants_as_tensors, fold_constants, local_rules
+from onnxsmith.graph_passes.rule_dispatch import rules_by_operator
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
     only_small_constants,
@@ -130,7 +131,8 @@ class Cleanup(GraphPass):
                     should_fold=self._should_fold,
                 )
             release_dead_users(model)
-            rules.apply_to_model(model)
+            with rules_by_operator():
+                rules.apply_to_model(model)
             if model.opset_imports.get("", 0) < 12:
                 constants_as_tensors(model)
         ir.passes.Sequential(

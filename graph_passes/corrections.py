@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.attention_guards import guard_biases, guard_results
 from onnxsmith.graph_passes.matching import constant_integers
+from onnxsmith.graph_passes.near_misses import NearMisses
+from onnxsmith.graph_passes.rule_dispatch import rules_by_operator
 
 __all__ = ["corrected_onnxscript"]
 
@@ -20,7 +22,7 @@ _ABSENT = object()
 
 
 @contextlib.contextmanager
-def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
+def corrected_onnxscript(model: ir.Model, near: NearMisses | None = None) -> Iterator[None]:
     """Corrects onnxscript for one model, in one thread at a time.
 
     - Its folding of SplitToSequence fails where the size of the parts is a number that is not known yet,
@@ -31,11 +33,13 @@ def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
       GroupQueryAttention itself.
     - Those into MultiHeadAttention take a rotation of a part of each head for one of the whole, whatever
       Reshape comes after attention for one to rows, and whatever is added to a projection for a bias.
-    - It asks every rule about every node, and a rule with several outputs then indexes the whole graph. A
-      rule about another operator is told no at once, which is most of the time that fusion takes.
+    - It asks every rule about every node: see ``rules_by_operator``.
+
+    Args:
+        model: The model.
+        near: Told of what was nearly fused, and of fusions that are not made.
     """
     from onnxscript.optimizer import _constant_folding
-    from onnxscript.rewriter import _matcher
     from onnxscript.rewriter.ort_fusions import _core
 
     evaluators, own = _constant_folding.registry.op_evaluators, vars(_core)
@@ -48,17 +52,23 @@ def corrected_onnxscript(model: ir.Model) -> Iterator[None]:
     }
     if opset < 13:
         folded["", "ConcatFromSequence"] = []
-    fusions = {
+    fusions = {name: function for name, function in own.items() if name.startswith("fuse_")} | {
         "fuse_gqa": _fuse_nothing,
         "fuse_qkv_gqa": _fuse_nothing,
         "fuse_mha1": _after(guard_results, _unless_partly_rotated(own["fuse_mha1"])),
         "fuse_mha2": _unless_partly_rotated(own["fuse_mha2"]),
         "fuse_mha_bias": _after(guard_biases, own["fuse_mha_bias"]),
     }
+    del fusions["fuse_xformers"]
+    if near is not None:
+        fusions = {
+            name: _watched(function, near, name.removeprefix("fuse_")) for name, function in fusions.items()
+        }
+        fusions["rewrite"] = _watched(own["rewrite"], near, "other_rules")
     with _LOCK, contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(evaluators, folded))
         stack.enter_context(_replaced(own, fusions))
-        stack.enter_context(_operator_first(_matcher))
+        stack.enter_context(rules_by_operator(near))
         yield
 
 
@@ -74,24 +84,6 @@ def _replaced(mapping: Any, entries: Mapping[Any, Any]) -> Iterator[None]:
                 del mapping[key]
             else:
                 mapping[key] = value
-
-
-@contextlib.contextmanager
-def _operator_first(matching: Any) -> Iterator[None]:
-    matcher = matching.SimplePatternMatcher
-    match = matcher.match
-
-    def filtered(self: Any, model: Any, graph: Any, node: ir.Node, **options: Any) -> Any:
-        first = self.pattern.output_nodes[0]
-        if not first.op.matches(node.op_type) or not first.domain.matches(node.domain):
-            return matching._basics.MatchResult().fail("another operator", node)
-        return match(self, model, graph, node, **options)
-
-    matcher.match = filtered
-    try:
-        yield
-    finally:
-        matcher.match = match
 
 
 def _where_splits_are_known(fold: Callable[..., Any], opset: int) -> Callable[..., Any]:
@@ -111,6 +103,17 @@ def _where_splits_are_known(fold: Callable[..., Any], opset: int) -> Callable[..
         return None if opset < 18 and length % known[0] == 0 else fold(node, op, state)
 
     return guarded
+
+
+def _watched(function: Callable[..., Any], near: NearMisses, name: str) -> Callable[..., Any]:
+    def watched(*arguments: Any, **options: Any) -> Any:
+        near.fusion = name
+        try:
+            return function(*arguments, **options)
+        finally:
+            near.fusion = None
+
+    return watched
 
 
 def _fuse_nothing(model: ir.Model, *, debug: bool = False) -> int:

@@ -1,13 +1,13 @@
 """Constant folding and local rewrites of onnxscript, so that each node costs a bounded and small amount.
 
 Both are onnxscript's own. What is added here decides what they need not do: infer the same types again from
-equal operands, look into a node that no rule and no constant concerns, try a rule of another operator.
+equal operands, look into a node that no rule and no constant concerns.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -174,51 +174,4 @@ def local_rules(opset: int) -> Any:
     rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
     # It writes the attribute allowzero, whatever the operator set.
     rules = [rule for rule in rules if opset >= 14 or rule.name != "MaterializeReshapeShape"]
-    return rewriter.RewriteRuleSet([_ByOperator(rules)])  # type: ignore[list-item]
-
-
-class _ByOperator:
-    """Many rules as one, which tries on a node those whose pattern ends in its operator.
-
-    The matcher sets up a match for each pair of rule and node before it looks at the operator, which was
-    most of the time of the clean-up. What is asked of a rule after a match is answered by the one that did.
-    """
-
-    as_function = False
-
-    def __init__(self, rules: Sequence[Any]) -> None:
-        self._all = rules
-        self._matched = rules[0]
-        self._by_operator: dict[str, list[Any]] = {}
-
-    @property
-    def name(self) -> str | None:
-        """Of the rule that matched last: it is noted at the nodes that the rule made."""
-        return self._matched.name  # type: ignore[no-any-return]
-
-    @property
-    def remove_nodes(self) -> bool:
-        """Whether the rule that matched last takes the matched nodes away."""
-        return bool(self._matched.remove_nodes)
-
-    def graph_pre_visitor(self) -> None:
-        for rule in self._all:
-            if rule.graph_pre_visitor:
-                rule.graph_pre_visitor()
-
-    def graph_post_visitor(self) -> None:
-        for rule in self._all:
-            if rule.graph_post_visitor:
-                rule.graph_post_visitor()
-
-    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
-        rules = self._by_operator.get(node.op_type)
-        if rules is None:
-            rules = [rule for rule in self._all if rule._target_pattern.output_node.op.matches(node.op_type)]
-            self._by_operator[node.op_type] = rules
-        for rule in rules:
-            found = rule.try_rewrite(model, graph, node, **options)
-            if found is not None:
-                self._matched = rule
-                return found
-        return None
+    return rewriter.RewriteRuleSet(rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from onnxsmith.graph_passes.attention_guards import keep_cached_heads
 from onnxsmith.graph_passes.cleanup import operator_counts
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
+from onnxsmith.graph_passes.near_misses import NearMisses
 from onnxsmith.graph_passes.structure import (
     only_small_constants,
     release_dead_users,
@@ -19,12 +21,18 @@ from onnxsmith.graph_passes.structure import (
 )
 from onnxsmith.graph_passes.weights import join_concatenated_weights
 
-__all__ = ["FuseTransformer"]
+__all__ = ["DROPS_THE_MASK", "NOT_NEAR", "FuseTransformer"]
 
 # onnxscript's limit for folding. Larger constants are weights, and no pattern needs to look into them.
 _MAX_CONSTANT_ELEMENTS = 8192
 # The one operator of ONNX Runtime that is registered, by an old mistake, in ONNX's own domain.
 _MISPLACED = frozenset({"SimplifiedLayerNormalization"})
+# Said of a fusion for which there is nothing to do.
+NOT_NEAR = "nothing in the graph is near its pattern"
+DROPS_THE_MASK = (
+    "it would drop the attention mask; where the mask allows it, the exporter writes the operator"
+)
+_LEFT_OUT: Mapping[str, str] = {"gqa": DROPS_THE_MASK, "packed_qkv_for_gqa": DROPS_THE_MASK}
 
 
 class FuseTransformer(GraphPass):
@@ -42,8 +50,9 @@ class FuseTransformer(GraphPass):
         from onnxscript.rewriter import ort_fusions
 
         before, interface = operator_counts(model), signature(model)
+        near = NearMisses()
         with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
-            with corrected_onnxscript(model):
+            with corrected_onnxscript(model, near), near.collected():
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         heads = keep_cached_heads(model)
@@ -52,7 +61,13 @@ class FuseTransformer(GraphPass):
         joined = join_concatenated_weights(model, min_elements=_MAX_CONSTANT_ELEMENTS)
         require_signature(model, interface, self.name)
         after = operator_counts(model)
-        skipped = {name: "the pattern is not in the graph" for name, count in counts.items() if not count}
+        missed = near.reasons()
+        nearly = {name.partition(" ")[0] for name in missed}
+        skipped = {
+            name: _LEFT_OUT.get(name, NOT_NEAR)
+            for name, count in counts.items()
+            if not count and name not in nearly
+        } | missed
         made = {
             op: count - before.get(op, 0)
             for op, count in after.items()

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.matching import axes_of, is_operator, label
+from onnxsmith.graph_passes.matching import axes_of, is_operator, label, leads_only_to
 from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of
 
@@ -89,7 +89,7 @@ def _without_bias(x: ir.Value, last: ir.Node, function: ir.Node) -> tuple[ir.Val
     if node is None or not is_operator(node, "Add") or x.is_graph_output():
         return None
     # Nothing else reads it if every reader leads to the end of the GELU and nowhere else.
-    if not all(_leads_only_to(use.node, last) for use in x.uses()):
+    if not all(leads_only_to(use.node, last) for use in x.uses()):
         return None
     for value, bias in (node.inputs, node.inputs[::-1]):
         width = (axes_of(value) or (None,))[-1]
@@ -98,15 +98,6 @@ def _without_bias(x: ir.Value, last: ir.Node, function: ir.Node) -> tuple[ir.Val
         if axes_of(bias) == (width,) and axes_of(value) == axes_of(x):
             return value, bias
     return None
-
-
-def _leads_only_to(node: ir.Node, last: ir.Node, depth: int = 0) -> bool:
-    if node is last:
-        return True
-    if depth > _DEPTH or any(value.is_graph_output() for value in node.outputs):
-        return False
-    users = [use.node for value in node.outputs for use in value.uses()]
-    return bool(users) and all(_leads_only_to(user, last, depth + 1) for user in users)
 
 
 def _candidates(value: ir.Value | None, depth: int = 0) -> Iterator[ir.Value]:

@@ -15,6 +15,7 @@ from onnxsmith.graph_passes.matching import (
     int_attribute,
     is_operator,
     label,
+    reads_dequantized,
     same_axes,
     small_constant,
 )
@@ -47,6 +48,8 @@ def _rewrite(graph: ir.Graph, gemm: ir.Node) -> str | None:
     view = gemm.inputs[0].producer() if is_operator(gemm, "Gemm") and gemm.inputs[0] else None
     if view is None or not is_operator(view, "Reshape"):
         return None
+    if reads_dequantized(gemm):
+        raise NoMatchError("it reads dequantized values, and a runtime computes it in integers")
     source, weight, bias = view.inputs[0], gemm.inputs[1], gemm.inputs[2] if len(gemm.inputs) > 2 else None
     for name, usual in (("alpha", 1.0), ("beta", 1.0)):
         attribute = gemm.attributes.get(name)

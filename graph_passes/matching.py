@@ -18,6 +18,8 @@ __all__ = [
     "int_attribute",
     "is_operator",
     "label",
+    "leads_only_to",
+    "reads_dequantized",
     "same_axes",
     "small_constant",
 ]
@@ -36,6 +38,29 @@ def is_operator(node: ir.Node | None, op_type: str, domain: str = "") -> bool:
 def label(node: ir.Node) -> str:
     """How messages name a node."""
     return node.name or f"{node.op_type} of {node.outputs[0].name!r}"
+
+
+def leads_only_to(node: ir.Node, last: ir.Node, *, depth: int = 6) -> bool:
+    """Whether what a node makes is read for another node's results and nothing else, in so many steps."""
+    if node is last:
+        return True
+    if not depth or any(value.is_graph_output() for value in node.outputs):
+        return False
+    users = [use.node for value in node.outputs for use in value.uses()]
+    return bool(users) and all(leads_only_to(user, last, depth=depth - 1) for user in users)
+
+
+def reads_dequantized(node: ir.Node) -> bool:
+    """Whether an operand comes from DequantizeLinear: with such a node runtimes compute in integers."""
+    for value in node.inputs:
+        maker = value.producer() if value is not None else None
+        while (
+            maker is not None and maker.op_type in ("Identity", "Transpose") and maker.inputs[0] is not None
+        ):
+            maker = maker.inputs[0].producer()
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            return True
+    return False
 
 
 def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:

@@ -16,6 +16,8 @@ from onnxsmith.graph_passes.matching import (
     int_attribute,
     is_operator,
     label,
+    leads_only_to,
+    reads_dequantized,
     small_constant,
 )
 from onnxsmith.graph_passes.reshapes import rows_refusal, same_rows_as
@@ -86,13 +88,15 @@ def _fuse(
     scores, mask = _scores_and_mask(source)
     scores, after = _unscaled(scores)
     product = scores.producer()
-    if product is None or not is_operator(product, "MatMul") or None in product.inputs:
+    if product is None or not _is_product(product) or None in product.inputs:
         raise NoMatchError("the scores do not come from a MatMul")
     left, right = product.inputs
     assert left is not None and right is not None
+    factor = product.attributes.get("alpha")
+    after *= 1.0 if factor is None else factor.as_float()
     query, key, value = (
         _heads(left, keys=False),
-        _heads(right, keys=True),
+        _heads(right, keys=not int_attribute(product, "transB")),
         _heads(weighted.inputs[1], keys=False),
     )
     if len({one.heads for one in (query, key, value)}) != 1 or query.size != key.size:
@@ -100,7 +104,7 @@ def _fuse(
     back = _only_user(weighted.outputs[0], "Transpose")
     if _permutation(back) != _SWAP_HEADS:
         raise NoMatchError("its result is not swapped back to (batch, sequence, heads, size)")
-    final = _only_user(back.outputs[0], "Reshape")
+    final = _view_of(back.outputs[0])
     width = value.heads * value.size
     _require_rows(final, query.rows, [width])
     bias = _whole_mask(graph, mask, query.rows, key.rows, masks, before=final) if mask is not None else None
@@ -127,6 +131,20 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node:
     return users[0]
 
 
+def _view_of(value: ir.Value) -> ir.Node:
+    """The one Reshape that reads a value; its own shape may be computed from the value's shape."""
+    users = [use.node for use in value.uses()]
+    views = [node for node in users if is_operator(node, "Reshape")]
+    others = [node for node in users if node not in views]
+    if (
+        value.is_graph_output()
+        or len(views) != 1
+        or not all(is_operator(node, "Shape") and leads_only_to(node, views[0]) for node in others)
+    ):
+        raise NoMatchError(f"{value.name!r} is not read by one Reshape alone")
+    return views[0]
+
+
 def _permutation(node: ir.Node | None) -> tuple[int, ...]:
     attribute = node.attributes.get("perm") if node is not None and is_operator(node, "Transpose") else None
     return () if attribute is None else tuple(attribute.as_ints())
@@ -143,11 +161,20 @@ def _scores_and_mask(value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
             inner, _ = _unscaled(scores)
         except NoMatchError:
             continue
-        if is_operator(inner.producer(), "MatMul") and axes_of(mask) is not None:
+        if _is_product(inner.producer()):
+            if axes_of(mask) is None:
+                raise NoMatchError("what is added to the scores has an unknown shape")
             if len(axes_of(mask) or ()) > 4:
                 raise NoMatchError("the mask has more than four axes")
             return scores, mask
-    raise NoMatchError("what is added to the scores has an unknown shape")
+    raise NoMatchError("neither operand of the sum before it is a product, scaled by one constant")
+
+
+def _is_product(node: ir.Node | None) -> bool:
+    """MatMul, or what onnxscript makes of it and a scale or a transposition of the keys."""
+    if node is not None and is_operator(node, "FusedMatMul", _DOMAIN):
+        return not any(int_attribute(node, name) for name in ("transA", "transBatchA", "transBatchB"))
+    return is_operator(node, "MatMul")
 
 
 def _unscaled(value: ir.Value) -> tuple[ir.Value, float]:
@@ -298,7 +325,7 @@ def _projection(rows: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
             continue
         weight, activation = maker.inputs[1], maker.inputs[0]
         tensors = [constant_of(weight), constant_of(bias)]
-        if activation is None or any(tensor is None for tensor in tensors):
+        if activation is None or any(tensor is None for tensor in tensors) or reads_dequantized(maker):
             continue
         ranks = [len(tensor.shape) for tensor in tensors if tensor is not None]
         usable = all(one.is_initializer() and len(one.uses()) == 1 for one in (weight, bias))

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxsmith.errors import OnnxsmithError
 from onnxsmith.finding import Finding
+from onnxsmith.graph_passes.fusion import DROPS_THE_MASK, NOT_NEAR
 from onnxsmith.graph_passes.registry import load_pass
 
 if TYPE_CHECKING:
@@ -18,13 +19,14 @@ __all__ = ["still_to_do", "unfused"]
 
 # In the order of the presets: each works on what the ones before it leave.
 _FOR_ANY_TARGET = (
-    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_gelu", "fuse_transformer", "fuse_attention",
-    "fuse_silu", "fold_embedding_scale", "flatten_attention",
+    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_norms", "fuse_gelu", "fuse_transformer",
+    "fuse_attention", "fuse_silu", "fold_embedding_scale", "flatten_attention",
 )  # fmt: skip
 _FOR_DOCTOR = (
-    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_gelu", "fuse_transformer", "fuse_attention",
-    "flatten_attention",
+    "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_norms", "fuse_gelu", "fuse_transformer",
+    "fuse_attention", "flatten_attention",
 )  # fmt: skip
+_NO_POTENTIAL = (NOT_NEAR, DROPS_THE_MASK)
 
 
 def still_to_do(model: ir.Model, *, passes: tuple[str, ...] = _FOR_ANY_TARGET) -> dict[str, dict[str, Any]]:
@@ -47,8 +49,11 @@ def still_to_do(model: ir.Model, *, passes: tuple[str, ...] = _FOR_ANY_TARGET) -
             found[name] = {"error": str(error)}
             continue
         changes = outcome.changes
-        if changes.count or (changes.skipped and name != "fuse_transformer"):
-            found[name] = {"changes": changes.count, **changes.details, "skipped": dict(changes.skipped)}
+        skipped = {
+            what: why for what, why in changes.skipped.items() if why not in (NOT_NEAR, DROPS_THE_MASK)
+        }
+        if changes.count or skipped:
+            found[name] = {"changes": changes.count, **changes.details, "skipped": skipped}
     return found
 
 

@@ -28,6 +28,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "fold_embedding_scale": "onnxsmith.graph_passes.embeddings:FoldEmbeddingScale",
         "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",
         "fuse_gelu": "onnxsmith.graph_passes.gelu:FuseGelu",
+        "fuse_norms": "onnxsmith.graph_passes.written_norms:FuseNorms",
         "fuse_silu": "onnxsmith.graph_passes.activations:FuseSilu",
         "fuse_transformer": "onnxsmith.graph_passes.fusion:FuseTransformer",
         "gemm_to_matmul": "onnxsmith.graph_passes.gemm:GemmToMatMul",

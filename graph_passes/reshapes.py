@@ -62,7 +62,10 @@ def rows_refusal(node: ir.Node, like: ir.Value, tail: list[int]) -> str:
     entries = shape_entries(node.inputs[1])
     if entries is None or len(entries) != 2 + len(tail):
         return f"the shape that {label(node)} makes is not known"
-    if known is not None and [axis for axis in known[2:] if axis is not None] != tail:
+    if known is not None and (
+        len(known) != len(entries)
+        or any(axis not in (None, size) for axis, size in zip(known[2:], tail, strict=True))
+    ):
         return f"{label(node)} makes another shape"
     inferred = 0
     for index, entry in enumerate(entries):
@@ -71,7 +74,7 @@ def rows_refusal(node: ir.Node, like: ir.Value, tail: list[int]) -> str:
         elif index >= 2:
             if entry != tail[index - 2]:
                 return f"{label(node)} makes another shape"
-        elif entry == 0 and not int_attribute(node, "allowzero"):
+        elif entry == (node.inputs[0], index) or (entry == 0 and not int_attribute(node, "allowzero")):
             # Batch is where it was; sequence is too only if the input has it there.
             source = axes_of(node.inputs[0])
             if source is None or len(source) < 3:

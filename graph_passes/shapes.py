@@ -139,9 +139,22 @@ def _columns(node: ir.Node) -> list[_Result]:
 def _fused_matmul(node: ir.Node) -> list[_Result]:
     left, right = axes_of(node.inputs[0]), axes_of(node.inputs[1])
     flags = ("transA", "transBatchA", "transBatchB")
-    if not left or right is None or len(right) != 2 or any(int_attribute(node, flag) for flag in flags):
+    if not left or not right or any(int_attribute(node, flag) for flag in flags):
         return [(_type(node), None)]
-    return [(_type(node), (*left[:-1], right[0 if int_attribute(node, "transB") else 1]))]
+    if len(right) != 2 and (len(right) != len(left) or len(left) < 2):
+        return [(_type(node), None)]
+    batch = (
+        left[:-2]
+        if len(right) == 2
+        else [_broadcast(*pair) for pair in zip(left[:-2], right[:-2], strict=True)]
+    )
+    return [(_type(node), (*batch, *left[-2:-1], right[-2 if int_attribute(node, "transB") else -1]))]
+
+
+def _broadcast(left: int | str | None, right: int | str | None) -> int | str | None:
+    if left == right or right == 1:
+        return left
+    return right if left == 1 else None
 
 
 def _gather_blocks(node: ir.Node) -> list[_Result]:

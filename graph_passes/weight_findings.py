@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["inline_weights"]
 
 _FEW = 5
-# From here on weights are written beside the graph, where they can be mapped.
+# Larger weights are written beside the graph, where they can be mapped.
 _LARGE_BYTES = 64 * 1024 * 1024
 
 
@@ -29,7 +29,7 @@ def inline_weights(model: ir.Model, target: Target) -> Iterator[Finding]:
     ]
     sizes = {value.name or "?": value.const_value.nbytes for value in inside if value.const_value is not None}
     total = sum(sizes.values())
-    if total < _LARGE_BYTES:
+    if total <= _LARGE_BYTES:
         return
     names = sorted(sizes, key=lambda name: -sizes[name])
     yield Finding(
@@ -38,7 +38,8 @@ def inline_weights(model: ir.Model, target: Target) -> Iterator[Finding]:
         f"{total / 1e6:.0f} MB of weights are inside the .onnx file",
         "they are parsed and copied each time the model is loaded, and not mapped, which takes about half as "
         "much memory again and several times as long; more than 2 GB cannot be stored so",
-        "onnxsmith optimize MODEL -o OUT --preset clean writes them beside it, as --fix does",
+        "onnxsmith optimize MODEL -o OUT --preset clean writes them beside it; so does --fix, where it has "
+        "another remedy to apply",
         tuple(names[:_FEW]),
         len(names),
     )

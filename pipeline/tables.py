@@ -270,8 +270,7 @@ def _show_potential(found: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         details = {k: v for k, v in part.items() if k not in ("changes", "skipped")}
         sys.stdout.write(f"  {name}: {part['changes']} changes{'; ' if details else ''}{_plain(details)}\n")
-        if name != "fuse_transformer":
-            _show_reasons(part["skipped"])
+        _show_reasons(part["skipped"])
 
 
 def _show_reasons(reasons: Mapping[str, str]) -> None:

@@ -262,6 +262,8 @@ def test_auto_falls_back_and_says_why(name: str) -> None:
     details = export(made(name), attention="auto").steps[0].details
     assert details["attention"] == STANDARD
     assert FAMILIES[name].why_standard in details["why_not_fused"]
+    # The remedy was followed.
+    assert "--attention standard" not in details["why_not_fused"]
 
 
 @pytest.mark.parametrize("name", slow_unless_quick([name for name in FAMILIES if FAMILIES[name].why_not]))

@@ -12,7 +12,7 @@ import pytest
 from generated_graphs import Array, assert_same, graph, run, serialized
 from onnxsmith.graph_passes import load_pass, operator_counts
 from onnxsmith.graph_passes.cleanup import Cleanup
-from onnxsmith.graph_passes.fusion import FuseTransformer
+from onnxsmith.graph_passes.fusion import DROPS_THE_MASK, NOT_NEAR, FuseTransformer
 from onnxsmith.onnx_file import check_model, save_model
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def test_where_nothing_fuses_nothing_changes(name: str) -> None:
     outcome = FuseTransformer()(model)
     assert not outcome.modified
     assert serialized(model) == content
-    assert outcome.changes.skipped["rms_normalization"] == "the pattern is not in the graph"
+    assert outcome.changes.skipped["rms_normalization"] == NOT_NEAR
 
 
 def rms(inputs: str = "float[2, 4] x", epsilon: str = "1e-05") -> ir.Model:
@@ -314,3 +314,119 @@ def test_a_cache_of_other_tokens_is_read_as_it_is() -> None:
     assert_same(before, run(model, case), rtol=1e-5)
     with pytest.raises(AssertionError):
         assert_same(before, run(model, case | {"k": case["v"]}), rtol=1e-3)
+
+
+def projected(*, quantized: bool) -> ir.Model:
+    """Attention of three projections of one value; quantized: as quantization-aware training ends."""
+    import onnx_ir.passes.common as common
+
+    random = np.random.default_rng(0)
+    weights: dict[str, Array] = {name: random.integers(-127, 128, (32, 32)).astype(np.int8) for name in "qkv"}
+    head = "xq = QuantizeLinear(x, scale, zero) xd = DequantizeLinear(xq, scale, zero) " if quantized else ""
+    for name in "qkv":
+        if quantized:
+            head += f"w{name} = DequantizeLinear(c{name}, step) {name}m = MatMul(xd, w{name}) "
+        else:
+            head += f"{name}m = MatMul(x, w{name}) "
+        head += f"{name}3 = Add({name}m, b{name}) "
+    given = (
+        {
+            "scale": np.array(0.02, np.float32),
+            "zero": np.array(128, np.uint8),
+            "step": np.array(0.01, np.float32),
+        }
+        | {f"c{name}": array for name, array in weights.items()}
+        if quantized
+        else {f"w{name}": array.astype(np.float32) * np.float32(0.01) for name, array in weights.items()}
+    )
+    given |= {f"b{name}": random.standard_normal(32).astype(np.float32) for name in "qkv"}
+    body = ATTENTION.replace("Reshape(x, view)", "Reshape(q3, view)").replace("scale)", "factor)")
+    model = graph(
+        HEAD + "g (float[batch, tokens, 32] x, float[batch, 1, tokens, tokens] mask) => "
+        f"(float[batch, tokens, 32] y) {{ {head} {body} }}",
+        view=np.array([0, 0, 4, 8]), rows=np.array([0, 0, 32]), factor=np.array(0.3, np.float32), **given,
+    )  # fmt: skip
+    common.ShapeInferencePass()(model)
+    return model
+
+
+def test_products_that_are_computed_in_integers_are_not_packed_into_attention() -> None:
+    model = projected(quantized=True)
+    case = {
+        name: array for name, array in attention_feeds(2, 3, (2, 1, 3, 3)).items() if name in ("x", "mask")
+    }
+    before = run(model, case)
+    outcome = FuseTransformer()(model)
+    counts = operator_counts(model)
+    assert counts["com.microsoft.MultiHeadAttention"] == 1 and "com.microsoft.Attention" not in counts
+    assert (counts["MatMul"], counts["DequantizeLinear"]) == (3, 4)
+    reasons = {why for what, why in outcome.changes.skipped.items() if what.startswith("attention at ")}
+    assert reasons == {"a product of dequantized values stays, which runtimes compute in integers"}
+    assert_same(before, run(model, case), rtol=1e-5)
+    # The same in float is packed.
+    control = projected(quantized=False)
+    FuseTransformer()(control)
+    assert "com.microsoft.Attention" in operator_counts(control)
+
+
+def test_a_transposition_of_dequantized_weights_is_no_part_of_the_product() -> None:
+    """FusedMatMul has no form in integers."""
+    text = (
+        "g (float[2, 32] x{more}) => (float[2, 16] y) "
+        "{{ {q} t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }}"
+    )
+    weight = np.ones((16, 32), np.int8)
+    quantized = graph(
+        HEAD + text.format(q="w = DequantizeLinear(c, s)", more=""), c=weight, s=np.array(0.1, np.float32)
+    )
+    assert not FuseTransformer()(quantized).modified
+    model = graph(HEAD + text.format(q="", more=", float[16, 32] w"))
+    assert FuseTransformer()(model).changes.details["made"] == {"com.microsoft.FusedMatMul": 1}
+
+
+NEAR = {
+    # The condition that fails, of a pattern whose nodes are there or nearly.
+    "another power": (
+        "Pow(x, two)",
+        "Pow(x, three)",
+        "rms_normalization at ",
+        "mismatch: expected 2.0, got 3.0",
+    ),
+    "no mean": ("ReduceMean<", "ReduceMax<", "rms_normalization at ", "expected ReduceMean, got ReduceMax"),
+    "an epsilon that is given": (
+        "Add(m, e)",
+        "Add(m, given)",
+        "rms_normalization at ",
+        "epsilon is not a float value",
+    ),
+    "a mean that is read": (
+        "n = Mul(x, r)",
+        "n = Mul(x, r) z = Neg(m)",
+        "rms_normalization at ",
+        "other uses",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_is_near_a_pattern_of_onnxscript_says_what_fails(name: str) -> None:
+    old, new, fusion, reason = NEAR[name]
+    text = (
+        "g (float[2, 4] x, float given) => (float[2, 4] y, float[2, 1] z) "
+        "<float e = {1e-05}, float two = {2.0}, float three = {3.0}, int64[1] a = {-1}> "
+        "{ s = Pow(x, two) m = ReduceMean<keepdims = 1, noop_with_empty_axes = 0>(s, a) p = Add(m, e) "
+        "q = Sqrt(p) r = Reciprocal(q) n = Mul(x, r) y = Mul(n, w) END }"
+    )
+    text = text.replace("END", "" if "z = " in new else "z = ReduceMin<keepdims = 1>(x, a)")
+    assert old in text
+    model = graph(HEAD + text.replace(old, new), w=np.ones(4, np.float32))
+    outcome = FuseTransformer()(model)
+    assert not outcome.modified
+    found = {why for what, why in outcome.changes.skipped.items() if what.startswith(fusion)}
+    assert len(found) == 1 and reason in next(iter(found)), outcome.changes.skipped
+
+
+def test_what_is_fused_is_not_near(exported: ir.Model) -> None:
+    """Of a decoder that fuses whole, nothing is said to be left out."""
+    outcome = FuseTransformer()(exported.clone())
+    assert set(outcome.changes.skipped.values()) <= {NOT_NEAR, DROPS_THE_MASK}

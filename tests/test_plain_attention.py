@@ -11,7 +11,7 @@ from generated_graphs import Array, assert_same, graph, run, serialized
 from onnxsmith.graph_passes import load_pass, operator_counts
 from onnxsmith.graph_passes.plain_attention import FuseAttention
 
-HEAD = '<ir_version: 9, opset_import: ["": 18]> '
+HEAD = '<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]> '
 RANDOM = np.random.default_rng(0)
 # As TorchScript's exporter writes it: shapes are computed, the scale is on both sides of the product.
 BODY = """
@@ -57,6 +57,10 @@ def feeds(batch: int, tokens: int, rows: int = 1) -> dict[str, Array]:
     return {"x": RANDOM.standard_normal((batch, tokens, 24)).astype(np.float32), "mask": mask}
 
 
+OWN_SHAPE = (
+    "own = Shape(ot) ob = Gather(own, zero) os = Gather(own, one) "
+    "seen = Concat<axis = 0>(ob, os, width) f = Reshape(ot, seen)"
+)
 CASES = [feeds(1, 4), feeds(3, 7), feeds(2, 1), feeds(2, 2)]
 
 
@@ -69,18 +73,25 @@ CASES = [feeds(1, 4), feeds(3, 7), feeds(2, 1), feeds(2, 2)]
          ("qs = Mul(q, factor) ks = Mul(k, factor)", "qs = Identity(q) ks = Identity(k)")),
         ((("k = Transpose<perm = [0, 2, 3, 1]>(k4)",
            "kt = Transpose<perm = [0, 2, 1, 3]>(k4) k = Transpose<perm = [0, 1, 3, 2]>(kt)")),),
+        # The shape that the result is viewed as is computed from the result.
+        ((("f = Reshape(ot, flat)", OWN_SHAPE)),),
+        # What fuse_transformer made of the product and its scale, or of the keys' transposition.
+        ((("scores = MatMul(qs, ks)", "scores = com.microsoft.FusedMatMul<alpha = 0.5>(qs, ks)")),),
+        ((("scores = MatMul(qs, ks)", "scores = com.microsoft.FusedMatMul<transB = 1, alpha = 2.0>(qs, ks)")),
+         ("k = Transpose<perm = [0, 2, 3, 1]>(k4)", "k = Transpose<perm = [0, 2, 1, 3]>(k4)")),
     ],
 )  # fmt: skip
 def test_it_fuses_to_the_same_numbers(changes: tuple[tuple[str, str], ...]) -> None:
     model = attention(*changes)
-    load_pass("cleanup").create({})(model)
+    for name in ("cleanup", "infer_shapes"):
+        load_pass(name).create({})(model)
     before = [run(model, case) for case in CASES]
     outcome = FuseAttention()(model)
     assert outcome.changes.details == {"made": {"Attention": 1}}, outcome.changes.skipped
     counts = operator_counts(model)
     assert counts["com.microsoft.Attention"] == 1
     assert counts["MatMul"] == 1
-    assert not {"Softmax", "Transpose", "Reshape"} & counts.keys()
+    assert not {"Softmax", "Transpose", "Reshape", "com.microsoft.FusedMatMul"} & counts.keys()
     for case, want in zip(CASES, before, strict=True):
         assert_same(want, run(model, case), rtol=1e-5)
     content = serialized(model)
@@ -140,3 +151,26 @@ def test_near_misses_are_left_alone_with_a_reason(changes: tuple[tuple[str, str]
     [said] = outcome.changes.skipped.values()
     assert reason in said
     assert serialized(model) == content
+
+
+def test_a_result_whose_shape_is_read_elsewhere_stays() -> None:
+    model = attention(
+        ("f = Reshape(ot, flat) y = MatMul(f, wo)",
+         f"{OWN_SHAPE} fo = MatMul(f, wo) count = Size(own) sf = Cast<to = 1>(count) y = Mul(fo, sf)"),
+    )  # fmt: skip
+    [reason] = FuseAttention()(model).changes.skipped.values()
+    assert reason == "'ot' is not read by one Reshape alone"
+
+
+def test_projections_of_dequantized_values_stay_products() -> None:
+    """A runtime computes them in integers; packed into Attention they would be computed in float."""
+    q = ("zero_x = Constant<value = uint8 {128}>() scale_x = Constant<value = float {0.02}>() "
+         "xq = QuantizeLinear(x, scale_x, zero_x) xd = DequantizeLinear(xq, scale_x, zero_x) ")  # fmt: skip
+    changes = [(f"{name}m = MatMul(x, w{name})", f"{name}m = MatMul(xd, w{name})") for name in "qkv"]
+    model = attention((changes[0][0], q + changes[0][1]), *changes[1:])
+    load_pass("cleanup").create({})(model)
+    before = run(model, CASES[1])
+    outcome = FuseAttention()(model)
+    assert outcome.changes.details == {"made": {"MultiHeadAttention": 1}}, outcome.changes.skipped
+    assert operator_counts(model)["MatMul"] == 4
+    assert_same(before, run(model, CASES[1]), rtol=1e-5)

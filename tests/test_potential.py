@@ -37,9 +37,9 @@ def test_it_tries_on_a_copy() -> None:
     found = still_to_do(model)
     assert serialized(model) == content
     assert found["cleanup"]["removed"]["Identity"] == 1
-    assert found["fuse_transformer"]["made"] == {"SimplifiedLayerNormalization": 1}
+    assert found["fuse_norms"]["made"] == {"SimplifiedLayerNormalization": 1}
     run_once = model.clone()
-    for one in make_passes([(name, {}) for name in ("transpose_weights", "cleanup", "fuse_transformer")]):
+    for one in make_passes([(name, {}) for name in ("transpose_weights", "cleanup", "fuse_norms")]):
         one(run_once)
     assert still_to_do(run_once) == {}
 

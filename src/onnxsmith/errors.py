@@ -71,14 +71,19 @@ class OnnxsmithError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
-        message = f"{where}: {got}"
-        if expected:
-            message += f"; expected {expected}"
-        message += "." if not message.endswith((".", "?", "!")) else ""
+        message = self.reason
         if remedy:
             message += f" {remedy}"
             message += "." if not message.endswith((".", "?", "!", "`")) else ""
         super().__init__(message)
+
+    @property
+    def reason(self) -> str:
+        """The message without the remedy, for a fallback that has followed it."""
+        message = f"{self.where}: {self.got}"
+        if self.expected:
+            message += f"; expected {self.expected}"
+        return message if message.endswith((".", "?", "!")) else f"{message}."
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.where, self.got, self.expected, self.remedy))
