@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,9 +92,8 @@ def add_node(
 
 def unused(into: BlockTarget, name: str) -> str:
     """The name, with a number behind it where something has it already; it is taken then."""
-    found = next(
-        n for n in (name, *(f"{name}_{i}" for i in range(len(into.taken) + 1))) if n not in into.taken
-    )
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count()))
+    found = next(n for n in names if n not in into.taken)
     into.taken.add(found)
     return found
 

@@ -30,7 +30,7 @@ from onnxsmith.graph_passes.block_nodes import (
     unused,
 )
 from onnxsmith.graph_passes.blocks import QuantizedBlocks
-from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights
+from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, turned
 
 __all__ = ["BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
 
@@ -106,7 +106,7 @@ class SharedWeight:
     def rows(self) -> npt.NDArray[np.float32]:
         """The weight as (N, K), float32."""
         array = self.tensor.numpy()
-        return np.ascontiguousarray(array if self.is_transposed else array.T, dtype=np.float32)
+        return np.ascontiguousarray(array if self.is_transposed else turned(array), dtype=np.float32)
 
 
 def find_weights(

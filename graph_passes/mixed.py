@@ -19,6 +19,7 @@ from onnxsmith.graph_passes.bit_search import (
     product_times,
 )
 from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, SharedWeight, find_weights
+from onnxsmith.graph_passes.block_search import SEARCH_STEPS
 from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.other_weights import open_gemm, other_weights
@@ -27,8 +28,6 @@ from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
 from onnxsmith.graph_passes.trial_bits import Option
 
 __all__ = ["QuantizeMixed"]
-
-_STEPS = 9
 
 
 class QuantizeMixed(GraphPass):
@@ -175,7 +174,7 @@ class QuantizeMixed(GraphPass):
             form = option.low if low else option.high
             layers[option.weight.name] = entry_of(option.weight, form, "rtn") | entry
             choice = Choice(option.weight, form, "rtn", layers[option.weight.name])
-            writer.replace(option.weight, form, Rounding(choice, _STEPS))
+            writer.replace(option.weight, form, Rounding(choice, SEARCH_STEPS))
         common.RemoveUnusedNodesPass()(model)
         model.opset_imports.setdefault("com.microsoft", 1)
         details["megabytes"] = _bytes(options, chosen[0]) / 1e6

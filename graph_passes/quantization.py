@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.block_operators import (
     find_weights,
     node_label,
 )
+from onnxsmith.graph_passes.block_search import SEARCH_STEPS
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import activations_for, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
@@ -63,7 +64,7 @@ class QuantizeWeights(GraphPass):
         minimums: bool = False,
         half_scales: bool = False,
         accuracy_level: Literal[0, 1, 2, 3, 4] = 4,
-        search_steps: int = 9,
+        search_steps: int = SEARCH_STEPS,
         embeddings: bool = True,
         skip_nodes: tuple[str, ...] = (),
         overrides: dict[str, dict[str, Any]] | None = None,

@@ -193,7 +193,7 @@ def _scale_type(choice: Choice) -> npt.DTypeLike:
 def relative_error(rows: Floats, blocks: QuantizedBlocks) -> float:
     """The squared error of a weight, relative to its square; looked at some rows at a time."""
     error = square = 0.0
-    step = max(1, (1 << 20) // max(1, rows.shape[1]))
+    step = max(1, (1 << 17) // max(1, rows.shape[1]))
     for begin in range(0, len(rows), step):
         part = rows[begin : begin + step]
         difference = (dequantize_blocks(blocks.rows(begin, begin + step)) - part).ravel()

@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError
 from onnxsmith.gguf_file import GgufFile
 from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, SharedWeight, find_weights
+from onnxsmith.graph_passes.block_search import SEARCH_STEPS
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, pack_codes, packed_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
@@ -205,7 +206,7 @@ class _Rounded:
             bits=self._form.bits,
             block_size=self._form.block_size,
             symmetric=self._form.symmetric,
-            search_steps=9,
+            search_steps=SEARCH_STEPS,
             scale_type=self._weight.tensor.dtype.numpy(),
             name=self._weight.name,
         )

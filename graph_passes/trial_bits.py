@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, SharedWeight, find_weights
+from onnxsmith.graph_passes.block_search import SEARCH_STEPS
 from onnxsmith.graph_passes.integer_operators import GraphWriter
 from onnxsmith.graph_passes.rounding import Choice, Rounding, entry_of
 from onnxsmith.graph_passes.weights import MatMulWeight
@@ -19,7 +20,6 @@ __all__ = ["FLAGS", "Option", "Twins", "attributable", "switchable"]
 FLAGS = "onnxsmith_low_bits"
 """Input of a trial graph: for each weight, whether it has few bits."""
 
-_STEPS = 9
 _SCALAR = (ir.DataType.FLOAT,)
 
 
@@ -188,6 +188,6 @@ def _store(
     for option, weight, double in zip(options, weights, doubles, strict=True):
         for one, form in ((double, option.low), (weight, option.high)):
             entry = entry_of(one, form, "rtn")
-            blocks.replace(one, form, Rounding(Choice(one, form, "rtn", entry), _STEPS))
+            blocks.replace(one, form, Rounding(Choice(one, form, "rtn", entry), SEARCH_STEPS))
     trial.opset_imports.setdefault("com.microsoft", 1)
     common.RemoveUnusedNodesPass()(trial)

@@ -26,6 +26,7 @@ __all__ = [
     "join_concatenated_weights",
     "joined_weights",
     "lazy_initializer",
+    "turned",
     "turned_weight",
 ]
 
@@ -103,7 +104,7 @@ class MatMulWeight:
         """The weight as (N, K), float32."""
         assert self.source.const_value is not None
         array = self.source.const_value.numpy()
-        return np.ascontiguousarray(array if self.is_transposed else array.T, dtype=np.float32)
+        return np.ascontiguousarray(array if self.is_transposed else turned(array), dtype=np.float32)
 
 
 def find_matmul_weights(model: ir.Model) -> Iterator[MatMulWeight | tuple[ir.Node, str]]:
@@ -215,20 +216,20 @@ def turned_weight(graph: ir.Graph, source: ir.Value) -> ir.Value:
 
 def _transposed(tensor: ir.TensorProtocol, shape: ir.Shape, name: str | None) -> ir.LazyTensor:
     def compute() -> ir.TensorProtocol:
-        turned = _turned(tensor.numpy())
+        array = turned(tensor.numpy())
         drop_pages(tensor)
-        return ir.Tensor(turned, dtype=tensor.dtype, name=name)
+        return ir.Tensor(array, dtype=tensor.dtype, name=name)
 
     return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
 
 
-def _turned(matrix: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def turned(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A transposed copy. numpy's own writes one element to each cache line, and is five times slower."""
     rows = max(1, _CACHE_LINE_BYTES // matrix.itemsize)
-    turned = np.empty(matrix.shape[::-1], matrix.dtype)
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, matrix.shape[0], rows):
-        turned[:, start : start + rows] = matrix[start : start + rows].T
-    return turned
+        result[:, start : start + rows] = matrix[start : start + rows].T
+    return result
 
 
 def joined_weights(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -> ir.Value:

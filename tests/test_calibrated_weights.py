@@ -204,7 +204,7 @@ def weights_of(options: dict[str, bool]) -> dict[str, Array]:
     global RANDOM
     RANDOM = np.random.default_rng(7)
     made = weights()
-    settings: dict[str, Any] = {"bits": 2, "block_size": 32, "search_steps": 9}
+    settings: dict[str, Any] = {"bits": 2, "block_size": 32, "search_steps": QuantizeWeights().search_steps}
     settings |= {"symmetric": options.get("symmetric", False), "minimums": options.get("minimums", False)}
     for name in ("w1", "w2", "w3"):
         rows = np.ascontiguousarray(made[name].T)

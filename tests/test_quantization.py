@@ -157,6 +157,24 @@ def test_search_finds_something(symmetric: bool) -> None:
     assert searched.sum() < 0.97 * weighted_error(weights, **options).sum()
 
 
+@pytest.mark.parametrize(
+    ("options", "at_most"),
+    [
+        ({"bits": 4, "symmetric": False, "minimums": True}, 0.829),
+        ({"bits": 4, "symmetric": False}, 0.891),
+        ({"bits": 4, "symmetric": True}, 0.9204),
+        ({"bits": 8, "symmetric": True}, 0.882),
+        ({"bits": 2, "symmetric": False, "minimums": True}, 0.703),
+    ],
+    ids=str,
+)
+def test_the_search_loses_as_little_as_nine_even_steps_did(options: dict[str, Any], at_most: float) -> None:
+    weights = np.random.default_rng(1).standard_t(5, (400, 512)).astype(np.float32)
+    options = {**options, "block_size": 32}
+    searched = weighted_error(weights, **options, search_steps=STEPS).sum()
+    assert searched <= at_most * weighted_error(weights, **options).sum()
+
+
 @pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
