@@ -57,9 +57,11 @@ cat >"$target/fonts.conf" <<FONTS
 <fontconfig><dir>$target/files/usr/share/fonts</dir><dir>/usr/share/fonts</dir><cachedir>$target/fontcache</cachedir></fontconfig>
 FONTS
 machine=$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || basename "$(dirname "$(ls "$target"/files/usr/lib/*/libnss3.so | head -1)")")
+# Some libraries have those that only they need in a folder of their own, which is known to the system's loader alone.
+libraries=$(find "$target/files" -path "*/lib/$machine*" -name 'lib*.so*' -printf '%h\n' | sort -u | paste -sd:)
 cat >"$target/chromium.new" <<PROGRAM
 #!/bin/sh
-export LD_LIBRARY_PATH="$target/files/usr/lib/$machine:$target/files/lib/$machine:$target/files/usr/lib/$machine/nss"
+export LD_LIBRARY_PATH="$libraries"
 export FONTCONFIG_FILE="$target/fonts.conf"
 exec "$target/files/usr/lib/chromium/chromium" "\$@"
 PROGRAM
