@@ -2,7 +2,8 @@
 
 Exports each model once, compares it with PyTorch on every provider, measures all of them in turn, and writes
 ``docs/provider-results.md``: who agrees, who ran which nodes, and how fast, with machine and versions. All of
-it goes to a JSON file too. Providers that are not installed are left out, and the page says so.
+it goes to a JSON file too, after each stage, and ``--resume`` goes on from there. Providers that are not
+installed are left out, and the page says so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +32,62 @@ MODELS = {
 CONVERTED = {"Whisper": "whisper"}
 
 
-def run(name: str, source: str, providers: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One model on every provider."""
+def run(
+    name: str,
+    source: str,
+    result: dict[str, Any],
+    providers: Sequence[str],
+    arguments: argparse.Namespace,
+    save: Callable[[], None],
+) -> None:
+    """One model on every provider; each stage that `result` does not have yet is run and saved."""
     artifact = arguments.artifacts / name.lower()
-    shown = source
+    result.setdefault("source", source)
+    for part in ("comparisons", "bench", "missing"):
+        result.setdefault(part, {})
     if name in CONVERTED:
         source = str(converted(CONVERTED[name], source, arguments.artifacts / f"{name.lower()}-source"))
     if not artifact.exists():
         say(f"{name}: export")
         export_model(source, artifact)
-    result: dict[str, Any] = {"source": shown, "comparisons": [], "bench": [], "missing": {}}
     for provider in providers:
+        if provider in result["comparisons"]:
+            continue
         say(f"{name}: compare on {provider}")
         began = time.perf_counter()
+        samples = arguments.slow_samples if is_slow(provider, arguments) else arguments.samples
+        result["missing"].pop(provider, None)
         try:
-            slow = provider.partition(":")[0] in arguments.slow
-            samples = arguments.slow_samples if slow else arguments.samples
             found = compare_models(source, [artifact], providers=[provider], samples=samples)
         except OnnxsmithError as error:
             result["missing"][provider] = str(error)
-            continue
-        for comparison in found:
-            plain = comparison.to_json() | {
-                "provider_asked": provider,
-                "seconds": time.perf_counter() - began,
-            }
-            result["comparisons"].append(plain)
+        else:
+            about = {"provider_asked": provider, "seconds": time.perf_counter() - began}
+            result["comparisons"][provider] = [c.to_json() | about for c in found]
+        save()
     running = [p for p in providers if p not in result["missing"]]
-    slow = [p for p in running if p.partition(":")[0] in arguments.slow]
+    slow = [p for p in running if is_slow(p, arguments)]
     quick = [p for p in running if p not in slow]
     settings = BenchSettings(
         prompt_tokens=arguments.prompt_tokens, new_tokens=arguments.new_tokens, runs=arguments.runs,
         threads=arguments.threads,
     )  # fmt: skip
-    say(f"{name}: measure torch, {', '.join(quick)}")
-    measured = bench_models([source, artifact], settings, providers=quick)
-    if slow:
+    if "quick" not in result["bench"]:
+        say(f"{name}: measure torch, {', '.join(quick)}")
+        measured = bench_models([source, artifact], settings, providers=quick)
+        result["bench"]["quick"] = [r.to_json() for r in measured]
+        save()
+    if slow and "slow" not in result["bench"]:
         say(f"{name}: measure cpu, {', '.join(slow)}")
         small = dataclasses.replace(settings, prompt_tokens=8, new_tokens=3, runs=2)
-        measured += bench_models([artifact], small, providers=["cpu", *slow])
-    result["bench"] = [r.to_json() for r in measured]
-    return result
+        measured = bench_models([artifact], small, providers=["cpu", *slow])
+        result["bench"]["slow"] = [r.to_json() for r in measured]
+        save()
+
+
+def is_slow(provider: str, arguments: argparse.Namespace) -> bool:
+    """Whether it is measured on short inputs only."""
+    return provider.partition(":")[0] in arguments.slow
 
 
 def converted(function: str, source: str, directory: Path) -> Path:
@@ -109,19 +125,19 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
             "| provider | agrees with PyTorch | worst | top-1 | KL | nodes on it | the rest |",
             "|---|---|---|---|---|---|---|",
         ]
-        for comparison in result["comparisons"]:
-            lines.append(_comparison_row(comparison))
+        for comparisons in result["comparisons"].values():
+            lines += [_comparison_row(comparison) for comparison in comparisons]
         for provider, why in result["missing"].items():
             lines.append(f"| `{provider}` | not run: {why} | | | | | |")
-        decoder = any(r["decode_tokens_per_s"] for r in result["bench"])
+        bench = [measured for stage in result["bench"].values() for measured in stage]
+        decoder = any(measured["decode_tokens_per_s"] for measured in bench)
         what = "first token ms | one token ms" if decoder else "one call ms"
         lines += [
             "",
             f"| | provider | batch x length | {what} | p90 | p99 | load s | peak MB | package | noise |",
             f"|---|---|---|---|{'---|' if decoder else ''}---|---|---|---|---|---|",
         ]
-        for measured in result["bench"]:
-            lines.append(_bench_row(measured, decoder=decoder))
+        lines += [_bench_row(measured, decoder=decoder) for measured in bench]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
@@ -198,6 +214,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5, help="cases of the comparison")
     parser.add_argument("--slow-samples", type=int, default=5, help="the same of slow providers")
     parser.add_argument("--only", action="append", help="these models; the others stay as they were measured")
+    parser.add_argument("--resume", action="store_true", help="stages that --output has are not run again")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
@@ -214,18 +231,23 @@ def main() -> None:
         models[name] = source
     environment = describe_environment()
     results: dict[str, Any] = {}
-    if arguments.only and arguments.output.is_file():
+    if (arguments.only or arguments.resume) and arguments.output.is_file():
         results = json.loads(arguments.output.read_text(encoding="utf-8"))["results"]
-    for name, source in models.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        results[name] = run(name, source, arguments.provider or ["cpu", "openvino", "webgpu"], arguments)
-        # After each model, so that an interrupt costs only the model that was going on.
+
+    def save() -> None:
+        # After each stage, so that an interrupt costs only the stage that was going on.
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         document = {"environment": environment, "results": results}
         arguments.output.write_text(json.dumps(to_plain(document), indent=2), encoding="utf-8")
         text = page(to_plain(results), environment, "benchmarks/providers.py")
         arguments.page.write_text(text, encoding="utf-8")
+
+    for name, source in models.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        result = results.setdefault(name, {}) if arguments.resume else {}
+        results[name] = result
+        run(name, source, result, arguments.provider or ["cpu", "openvino", "webgpu"], arguments, save)
 
 
 if __name__ == "__main__":

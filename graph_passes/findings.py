@@ -29,6 +29,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "slow_blocks": "onnxsmith.graph_passes.block_findings:slow_blocks",
         "accuracy_level": "onnxsmith.graph_passes.block_findings:accuracy_level",
         "float_weights": "onnxsmith.graph_passes.block_findings:float_weights",
+        "cuda_kernels": "onnxsmith.graph_passes.kernel_findings:cuda_kernels",
         "inline_weights": "onnxsmith.graph_passes.weight_findings:inline_weights",
     }
 )

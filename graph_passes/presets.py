@@ -24,6 +24,7 @@ _FUSED: tuple[PassSpec, ...] = (
     ("flatten_attention", {}),
 )
 _ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
+_ON_GPU: tuple[PassSpec, ...] = (*_FUSED, ("lengths_in_attention", {}))
 # What ONNX Runtime 1.32 can and older ones cannot load.
 _NEWEST: tuple[PassSpec, ...] = (
     ("rotary_in_attention", {}),
@@ -59,8 +60,8 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-gguf": (*_ON_CPU, ("keep_gguf_blocks", {}), *_FINISH),
     "cpu-int8-dynamic": (*_ON_CPU, ("quantize_dynamic", {}), *_FINISH),
     "cpu-int8-static": (*_ON_CPU, ("quantize_static", {}), *_FINISH),
-    "gpu-fp16": (*_FUSED, ("to_float16", {}), *_FINISH),
-    "gpu-int4": (*_FUSED, _GPU_INT4, ("to_float16", {}), *_FINISH),
+    "gpu-fp16": (*_ON_GPU, ("to_float16", {}), *_FINISH),
+    "gpu-int4": (*_ON_GPU, _GPU_INT4, ("to_float16", {}), *_FINISH),
     "web": (*_FUSED, _WEB_INT4, *_FINISH),
     "mobile": (*_ON_CPU, _INT8, *_FINISH),
     "cpu-fp32-newest": (*_ON_CPU, *_NEWEST, *_FINISH),
@@ -103,6 +104,7 @@ REASONS: Mapping[str, str] = {
     "fuse_silu": "after cleanup, which takes away what stands between Sigmoid and Mul",
     "fold_embedding_scale": "before quantization, so that the scaled table is what gets quantized",
     "flatten_attention": "after fusion has made RotaryEmbedding of the nodes between the axes' swaps",
+    "lengths_in_attention": "after fusion: CUDA's attention takes lengths of rows and no bias",
     "split_skip_layer_norm": "after fusion, which made them: on CPUs two operators are faster",
     "rotary_in_attention": "after flatten_attention, whose flat operands it needs",
     "logits_to_keep": "before quantization: a prompt's logits cost as much as a fifth of a small model",

@@ -34,6 +34,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "gemm_to_matmul": "onnxsmith.graph_passes.gemm:GemmToMatMul",
         "infer_shapes": "onnxsmith.graph_passes.shapes:InferShapes",
         "keep_gguf_blocks": "onnxsmith.graph_passes.transcoding:KeepGgufBlocks",
+        "lengths_in_attention": "onnxsmith.graph_passes.attention_lengths:LengthsInAttention",
         "logits_to_keep": "onnxsmith.graph_passes.signature:LogitsToKeep",
         "lower_ir_version": "onnxsmith.graph_passes.versions:LowerIrVersion",
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxsmith.errors import BadInputError
+from onnxsmith.package import reads_lengths
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.staging import check_destination, staged_directory
 from onnxsmith.progress import Progress
@@ -76,7 +77,8 @@ def bisect_models(
     package = load_package(candidate)
     package = _one_graph(package, component, candidate)
     with progress.step("bisect") as step, open_traceable(reference, task, component) as (right, limits):
-        cases = _cases(right, limits, samples or _SAMPLES, inputs, seed)
+        lengths = right.session.reads_lengths or reads_lengths(package.main.model)
+        cases = _cases(right, limits, samples or _SAMPLES, inputs, seed, lengths=lengths)
 
         def run(directory: Path | None) -> Divergence:
             return find_divergence(
@@ -176,21 +178,37 @@ def open_traceable(
 
 
 def _cases(
-    reference: Reference, limits: Mapping[str, int], samples: int, inputs: Path | None, seed: int
+    reference: Reference,
+    limits: Mapping[str, int],
+    samples: int,
+    inputs: Path | None,
+    seed: int,
+    *,
+    lengths: bool,
 ) -> Sequence[Case]:
     from onnxsmith.runtime import load_cases
+    from onnxsmith.runtime.row_lengths import fits_lengths
 
-    if inputs is not None:
-        return load_cases(inputs, reference.session.inputs)
-    return decisive_cases(reference, limits, samples, seed)
+    if inputs is None:
+        return decisive_cases(reference, limits, samples, seed, left_padding=not lengths)
+    cases = load_cases(inputs, reference.session.inputs)
+    for case in cases if lengths else ():
+        mask, ids = case.feeds.get("attention_mask"), case.feeds.get("input_ids")
+        if mask is not None and ids is not None and not fits_lengths(mask.astype(bool), ids.shape[1]):
+            raise BadInputError(
+                f"bisect: {inputs}: attention_mask",
+                got="padding that is not at the end of a prompt",
+                expected="none, because attention takes lengths of rows in one of the two",
+            )
+    return cases
 
 
 def decisive_cases(
-    reference: Reference, limits: Mapping[str, int], samples: int, seed: int
+    reference: Reference, limits: Mapping[str, int], samples: int, seed: int, *, left_padding: bool = True
 ) -> Sequence[Case]:
-    """The made-up cases that tell most, those first that do so by themselves."""
+    """The made-up cases that tell most, those first that do so by themselves; see ``cases_for``."""
     from onnxsmith.runtime import cases_for
 
-    made = list(cases_for(reference.session, limits=limits, seed=seed))
+    made = list(cases_for(reference.session, limits=limits, seed=seed, left_padding=left_padding))
     order = _DECODER_ORDER if reference.session.cache else _PLAIN_ORDER
     return [made[number] for number in order if number < len(made)][:samples]

@@ -137,6 +137,7 @@ def diagnose(
     fix: Path | None = None,
     rules: Sequence[str] = (),
     measure: bool = True,
+    static: bool = False,
     settings: BenchSettings | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -152,6 +153,7 @@ def diagnose(
         fix: Where to write the model with all remedies that help.
         rules: Names of rules about graphs: only these are applied, remedies that are a choice among them.
         measure: Whether to measure roofs and gains; it takes a while.
+        static: Only look at the graphs, and run nothing. The provider need not be here then.
         settings: How to measure.
         force: Whether an artifact that is there may be replaced.
         progress: Who listens.
@@ -179,6 +181,11 @@ def diagnose(
         check_destination(fix, force=force)
     settings = settings or BenchSettings()
     package = load_package(model) if model is not None else None
+    if static:
+        if package is None or fix is not None:
+            what = "no model" if package is None else "--fix too"
+            raise BadInputError("doctor: --static", got=what, expected="a model to look at, and no more")
+        return _looked_at(package, str(model), provider, settings, rules)
     load = MachineLoad()
     roofs: Roofs | None = None
     try:
@@ -234,6 +241,26 @@ def _machine_alone(settings: BenchSettings) -> Diagnosis:
     machine = read_machine()
     found = [Diagnosed(finding) for finding in machine_findings(machine)]
     return Diagnosis(machine, settings.thread_count, "", found=found)
+
+
+def _looked_at(
+    package: ModelPackage, model: str, provider: str, settings: BenchSettings, rules: Sequence[str]
+) -> Diagnosis:
+    """What the rules say of the graphs, for a provider that may not be here."""
+    from onnxsmith.graph_passes.findings import Target, examine
+    from onnxsmith.runtime.machine import read_machine
+    from onnxsmith.runtime.providers import PROVIDERS, provider_named
+
+    known = provider_named(provider.partition(":")[0])
+    if known is None:
+        raise UnknownNameError("--provider", name=provider, known=PROVIDERS, kind="execution provider")
+    machine = read_machine()
+    result = Diagnosis(machine, settings.thread_count, known.ort_name, model)
+    for name, component in package.components.items():
+        for one in examine(component.model, Target(result.provider, machine.features), rules=rules):
+            where = name if len(package.components) > 1 else ""
+            result.found.append(Diagnosed(dataclasses.replace(one, component=where)))
+    return result
 
 
 def _examine(package: ModelPackage, provider: str, machine: Machine, rules: Sequence[str]) -> list[Finding]:

@@ -45,6 +45,9 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure the machine and what each remedy gains.")
     ] = True,
+    static: Annotated[
+        bool, typer.Option("--static", help="Only look at the graph, for a provider that need not be here.")
+    ] = False,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of what is measured.")] = 64,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate (decoders).")] = 16,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Rows.")] = 1,
@@ -66,6 +69,7 @@ def doctor(
         fix=fix,
         rules=rule or (),
         measure=measure,
+        static=static,
         settings=BenchSettings(
             prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, threads=threads, runs=runs
         ),

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.package import reads_lengths
 from onnxsmith.package_io import load_package
 from onnxsmith.pipeline.bisecting import decisive_cases
 
@@ -43,8 +44,10 @@ def layer_errors(
 
     assert isinstance(session, TorchSession)
     reference = TorchReference(session, program)
-    cases = decisive_cases(reference, program.limits, 1, seed)
-    found = find_divergence(reference, load_package(directory), backend, cases, name=directory.name)
+    package = load_package(directory)
+    lengths = reads_lengths(package.main.model)
+    cases = decisive_cases(reference, program.limits, 1, seed, left_padding=not lengths)
+    found = find_divergence(reference, package, backend, cases, name=directory.name)
     first = found.first.name if found.first is not None else None
     worst = found.suspects[0].tensor if found.suspects else None
     tensors: list[Mapping[str, Any]] = [

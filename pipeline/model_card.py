@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from onnxsmith._version import __version__
-from onnxsmith.package import ModelPackage
+from onnxsmith.package import ModelPackage, reads_lengths
 
 __all__ = ["CARD_NAME", "model_card"]
 
@@ -76,6 +76,12 @@ def _lines(
     )
     if usage:
         yield from ("", "## Use", "", *usage)
+    if any(reads_lengths(component.model) for component in package.components.values()):
+        yield ""
+        yield (
+            "**Pad prompts of a batch on the right.** Attention takes lengths of rows in this graph: padding "
+            "on the left would be misread, without an error. onnxsmith's own runtime sees to it."
+        )
     rows = list(_measured(measurements))
     yield from ("", "## Measured", "")
     if rows:

@@ -347,6 +347,7 @@ def _short_case(name: str) -> str:
         (r"batch=(\d+) length=(\d+)", r"\1x\2"),
         ("past=", "past "),
         ("left-padding=", "pad "),
+        ("right-padding=", "pad right "),
     ):
         name = re.sub(pattern, form, name)
     return name

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from onnxsmith.errors import FeedError
 from onnxsmith.runtime.ort_session import OrtSession
+from onnxsmith.runtime.row_lengths import fits_lengths
 from onnxsmith.runtime.samples import decoder_feeds
 from onnxsmith.runtime.session import Array, Session
 
@@ -72,7 +73,7 @@ class Decoder(abc.ABC):
             (batch, sequence, vocabulary), or with ``last_only`` perhaps (batch, 1, vocabulary).
 
         Raises:
-            FeedError: Another number of rows than the cache has.
+            FeedError: Another number of rows than the cache has, or padding that lengths cannot say.
         """
         new = np.ones(token_ids.shape, np.bool_) if mask is None else mask
         known = new[:, :0] if self._mask is None else self._mask
@@ -82,11 +83,22 @@ class Decoder(abc.ABC):
                 remedy="Empty the cache with reset()",
             )  # fmt: skip
         whole = np.concatenate([known, new], axis=1)
+        if self.session.reads_lengths:
+            self._require_lengths(new)
         self._last_only = last_only
         logits = self._step(token_ids, whole)
         self._mask = whole
         self.length = whole.shape[1]
         return logits
+
+    def _require_lengths(self, new: Mask) -> None:
+        """What a call adds goes behind the tokens of a row, so that only a prompt may end in padding."""
+        if not (bool(new.all()) if self.length else fits_lengths(new, new.shape[1])):
+            raise FeedError(
+                self.session.name,
+                got="padding on the left" if not self.length else "padding among tokens that continue a text",
+                expected="prompts that are padded on the right, because attention takes lengths of rows",
+            )
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first positions, as if the others had never come.

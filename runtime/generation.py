@@ -68,9 +68,10 @@ def generate_batch(
     stop: Collection[int] = (),
     sampling: SamplingSettings | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continues several prompts at once; shorter ones are padded on the left.
+    """Continues several prompts at once.
 
-    A row's text is the one that it would have alone, up to rounding in kernels that depend on the batch.
+    Shorter ones are padded on the left, or on the right where attention takes lengths of rows. A row's text
+    is the one that it would have alone, up to rounding in kernels that depend on the batch.
 
     Args:
         session: An open decoder.
@@ -91,11 +92,20 @@ def generate_batch(
     decoder = open_decoder(session, capacity=longest + min(max_new_tokens, _MAX_RESERVED_TOKENS))
     sampler = Sampler(sampling or SamplingSettings(), list(prompts))
     # Padding is hidden, so any token will do that the model knows.
-    tokens = np.array([[p[0]] * (longest - len(p)) + list(p) for p in prompts], np.int64)
-    mask = np.array([[False] * (longest - len(p)) + [True] * len(p) for p in prompts])
+    missing = [(longest - len(p)) * [p[0]] for p in prompts]
+    if session.reads_lengths:
+        rows = [list(p) + pad for p, pad in zip(prompts, missing, strict=True)]
+    else:
+        rows = [pad + list(p) for p, pad in zip(prompts, missing, strict=True)]
+    tokens = np.array(rows, np.int64)
+    counts = np.array([[len(p)] for p in prompts])
+    places = np.arange(longest)[None]
+    mask = places < counts if session.reads_lengths else places >= longest - counts
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
-        chosen = sampler.choose(decoder.step(tokens, mask, last_only=True)[:, -1])
+        ends = bool(mask[:, -1].all())
+        logits = decoder.step(tokens, mask, last_only=ends)
+        chosen = sampler.choose(logits[:, -1] if ends else logits[np.arange(len(rows)), counts[:, 0] - 1])
         ended = [done or int(token) in stop for done, token in zip(ended, chosen, strict=True)]
         if all(ended):
             return

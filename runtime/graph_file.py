@@ -19,7 +19,7 @@ import numpy.typing as npt
 from onnxsmith._onnx_slots import weight_slots
 from onnxsmith.errors import UnknownNameError
 from onnxsmith.known_graphs import recall, remember
-from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable
+from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable, reads_lengths
 from onnxsmith.package_io import load_package, sole_graph
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class GraphFile:
         cache_scales: For inputs and outputs of a KV cache in 8 bits, what a code is multiplied with; see
             ``cache_scales_of``.
         rows_interact: See ``quantizes_by_range``.
+        reads_lengths: See ``package.reads_lengths``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -59,6 +60,7 @@ class GraphFile:
     most_alike: int | None = None
     cache_scales: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rows_interact: bool = False
+    reads_lengths: bool = False
     temporary: Path | None = None
 
     @classmethod
@@ -84,7 +86,7 @@ class GraphFile:
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
             most_positions_alike(chosen.model), cache_scales_of(chosen.model),
-            quantizes_by_range(chosen.model),
+            quantizes_by_range(chosen.model), reads_lengths(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -167,6 +169,7 @@ class GraphFile:
             "most_alike": self.most_alike,
             "cache_scales": {name: scale.tolist() for name, scale in self.cache_scales.items()},
             "rows_interact": self.rows_interact,
+            "reads_lengths": self.reads_lengths,
         }
 
     @classmethod
@@ -189,6 +192,7 @@ class GraphFile:
             plain["most_alike"],
             {name: np.array(scale, np.float32) for name, scale in plain["cache_scales"].items()},
             plain["rows_interact"],
+            plain["reads_lengths"],
         )
 
 

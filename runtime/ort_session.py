@@ -110,6 +110,7 @@ class OrtSession(Session):
         self.most_alike = self._graph.most_alike
         self.rows_interact = self._graph.rows_interact
         self.positions = self.limits.get(POSITIONS)
+        self.reads_lengths = self._graph.reads_lengths
 
     @property
     def ort_session(self) -> Any:

@@ -93,6 +93,7 @@ def cases_for(
     sizes: tuple[int, int] | None = None,
     axis_limits: Mapping[str, tuple[int, int | None]] | None = None,
     fixed: Mapping[str, tuple[int | None, ...]] | None = None,
+    left_padding: bool = True,
 ) -> Iterator[Case]:
     """Makes inputs of several shapes for a model.
 
@@ -107,12 +108,14 @@ def cases_for(
         sizes: (batch, other dynamic axes), for one case of that size.
         axis_limits: For dynamic axes by name, the smallest and, where there is one, the largest size.
         fixed: By input, the sizes of axes that candidates have fixed; None for others.
+        left_padding: Whether rows of a decoder may be padded on the left. Prompts are padded on the right
+            instead where not, and nothing is padded after a cache.
     """
     random = np.random.default_rng(seed)
     if reference.cache:
         decoder_shapes = ((sizes[0], 0, sizes[1], 0),) if sizes else _DECODER_SHAPES
         for shape in _within(decoder_shapes[:samples], limits.get(POSITIONS)):
-            yield _decoder_case(reference, limits, random, *shape)
+            yield _decoder_case(reference, limits, random, *shape, left=left_padding)
         return
     bounds = {**_length_limits(reference.inputs, limits), **(axis_limits or {})}
     known: set[tuple[int, ...]] = set()
@@ -201,11 +204,7 @@ def decoder_feeds(
             if past:
                 feeds[spec.name] = past[spec.name]
             else:
-                shape = [
-                    batch if axis == 0 else size if isinstance(size, int) else 0
-                    for axis, size in enumerate(spec.shape or ())
-                ]
-                feeds[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
+                feeds[spec.name] = _empty_cache(spec, batch)
         elif spec.name == "use_cache_branch":
             feeds[spec.name] = np.array([length > 0])
         else:
@@ -218,6 +217,18 @@ def decoder_feeds(
     return feeds
 
 
+def _empty_cache(spec: TensorSpec, batch: int) -> Array:
+    axes = spec.shape or ()
+    sizes = [size if isinstance(size, int) else 0 for size in axes]
+    if len(axes) == 4 and not (sizes[1] and sizes[3]):
+        raise FeedError(
+            f"input {spec.name!r}", got=str(spec),
+            expected="(batch, heads, length, size of a head) with fixed heads and sizes",
+            remedy="Fix them with the pass set_axes, or give the inputs with --inputs FILE.npz",
+        )  # fmt: skip
+    return np.zeros([batch, *sizes[1:]], numpy_dtype(spec.dtype))
+
+
 def _decoder_case(
     reference: Session,
     limits: Mapping[str, int],
@@ -226,12 +237,16 @@ def _decoder_case(
     past_length: int,
     new: int,
     padding: int,
+    *,
+    left: bool,
 ) -> Case:
     limit = limits.get("input_ids", 2)
     ids = random.integers(0, limit, (batch, past_length + new), dtype=np.int64)
     mask = np.ones(ids.shape, np.bool_)
+    if not left and past_length:
+        padding = 0
     if padding:
-        mask[-1, :padding] = False
+        mask[-1, slice(padding) if left else slice(-padding, None)] = False
     past = None
     if past_length:
         feeds = decoder_feeds(reference.inputs, ids[:, :past_length], mask=mask[:, :past_length])
@@ -239,7 +254,7 @@ def _decoder_case(
         past = {pair.past.name: filled[pair.present.name] for pair in reference.cache}
     name = f"{'decode' if past_length else 'prefill'} batch={batch} length={new}"
     name += f" past={past_length}" if past_length else ""
-    name += f" left-padding={padding}" if padding else ""
+    name += f" {'left' if left else 'right'}-padding={padding}" if padding else ""
     return Case(name, decoder_feeds(reference.inputs, ids[:, past_length:], mask=mask, past=past), mask)
 
 

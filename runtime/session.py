@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from onnxsmith.errors import FeedError, UnknownNameError
 from onnxsmith.package import CachePair, TensorSpec, cache_pairs
+from onnxsmith.runtime.row_lengths import fits_lengths, run_without_padding
 
 __all__ = ["Array", "Feeds", "Session"]
 
@@ -32,6 +33,8 @@ class Session(abc.ABC):
             where all are computed alike.
         rows_interact: Whether what a row gives depends on the other rows of its batch.
         positions: How many it has, for prompt and continuation together; None where nothing says.
+        reads_lengths: Whether attention takes lengths of rows and not a mask, so that it would misread
+            padding on the left; see ``package.reads_lengths``. ``run`` then runs such rows without it.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -42,6 +45,7 @@ class Session(abc.ABC):
     most_alike: int | None = None
     rows_interact: bool = False
     positions: int | None = None
+    reads_lengths: bool = False
 
     @property
     def cache(self) -> tuple[CachePair, ...]:
@@ -67,7 +71,12 @@ class Session(abc.ABC):
         for name in outputs or ():
             if name not in names:
                 raise UnknownNameError(self.name, name=name, known=names, kind="output")
-        return self._run(checked, list(outputs) if outputs is not None else names)
+        wanted = list(outputs) if outputs is not None else names
+        if self.reads_lengths and {"input_ids", "attention_mask"} <= checked.keys():
+            mask = checked["attention_mask"].astype(bool)
+            if not fits_lengths(mask, checked["input_ids"].shape[1]):
+                return run_without_padding(self._run, checked, wanted, cache=self.cache, name=self.name)
+        return self._run(checked, wanted)
 
     def decoder(self, *, capacity: int = 0) -> Any:
         """A decoder that keeps its cache where the model runs; None where ``open_decoder`` has a better.

@@ -53,6 +53,7 @@ class WorkerSession(Session):
         self.most_alike = self._graph.most_alike
         self.rows_interact = self._graph.rows_interact
         self.positions = self._graph.limits.get(POSITIONS)
+        self.reads_lengths = self._graph.reads_lengths
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")

@@ -408,3 +408,16 @@ def test_bad_requests_are_refused(slow_model: Path, tmp_path: Path) -> None:
         diagnose(rules=["unfused"])
     assert command(tmp_path / "nothing.onnx")[0] == 2
     assert command(slow_model, "--provider", "cdua")[0] == 2
+
+
+def test_a_graph_is_looked_at_for_a_provider_that_is_not_here(
+    tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
+    found = diagnose(tiny_artifact_dir, static=True, provider="cuda", rules=["cuda_kernels"])
+    assert found.provider == "CUDAExecutionProvider" and found.roofs is None and found.is_well
+    assert [one.finding.rule for one in found.found] == ["cuda_kernels"]
+    for refused in ({"model": None}, {"fix": tmp_path / "fixed"}):
+        with pytest.raises(BadInputError, match="expected a model to look at, and no more"):
+            diagnose(**{"model": tiny_artifact_dir, "static": True, **refused})
+    with pytest.raises(UnknownNameError, match="unknown execution provider 'nonsense'"):
+        diagnose(tiny_artifact_dir, static=True, provider="nonsense")

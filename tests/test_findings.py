@@ -374,3 +374,33 @@ def test_the_graph_stays_as_it_is(tiny_artifact_dir: Path) -> None:
     before = serialized(model)
     assert not list(examine(model, CPU))
     assert serialized(model) == before
+
+
+CUDA = Target("CUDAExecutionProvider")
+
+
+def test_what_cuda_has_no_kernel_for() -> None:
+    """By its published list of kernels; attention with a bias is in test_attention_lengths.py."""
+    model = graph(
+        HEAD + "g (float[2, 32] x, float16[2, 32] h, int64[3] ids) => (float[2, 32] y, float16[2, 32] z, "
+        "float[3, 64] w, float[2, 32] n) { y = com.microsoft.Gelu(x) z = com.microsoft.QuickGelu(h) "
+        "w = com.microsoft.GatherBlockQuantized<bits = 8, block_size = 16, quantize_axis = 0> "
+        "(table, ids, scales) "
+        "n = com.microsoft.DynamicQuantizeMatMul(x, codes, scale) }",
+        table=np.zeros((32, 64), np.uint8),
+        scales=np.ones((2, 64), np.float32),
+        codes=np.zeros((32, 32), np.int8),
+        scale=np.ones(1, np.float32),
+    )
+    refused, lacking = find(model, "cuda_kernels", CUDA)
+    assert (refused.kind, refused.count) == ("wrong", 1)
+    assert "GatherBlockQuantized with blocks that are not on the last axis" in refused.what
+    assert (lacking.kind, lacking.what) == ("slow", "1 nodes: DynamicQuantizeMatMul")
+    assert find(model, "cuda_kernels") == []
+
+
+def test_float32_attention_falls_back_on_cuda(tiny_package: Any) -> None:
+    (found,) = find(tiny_package.main.model, "cuda_kernels", CUDA)
+    assert found.kind == "slow" and "GroupQueryAttention in float" in found.what
+    cured = treated(tiny_package.main.model, found)
+    assert find(cured, "cuda_kernels", CUDA) == []

@@ -23,6 +23,8 @@ __all__ = [
     "TensorSpec",
     "cache_is_shareable",
     "cache_pairs",
+    "depends_on_values",
+    "reads_lengths",
 ]
 
 TEXT_GENERATION = "text-generation"
@@ -241,6 +243,35 @@ def cache_is_shareable(model: ir.Model) -> bool:
     return found > 0
 
 
+def reads_lengths(model: ir.Model) -> bool:
+    """Whether attention takes the first tokens of each row, as many as the mask has, for the row's.
+
+    So it is where GroupQueryAttention has lengths that follow from what is in a mask, as in graphs of
+    onnxruntime-genai. Rows may be padded on the right, not on the left.
+    """
+    return any(
+        node.op_type == "GroupQueryAttention" and len(node.inputs) > 5 and depends_on_values(node.inputs[5])
+        for node in model.graph.all_nodes()
+    )
+
+
+def depends_on_values(value: ir.Value | None) -> bool:
+    """Whether a value depends on what is in an input of its graph, and not on shapes alone."""
+    pending = [value]
+    seen: set[ir.Value | None] = set()
+    while pending:
+        one = pending.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        node = one.producer()
+        if node is not None:
+            pending += () if node.op_type in ("Shape", "Size") else node.inputs
+        elif one.const_value is None:
+            return True
+    return False
+
+
 def _made_in_branches(value: ir.Value | None) -> set[ir.Value]:
     """A value, or what each branch of the If that makes it gives for it."""
     node = value.producer() if value is not None else None
@@ -266,4 +297,28 @@ def _spec(value: ir.Value) -> TensorSpec:
     if value.shape is None:
         return TensorSpec(value.name or "", dtype, None)
     axes = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    known = _cache_axes(value) if len(axes) == 4 else None
+    if known is not None:
+        heads, size = (
+            own if isinstance(own, int) else found for own, found in zip(axes[1::2], known, strict=True)
+        )
+        axes = (axes[0], heads, axes[2], size)
     return TensorSpec(value.name or "", dtype, axes)
+
+
+def _cache_axes(value: ir.Value) -> tuple[int, int] | None:
+    """Heads and their size of what GroupQueryAttention keeps, where its operands say so.
+
+    onnxruntime-genai's builder gives the size of a head a name, as if it were free.
+    """
+    readers = [node for node, index in value.uses() if index in (3, 4)]
+    producer = value.producer()
+    for node in (*readers, *(() if producer is None else (producer,))):
+        if node.op_type != "GroupQueryAttention" or not node.inputs or node.inputs[0] is None:
+            continue
+        heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        width = node.inputs[0].shape[-1] if node.inputs[0].shape else None
+        parts = heads if node.inputs[1] is not None else heads + 2 * kv_heads
+        if isinstance(width, int) and width % parts == 0:
+            return kv_heads, width // parts
+    return None
