@@ -41,8 +41,9 @@ def tidy_cache(
     Raises:
         BadInputError: The limit is no size.
     """
-    from onnxsmith.pipeline.run_steps import cache_directory, cache_limit
+    from onnxsmith.pipeline.run_steps import cache_directory
     from onnxsmith.pipeline.step_cache import StepCache
+    from onnxsmith.user_directories import cache_limit
 
     cache = StepCache(root or cache_directory())
     limit, removed = cache_limit(), []
@@ -91,8 +92,8 @@ def cache(
 ) -> None:
     """Show what runs keep for later ones, and remove what is not wanted any more."""
     from onnxsmith.pipeline.console import emit_json
-    from onnxsmith.pipeline.run_steps import bytes_of
     from onnxsmith.pipeline.tables import show_cache
+    from onnxsmith.user_directories import bytes_of
 
     if not prune and (max_size is not None or unused_days is not None):
         raise BadInputError(

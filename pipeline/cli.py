@@ -38,7 +38,7 @@ from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run_command"]
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 # An export makes a million of them once, in imports and a trace, and is over soon after.
@@ -56,7 +56,12 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """The entry point of the console script."""
+    """The entry point of the console script: it ends the process."""
+    run_and_leave(run_command)
+
+
+def run_command() -> None:
+    """Does what the arguments of this process say, and raises SystemExit with the status."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
@@ -65,7 +70,7 @@ def main() -> NoReturn:
     # A command makes objects by the million and few of them in cycles: with Python's own threshold of 700,
     # one second in ten is spent on looking for those.
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
-    run_and_leave(app)
+    app()
 
 
 def _version(value: bool) -> None:

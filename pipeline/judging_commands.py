@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -316,7 +317,7 @@ def generate(
         ),
     ] = "off",
     json_target: Json = None,
-) -> None:
+) -> int:
     """Continue a text with a language model, streamed; by default always the most likely token."""
     from onnxsmith.pipeline.console import emit_json
     from onnxsmith.pipeline.generation import generate_text, generate_texts
@@ -341,43 +342,67 @@ def generate(
         "speculation": LookupSettings.parse(speculate),
     }  # fmt: skip
     if audio is not None:
-        _transcribe(
+        return _transcribe(
             model, audio, json_target, {"language": language, "stop": stop or (), "provider": provider},
             plain=(sampling, chat, system, speculate) == (SamplingSettings(seed=seed), False, None, "off"),
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
-        return
     if prompts is not None:
-        results = []
-        for one in generate_texts(model, _prompts(prompts), batch=batch, **settings):
-            results.append(dataclasses.asdict(one))
-            if json_target != "-":
-                sys.stdout.write(f"{one.prompt}{'' if not chat else chr(10)}{one.text}\n\n")
-                sys.stdout.flush()
+        results: list[dict[str, Any]] = []
+        with _until_interrupted() as ended:
+            for one in generate_texts(model, _prompts(prompts), batch=batch, **settings):
+                results.append(dataclasses.asdict(one))
+                if json_target != "-":
+                    sys.stdout.write(f"{one.prompt}{'' if not chat else chr(10)}{one.text}\n\n")
+                    sys.stdout.flush()
         if json_target:
-            emit_json(json_target, "generate", {"results": results})
-        return
+            emit_json(json_target, "generate", {"results": results, "interrupted": bool(ended)})
+        return _status(ended, f"{len(results)} texts were finished")
     assert prompt is not None
     text = generate_text(model, prompt, **settings)
-    _show_pieces(text, json_target, {"prompt": prompt}, before="" if chat else prompt)
+    return _show_pieces(text, json_target, {"prompt": prompt}, before="" if chat else prompt)
 
 
 def _show_pieces(
     pieces: Iterator[str], json_target: str | None, facts: dict[str, str], *, before: str = ""
-) -> None:
-    """Writes a text piece by piece, with what comes before its first one, or the whole of it as JSON."""
+) -> int:
+    """Writes a text piece by piece, with what comes before its first one, or the whole of it as JSON.
+
+    Ctrl-C ends the text where it is.
+    """
     from onnxsmith.pipeline.console import emit_json
 
     shown: list[str] = []
-    for piece in pieces:
-        if json_target != "-":
-            sys.stdout.write(piece if shown else f"{before}{piece}")
-            sys.stdout.flush()
-        shown.append(piece)
-    if json_target != "-":
+    with _until_interrupted() as ended:
+        for piece in pieces:
+            shown.append(piece)
+            if json_target != "-":
+                sys.stdout.write(piece if len(shown) > 1 else f"{before}{piece}")
+                sys.stdout.flush()
+    if json_target != "-" and (shown or not ended):
         sys.stdout.write("\n")
     if json_target:
-        emit_json(json_target, "generate", facts | {"text": "".join(shown)})
+        emit_json(json_target, "generate", facts | {"text": "".join(shown), "interrupted": bool(ended)})
+    return _status(ended, "the text ends here" if shown else "no text was there yet")
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[list[bool]]:
+    """Lets Ctrl-C end a stretch of work and not the command; what is yielded is filled then."""
+    ended: list[bool] = []
+    try:
+        yield ended
+    except KeyboardInterrupt:
+        ended.append(True)
+
+
+def _status(ended: list[bool], what: str) -> int:
+    from onnxsmith.pipeline.console import message
+
+    if not ended:
+        return 0
+    message(f"onnxsmith: interrupted; {what}")
+    return INTERRUPTED
 
 
 def _transcribe(
@@ -388,7 +413,7 @@ def _transcribe(
     *,
     plain: bool,
     max_new_tokens: int | None,
-) -> None:
+) -> int:
     from onnxsmith.pipeline.transcription import transcribe
 
     if not plain:
@@ -398,7 +423,7 @@ def _transcribe(
             expected="neither: speech is decoded greedily",
         )
     pieces = transcribe(model, audio, max_new_tokens=max_new_tokens, **settings)
-    _show_pieces(pieces, json_target, {"audio": str(audio)})
+    return _show_pieces(pieces, json_target, {"audio": str(audio)})
 
 
 def _prompts(path: Path) -> Sequence[str]:

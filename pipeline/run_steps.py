@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.step_cache import OpenStep, StepCache
 from onnxsmith.pipeline.step_keys import StepKey
-from onnxsmith.user_directories import SIZE_VARIABLE, given_home, system_caches
+from onnxsmith.user_directories import cache_limit, given_home, system_caches
 
-__all__ = ["RunSteps", "bytes_of", "cache_directory", "cache_limit", "user_cache"]
+__all__ = ["RunSteps", "cache_directory", "user_cache"]
 
-_DEFAULT_LIMIT = "20GB"
-_UNITS: Mapping[str, int] = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # An entry that takes more of the cache than this would push everything else out.
 _LARGEST_SHARE = 0.5
 
@@ -31,31 +26,6 @@ def cache_directory() -> Path:
     """
     home = given_home()
     return home / "cache" if home else system_caches() / "onnxsmith"
-
-
-def bytes_of(text: str, *, where: str) -> int:
-    """A size such as ``20GB``, ``500 MB`` or ``0``, in units of powers of ten.
-
-    Args:
-        text: What was given.
-        where: For the message.
-
-    Raises:
-        BadInputError: It is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)[bB]?\s*", text)
-    if match is None:
-        raise BadInputError(where, got=repr(text), expected="a size such as 20GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def cache_limit() -> int:
-    """What the cache may take, in bytes: ``$ONNXSMITH_CACHE_SIZE``, 20 GB where it is not set.
-
-    Raises:
-        BadInputError: It is no size.
-    """
-    return bytes_of(os.environ.get(SIZE_VARIABLE) or _DEFAULT_LIMIT, where=SIZE_VARIABLE)
 
 
 def user_cache() -> StepCache | None:

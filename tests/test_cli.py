@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxsmith.pipeline.cli import main
+from onnxsmith.pipeline.cli import run_command
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -40,14 +40,12 @@ Command = Callable[..., Ended]
 def onnxsmith(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command in an empty directory, as the console script does, but in this process."""
     monkeypatch.chdir(tmp_path)
-    # All but the end of the process, which would be that of the tests, with status 0.
-    monkeypatch.setattr("onnxsmith.pipeline.cli.run_and_leave", lambda command: command())
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["onnxsmith", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            run_command()
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         assert "internal error" not in err

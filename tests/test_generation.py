@@ -6,12 +6,16 @@ import dataclasses
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import heed_interrupts
 from typer.testing import CliRunner
 
 from onnxsmith.errors import BadInputError, FeedError, TokenizerError
@@ -229,6 +233,36 @@ def test_many_prompts_in_batches(tiny_artifact_dir: Path, tmp_path: Path) -> Non
     file.write_text('{"text": 3}\n')
     done = CliRunner().invoke(app, ["generate", str(tiny_artifact_dir), *arguments])
     assert (done.exit_code, "line 1: a text of 3; expected a string" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_ctrl_c_ends_the_text_where_it_is(tiny_artifact_dir: Path, tmp_path: Path, many: bool) -> None:
+    """With a real signal, as soon as the first text is shown."""
+    target, file = tmp_path / "out.json", tmp_path / "prompts.txt"
+    file.write_text("the quick\n" * 5000)
+    what = ["the quick", "--max-new-tokens", "100000"]
+    if many:
+        what = ["--prompts", str(file), "--max-new-tokens", "30"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxsmith.pipeline", "generate", str(tiny_artifact_dir), *what,
+         "--json", str(target)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    with process:
+        shown = process.stdout.read(12)
+        process.send_signal(signal.SIGINT)
+        rest, said = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130, said
+    assert said.startswith("onnxsmith: interrupted; ") and "Traceback" not in said
+    assert (shown + rest).startswith("the quick") and rest.endswith("\n")
+    kept = json.loads(target.read_text())
+    assert kept["interrupted"]
+    if many:
+        assert 0 < len(kept["results"]) < 5000 and f"{len(kept['results'])} texts were finished" in said
+    else:
+        # The last piece may have been on its way.
+        assert f"the quick{kept['text']}".startswith((shown + rest).removesuffix("\n"))
 
 
 TEMPLATE = (

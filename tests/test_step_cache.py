@@ -19,11 +19,12 @@ import pytest
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.package import TensorSpec
 from onnxsmith.pipeline.recorded_reference import load_expected, save_expected
-from onnxsmith.pipeline.run_steps import RunSteps, bytes_of, cache_directory, user_cache
+from onnxsmith.pipeline.run_steps import RunSteps, cache_directory, user_cache
 from onnxsmith.pipeline.step_cache import OpenStep, StepCache
 from onnxsmith.pipeline.step_keys import StepKey, file_identity, step_key
 from onnxsmith.runtime import cases_for, reference_outputs
 from onnxsmith.runtime.session import Array, Session
+from onnxsmith.user_directories import bytes_of
 
 KEY = step_key("test", number=1)
 

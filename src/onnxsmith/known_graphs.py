@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsmith._version import __version__
-from onnxsmith.user_directories import SIZE_VARIABLE, given_home, system_caches
+from onnxsmith.user_directories import cache_limit, given_home, system_caches
 
 __all__ = ["recall", "remember"]
 
@@ -87,7 +87,7 @@ def _note(path: Path, kind: str) -> Path | None:
 
 def _directory() -> Path | None:
     """Beside the cache of steps; None where caches are switched off."""
-    if os.environ.get(SIZE_VARIABLE, "").strip() in ("0", "0B", "0b"):
+    if cache_limit() == 0:
         return None
     home = given_home()
     return home / "known-graphs" if home else system_caches() / "onnxsmith-known-graphs"
