@@ -29,7 +29,7 @@ __all__ = ["GraphFile"]
 
 Array = npt.NDArray[Any]
 # To be changed with what ``to_json`` gives.
-_NOTE = "graph-3"
+_NOTE = "graph-4"
 
 
 @dataclasses.dataclass
