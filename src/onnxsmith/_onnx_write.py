@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ _ALWAYS_INLINE_BYTES = 1024
 # What ExternalData.md recommends, so that a reader can map a tensor alone.
 _DATA_ALIGNMENT_BYTES = 4096
 
+# Only tensors up to this size are computed ahead of time.
+_AHEAD_BYTES = 32 * 1024 * 1024
+
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 
@@ -42,53 +45,74 @@ def write_data(slots: Sequence[Slot], external: bool, staged_data: Path, data_pa
     """Writes the data file, and gives what has to stand in the slots for the graph file to be right."""
     import onnx_ir
 
+    outside = [slot.tensor for slot in slots if external and _goes_outside(slot.tensor)]
+    placed = _write_tensors(outside, staged_data) if outside else {}
     directory = os.path.realpath(data_path.parent)
-    placed: dict[tuple[Any, ...], tuple[int, int]] = {}
     substitutes: list[Substitute] = []
-    with contextlib.ExitStack() as stack:
-        file: io.BufferedWriter | None = None
-        for slot in slots:
-            tensor: Any = slot.tensor
-            is_string = tensor.dtype == onnx_ir.DataType.STRING
-            if external and not is_string and tensor.nbytes > _ALWAYS_INLINE_BYTES:
-                if file is None:
-                    file = stack.enter_context(open(staged_data, "wb"))
-                key = identity(tensor)
-                if key not in placed:
-                    placed[key] = _append(file, tensor)
-                offset, length = placed[key]
-                new: Any = onnx_ir.ExternalTensor(
-                    data_path.name,
-                    offset,
-                    length,
-                    tensor.dtype,
-                    shape=tensor.shape,
-                    name=tensor.name,
-                    doc_string=tensor.doc_string or None,
-                    metadata_props=dict(tensor.metadata_props) or None,
-                    base_dir=directory,
-                )
-            elif isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.LazyTensor):
-                new = _in_memory(tensor)
-            else:
-                continue
-            substitutes.append(Substitute(slot, new))
+    for slot in slots:
+        tensor: Any = slot.tensor
+        if external and _goes_outside(tensor):
+            new: Any = onnx_ir.ExternalTensor(
+                data_path.name,
+                placed[identity(tensor)],
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                doc_string=tensor.doc_string or None,
+                metadata_props=dict(tensor.metadata_props) or None,
+                base_dir=directory,
+            )
+        elif isinstance(tensor, onnx_ir.ExternalTensor | onnx_ir.LazyTensor):
+            new = _in_memory(tensor)
+        else:
+            continue
+        substitutes.append(Substitute(slot, new))
     return substitutes
 
 
-def _append(file: io.BufferedWriter, tensor: Any) -> tuple[int, int]:
-    """Writes one tensor at the next aligned place; gives its offset and length."""
+def _goes_outside(tensor: Any) -> bool:
     import onnx_ir
 
-    offset = -(-file.tell() // _DATA_ALIGNMENT_BYTES) * _DATA_ALIGNMENT_BYTES
-    file.seek(offset)
-    if isinstance(tensor, onnx_ir.ExternalTensor):
-        _copy_external(tensor, file)
-    else:
-        # Not tofile(), because numpy reports a full disk by an OSError without a number.
-        file.write(_bytes_of(tensor))
-    _require_length(tensor, file.tell() - offset)
-    return offset, tensor.nbytes
+    return bool(tensor.dtype != onnx_ir.DataType.STRING and tensor.nbytes > _ALWAYS_INLINE_BYTES)
+
+
+def _write_tensors(tensors: Sequence[Any], path: Path) -> dict[tuple[Any, ...], int]:
+    """Writes each tensor once, at the next aligned place; gives the offsets.
+
+    While one is written, a thread computes the next, one after the other: computing (reading, transposing,
+    rounding) and writing take about as long.
+    """
+    import onnx_ir
+
+    once = list({identity(tensor): tensor for tensor in tensors}.values())
+    offsets: dict[tuple[Any, ...], int] = {}
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as thread:
+
+        def begin(index: int) -> Future[bytes | memoryview] | None:
+            # What is mapped from a file is copied from there.
+            if index == len(once) or isinstance(once[index], onnx_ir.ExternalTensor):
+                return None
+            return thread.submit(_bytes_of, once[index])
+
+        ahead: Future[bytes | memoryview] | None = None
+        for index, tensor in enumerate(once):
+            offset = -(-file.tell() // _DATA_ALIGNMENT_BYTES) * _DATA_ALIGNMENT_BYTES
+            file.seek(offset)
+            computed, ahead = ahead or begin(index), None
+            if computed is None:
+                _copy_external(tensor, file)
+            else:
+                content = computed.result()
+                # Two large tensors at a time would take the memory of a larger model.
+                if len(content) <= _AHEAD_BYTES and index + 1 < len(once):
+                    ahead = begin(index + 1) if once[index + 1].nbytes <= _AHEAD_BYTES else None
+                # Not tofile(), because numpy reports a full disk by an OSError without a number.
+                file.write(content)
+                computed = content = None  # type: ignore[assignment]  # lets the memory go
+            _require_length(tensor, file.tell() - offset)
+            offsets[identity(tensor)] = offset
+    return offsets
 
 
 def _copy_external(tensor: ir.ExternalTensor, file: Any) -> None:
