@@ -26,6 +26,8 @@ __all__ = [
 DASH = "–"
 MINUS = "−"
 TIMES = "×"
+# A list of all weights is a page of braces.
+_LONGEST_SETTING = 600
 _NO_BREAK = "\u00a0"
 
 
@@ -186,14 +188,15 @@ def _pretty(value: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """A parameter of a pass or a detail that it reported, on one line."""
+    """A parameter of a pass or a detail that it reported, on one line; of what is long, how much there is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return DASH
     if isinstance(value, str):
         return value
     if isinstance(value, float):
         return as_given(value)
-    return json.dumps(_json_safe(value), ensure_ascii=False)
+    text = json.dumps(_json_safe(value), ensure_ascii=False)
+    return text if len(text) <= _LONGEST_SETTING else f"{len(value)} entries, in report.json"
 
 
 FILTERS: Mapping[str, Callable[..., str]] = {

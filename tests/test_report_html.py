@@ -401,3 +401,13 @@ def test_labels_of_points_close_together_do_not_overlap() -> None:
     for anchor in ("start", "end"):
         on_side = sorted(float(y) for _, y, a in labels if a == anchor)
         assert all(b - a >= 12 for a, b in itertools.pairwise(on_side))
+
+
+def test_long_details_of_a_pass_are_counted_and_not_printed() -> None:
+    from onnxsmith.pipeline._report_numbers import setting
+
+    layers = {f"model.layers.{n}.weight": {"bits": 4, "shape": [576, 576]} for n in range(60)}
+    assert setting(layers) == "60 entries, in report.json"
+    assert setting(list(layers)) == "60 entries, in report.json"
+    assert setting({"a": 1}) == '{"a": 1}'
+    assert setting("x" * 700) == "x" * 700
