@@ -20,7 +20,7 @@ from onnxsmith.graph_passes.awq import (
 from onnxsmith.graph_passes.block_operators import BlockFormat, SharedWeight
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import Activations
-from onnxsmith.graph_passes.gptq import gptq_blocks, second_moments
+from onnxsmith.graph_passes.gptq import Factor, gptq_blocks, inverse_factor, second_moments
 from onnxsmith.onnx_file import drop_pages
 from onnxsmith.sparse_rounding import output_error
 
@@ -106,12 +106,19 @@ def calibrated(
             scaling, importance = _searched(alike, moments, search_steps)
             scalings.append((alike, scaling))
             made |= {c.weight.name: Rounding(c, search_steps, importance) for c in alike}
+        factor: Factor | None = None
         for choice in (c for c in users if c.method == "gptq"):
+            sources = len(dict.fromkeys(choice.weight.activations))
+            if sources == 1 and not choice.weight.gathers:
+                factor = factor or inverse_factor(moments)
+                made[choice.weight.name] = _gptq(choice, moments, factor, search_steps)
+                continue
             parts = waiting.setdefault(choice.weight.name, [])
             parts.append(moments)
-            if len(parts) == len(dict.fromkeys(choice.weight.activations)):
+            if len(parts) == sources:
                 mean = moments if len(parts) == 1 else np.asarray(np.mean(parts, axis=0), np.float32)
-                made[choice.weight.name] = _gptq(choice, mean, search_steps)
+                own = inverse_factor(_with_rows(mean) if choice.weight.gathers else mean)
+                made[choice.weight.name] = _gptq(choice, mean, own, search_steps)
                 del waiting[choice.weight.name]
     # The graph is changed only after the last run over the data.
     for alike, scaling in scalings:
@@ -119,11 +126,10 @@ def calibrated(
     return made
 
 
-def _gptq(choice: Choice, moments: Floats, search_steps: int) -> QuantizedBlocks:
+def _gptq(choice: Choice, moments: Floats, factor: Factor, search_steps: int) -> QuantizedBlocks:
     form, rows = choice.form, choice.weight.rows()
-    wanted = _with_rows(moments) if choice.weight.gathers else moments
     blocks = gptq_blocks(
-        rows, wanted, bits=form.bits, block_size=form.block_size, symmetric=form.symmetric,
+        rows, factor, bits=form.bits, block_size=form.block_size, symmetric=form.symmetric,
         minimums=form.minimums, search_steps=search_steps, scale_type=_scale_type(choice),
         name=choice.weight.name,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.graph_passes.blocks import dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import Outcome, PreconditionError
-from onnxsmith.graph_passes.gptq import gptq_blocks, second_moments
+from onnxsmith.graph_passes.gptq import gptq_blocks, inverse_factor, second_moments
 from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.sparse_rounding import output_error
 
@@ -134,7 +134,7 @@ def test_gptq_of_one_weight_is_better_in_the_output_and_worse_in_the_weight() ->
     moments = x.T @ x / len(x)
     options: dict[str, Any] = {"bits": 4, "block_size": 32, "symmetric": False, "minimums": False}
     plain = dequantize_blocks(quantize_blocks(matrix, **options, search_steps=9))
-    blocks = gptq_blocks(matrix, moments, **options, search_steps=9, scale_type=np.float32)
+    blocks = gptq_blocks(matrix, inverse_factor(moments), **options, search_steps=9, scale_type=np.float32)
     better = dequantize_blocks(blocks)
     assert output_error(matrix, better, moments) < 0.5 * output_error(matrix, plain, moments)
     assert np.square(better - matrix).sum() > np.square(plain - matrix).sum()
@@ -148,10 +148,21 @@ def test_unused_and_repeated_columns_do_no_harm() -> None:
     x[:, 5] = 0
     x[:, 7] = x[:, 6]
     blocks = gptq_blocks(
-        matrix, x.T @ x / 100, bits=4, block_size=32, symmetric=False, minimums=False, search_steps=0,
-        scale_type=np.float32, damping=0.0,
+        matrix, inverse_factor(x.T @ x / 100, damping=0.0), bits=4, block_size=32, symmetric=False,
+        minimums=False, search_steps=0, scale_type=np.float32,
     )  # fmt: skip
     assert np.isfinite(dequantize_blocks(blocks)).all()
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    x = np.random.default_rng(2).standard_normal((400, 150)).astype(np.float32)
+    moments = x.T @ x / 400
+    factor = inverse_factor(moments, damping=0.1)
+    damped = moments.astype(np.float64) + 0.1 * np.diagonal(moments).mean() * np.eye(150)
+    want = np.linalg.inv(damped[np.ix_(factor.order, factor.order)])
+    upper = factor.upper.astype(np.float64)
+    assert np.all(np.tril(upper, -1) == 0)
+    np.testing.assert_allclose(upper.T @ upper, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_moments_are_bounded_in_memory_by_running_again() -> None:
