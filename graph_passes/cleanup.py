@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.structure import (
     require_signature,
     restore_outputs,
     signature,
+    without_passed_through,
 )
 
 __all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts", "with_unique_names"]
@@ -89,16 +90,18 @@ class Cleanup(GraphPass):
     def apply(self, model: ir.Model) -> Changes:
         """Cleans up until nothing changes any more."""
         before, initializers = operator_counts(model), len(model.graph.initializers)
-        interface, state = signature(model), Fingerprint(model)
+        interface = signature(model)
         rules = local_rules(model.opset_imports.get("", 0))
         renamed = _doubled_names(model)
         rounds = 0
-        for _ in range(_ROUNDS):
-            self._round(model, rules)
-            last, state = state, Fingerprint(model)
-            if state == last:
-                break
-            rounds += 1
+        with without_passed_through(model.graph):
+            state = Fingerprint(model)
+            for _ in range(_ROUNDS):
+                self._round(model, rules)
+                last, state = state, Fingerprint(model)
+                if state == last:
+                    break
+                rounds += 1
         if not rounds and not renamed:
             return Changes()
         require_signature(model, interface, self.name)

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import gc
 import inspect
+import logging
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -135,7 +136,7 @@ class GraphPass(ir.passes.InPlacePass):
         names = _tensor_names(model)
         committed = False
         try:
-            with _without_garbage_collection():
+            with _without_garbage_collection(), _quiet():
                 trial = _copy(model)
                 changes = self.apply(trial)
             if changes.count:
@@ -179,6 +180,18 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps onnx_ir from writing of what its passes leave as it is, with tracebacks."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _plain(value: Any, kind: Any) -> Any:

@@ -18,6 +18,7 @@ from onnxsmith.graph_passes.structure import (
     release_dead_users,
     require_signature,
     signature,
+    without_passed_through,
 )
 from onnxsmith.graph_passes.weights import join_concatenated_weights
 
@@ -51,7 +52,10 @@ class FuseTransformer(GraphPass):
 
         before, interface = operator_counts(model), signature(model)
         near = NearMisses()
-        with only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS):
+        with (
+            without_passed_through(model.graph),
+            only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS),
+        ):
             with corrected_onnxscript(model, near), near.collected():
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)

@@ -17,6 +17,7 @@ __all__ = [
     "require_signature",
     "restore_outputs",
     "signature",
+    "without_passed_through",
 ]
 
 # Tensors up to this size are compared by content, larger ones by identity: weights are not read for this.
@@ -118,6 +119,22 @@ def release_dead_users(model: ir.Model) -> None:
         for node, index in list(value.uses()):
             if node not in alive:
                 node.replace_input_with(index, None)
+
+
+@contextlib.contextmanager
+def without_passed_through(graph: ir.Graph) -> Iterator[None]:
+    """Takes outputs that are inputs out of a graph for a while: nothing is computed for them.
+
+    ``OutputFixPass`` gives each a node of its own, and the input another name.
+    """
+    passed = [(place, value) for place, value in enumerate(graph.outputs) if value.is_graph_input()]
+    for place, _ in reversed(passed):
+        del graph.outputs[place]
+    try:
+        yield
+    finally:
+        for place, value in passed:
+            graph.outputs.insert(place, value)
 
 
 def restore_outputs(graph: ir.Graph, known: Sequence[tuple[ir.TypeProtocol | None, ir.Shape | None]]) -> None:

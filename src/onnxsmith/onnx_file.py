@@ -280,6 +280,11 @@ def _refuse_content(path: Path, content: bytes, error: Exception | None) -> NoRe
 def _deserialize(path: Path, proto: onnx.ModelProto) -> ir.Model:
     import onnx_ir
 
+    for holder in (proto, *proto.functions):
+        for entry in holder.opset_import:
+            # The two names mean the same. onnx_ir rewrites that of nodes, but not that of imports.
+            if entry.domain == "ai.onnx":
+                entry.domain = ""
     try:
         model = onnx_ir.serde.deserialize_model(proto)
     except MemoryError:
