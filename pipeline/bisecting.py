@@ -77,6 +77,7 @@ def bisect_models(
     package = load_package(candidate)
     package = _one_graph(package, component, candidate)
     with progress.step("bisect") as step, open_traceable(reference, task, component) as (right, limits):
+        _require_inputs(right, package, candidate, reference)
         lengths = right.session.reads_lengths or reads_lengths(package.main.model)
         cases = _cases(right, limits, samples or _SAMPLES, inputs, seed, lengths=lengths)
 
@@ -102,6 +103,18 @@ def bisect_models(
                 for path in directory.iterdir():
                     path.unlink()
             return found
+
+
+def _require_inputs(right: Reference, package: ModelPackage, candidate: Path, reference: str) -> None:
+    """Two models of other inputs are no two forms of one model."""
+    theirs = [spec.name for spec in right.session.inputs]
+    missing = [spec.name for spec in package.main.inputs if spec.name not in theirs]
+    if missing:
+        raise BadInputError(
+            f"bisect: {candidate}",
+            got=f"the inputs {', '.join(missing[:4])}, which {reference} does not take",
+            expected=f"two forms of one model: {', '.join(theirs[:4])}",
+        )
 
 
 def _one_graph(package: ModelPackage, component: str | None, path: Path | str) -> ModelPackage:

@@ -97,7 +97,7 @@ def compare(
         emit_json(json_target, "compare", body)
     if json_target != "-":
         show_comparisons(results)
-    if not passed and not interrupted:
+    if not interrupted and any(not tensor.passed for result in results for tensor in result.tensors):
         message("onnxsmith: `onnxsmith bisect REFERENCE CANDIDATE` finds the node that makes the difference")
     if report is not None and not interrupted:
         from onnxsmith.pipeline.bisecting import bisect_models
@@ -373,14 +373,19 @@ def _show_pieces(
     from onnxsmith.pipeline.console import emit_json
 
     shown: list[str] = []
-    with _until_interrupted() as ended:
-        for piece in pieces:
-            shown.append(piece)
-            if json_target != "-":
-                sys.stdout.write(piece if len(shown) > 1 else f"{before}{piece}")
-                sys.stdout.flush()
-    if json_target != "-" and (shown or not ended):
-        sys.stdout.write("\n")
+    ended: list[bool] = []
+    try:
+        with _until_interrupted() as ended:
+            for piece in pieces:
+                shown.append(piece)
+                if json_target != "-":
+                    sys.stdout.write(piece if len(shown) > 1 else f"{before}{piece}")
+                    sys.stdout.flush()
+    finally:
+        # Whatever ends the text, what is said of it begins on a line of its own.
+        if json_target != "-" and shown:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
     if json_target:
         emit_json(json_target, "generate", facts | {"text": "".join(shown), "interrupted": bool(ended)})
     return _status(ended, "the text ends here" if shown else "no text was there yet")

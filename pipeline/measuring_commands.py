@@ -111,8 +111,11 @@ def bench(
     if json_target != "-":
         show_bench(results)
         show_profiles(results)
+    said: set[str] = set()
     for result in results:
-        if result.error:
+        if result.error and result.error not in said:
+            # Graphs of one model may fail as a whole, for one reason.
+            said.add(result.error)
             message(f"onnxsmith: {result.error}")
     if interrupted:
         message("onnxsmith: interrupted; what was measured until then is above")

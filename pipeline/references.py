@@ -16,7 +16,7 @@ from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
     from onnxsmith.program import TorchProgram
-    from onnxsmith.runtime import OrtBackend, Placement, Requirement, Session
+    from onnxsmith.runtime import Case, OrtBackend, Placement, Requirement, Session
     from onnxsmith.runtime.components import Expected
 
 __all__ = [
@@ -73,6 +73,7 @@ class Reference:
                 seed=seed,
                 axis_limits=self.axis_limits,
                 fixed=fixed_sizes(candidates),
+                on_refused=_say_refused if not self.axis_limits else None,
             )
         if len(self.sessions) > 1:
             raise BadInputError(
@@ -83,6 +84,12 @@ class Reference:
             )
         ((name, session),) = self.sessions.items()
         return {name: reference_outputs(session, load_cases(inputs, session.inputs))}
+
+
+def _say_refused(case: Case, why: str) -> None:
+    from onnxsmith.pipeline.console import message
+
+    message(f"onnxsmith: inputs of {case.name} are left out, because the reference does not run them: {why}")
 
 
 @contextlib.contextmanager

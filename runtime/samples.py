@@ -388,6 +388,8 @@ def load_cases(path: Path, inputs: tuple[TensorSpec, ...]) -> list[Case]:
         FeedError: Not such a file, or arrays that cannot be read without pickle.
     """
     try:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of arrays")
         # Opened here, because numpy leaves its own file open where the archive is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
             feeds = {name: data[name] for name in data.files}
@@ -398,4 +400,10 @@ def load_cases(path: Path, inputs: tuple[TensorSpec, ...]) -> list[Case]:
         ) from error
     if not feeds:
         raise FeedError(str(path), got="no arrays", expected="; ".join(str(spec) for spec in inputs))
+    empty = [name for name, array in feeds.items() if array.ndim and array.shape[0] == 0]
+    if empty:
+        # An empty cache has rows all the same.
+        raise FeedError(
+            f"{path}: {empty[0]}", got=f"shape {feeds[empty[0]].shape}", expected="at least one row"
+        )
     return [Case(path.name, feeds)]

@@ -533,3 +533,31 @@ def test_resuming_needs_the_cache(
     monkeypatch.setenv("ONNXSMITH_CACHE_SIZE", "1GB")
     ended = onnxsmith("run", "r.json", "--resume", "--no-cache")
     assert (ended.status, "run: --resume: --no-cache; expected the cache" in ended.err) == (2, True)
+
+
+def test_sizes_that_an_onnx_reference_does_not_take_are_left_out(onnxsmith: Command, tmp_path: Path) -> None:
+    import onnx
+
+    text = (
+        '<ir_version: 9, opset_import: ["": 20]> g (float[b, 3, h, w] x) => (float[b, 2, v, u] y) '
+        "<float[2, 3, 4, 4] kernel = {%s}> { y = Conv(x, kernel) }"
+    )
+    onnx.save(onnx.parser.parse_model(text % ", ".join(["0.5"] * 96)), tmp_path / "m.onnx")
+    done = onnxsmith("compare", "m.onnx", "m.onnx")
+    assert done.status == 0
+    assert "are left out, because the reference does not run them" in done.err
+    assert "height=1" not in done.out and "m.onnx: agrees" in done.out
+    done = onnxsmith("bisect", "m.onnx", "m.onnx", "--samples", "1")
+    assert done.status == 0
+
+
+def test_bisect_wants_two_forms_of_one_model(onnxsmith: Command, tmp_path: Path) -> None:
+    import onnx
+
+    for name in ("x", "other"):
+        text = f"g (float[b] {name}) => (float[b] y) {{ y = Abs({name}) }}"
+        model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> {text}')
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    done = onnxsmith("bisect", "x.onnx", "other.onnx")
+    assert done.status == 2
+    assert "the inputs other, which x.onnx does not take; expected two forms of one model: x" in done.err

@@ -298,7 +298,8 @@ def test_nothing_compared_is_a_failure() -> None:
     assert (verdict().passed, verdict().reason) == (False, "nothing was compared")
     empty = compared(np.zeros((2, 0), np.float32), np.zeros((2, 0), np.float32))
     assert (empty.passed, empty.count) == (True, 0)
-    assert (verdict(empty).passed, verdict(empty).reason) == (False, "nothing was compared")
+    reason = "nothing was compared: all tensors are empty or NaN"
+    assert (verdict(empty).passed, verdict(empty).reason) == (False, reason)
     assert verdict(empty, compared([1.0], [1.0])).passed
 
 
@@ -594,7 +595,9 @@ def test_a_case_from_a_file(tmp_path: Path, onnx_package: Make) -> None:
     assert (result.passed, result.tensors[0].count, case.name) == (True, 12, "inputs.npz")
 
 
-@pytest.mark.parametrize("content", ["missing", "text", "cut", "damaged", "pickle", "empty", "npy"])
+@pytest.mark.parametrize(
+    "content", ["missing", "text", "cut", "damaged", "pickle", "empty", "npy", "no rows"]
+)
 def test_a_file_that_holds_no_case_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "inputs.npz"
     if content == "text":
@@ -612,5 +615,19 @@ def test_a_file_that_holds_no_case_is_refused(tmp_path: Path, content: str) -> N
         np.savez(path, x=np.array([{"a": 1}], object))
     elif content == "empty":
         np.savez(path)
-    with pytest.raises(FeedError, match=r"inputs\.npz: (cannot be read: .*; expected an \.npz|no arrays)"):
+    elif content == "no rows":
+        np.savez(path, x=noise(0))
+    said = r"cannot be read: .*; expected an \.npz|no arrays|x: shape \(0,\); expected at least one row"
+    with pytest.raises(FeedError, match=rf"inputs\.npz: ({said})"):
         load_cases(path, (TensorSpec("x", "float32", ("n",)),))
+
+
+def test_nan_beside_nan_is_no_agreement() -> None:
+    nan = np.full((2, 3), np.nan, np.float32)
+    alone = compare_tensors(nan, nan, name="y", case="c", tolerance=FLOAT32)
+    assert alone.passed and alone.count == 0
+    result = Comparison("a", "b", "cpu", FLOAT32, (alone,))
+    assert result.reason == "nothing was compared: all tensors are empty or NaN"
+    some = nan.copy()
+    some[0, 0] = 1
+    assert compare_tensors(some, some, name="y", case="c", tolerance=FLOAT32).count == 1

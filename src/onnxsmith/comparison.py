@@ -148,8 +148,10 @@ class Comparison:
             return self.error
         failed = [t for t in self.tensors if not t.passed]
         if not failed:
-            # Empty tensors alone say nothing about a model either.
-            return "" if any(t.count for t in self.tensors) else "nothing was compared"
+            # Empty tensors alone, or NaN beside NaN, say nothing about a model either.
+            if any(t.count for t in self.tensors):
+                return ""
+            return "nothing was compared" + (": all tensors are empty or NaN" if self.tensors else "")
         first = failed[0]
         return (
             f"{len(failed)} of {len(self.tensors)} tensors differ; first {first.name!r} in case "
@@ -237,7 +239,7 @@ def compare_tensors(
     zero = scale == 0.0 and not difference.any()
     result = dataclasses.replace(
         base,
-        count=ref.size,
+        count=int(ref.size - np.count_nonzero(np.isnan(ref))),
         max_abs=float(difference.flat[worst]),
         max_rel=max_rel,
         scale=scale,
