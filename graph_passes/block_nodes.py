@@ -28,12 +28,24 @@ class BlockTarget:
     sums: dict[tuple[ir.Value, int], tuple[ir.Value, float]] = dataclasses.field(default_factory=dict)
 
 
-def block_sums(into: BlockTarget, x: ir.Value, columns: int, block_size: int) -> tuple[ir.Value, float]:
-    """The sum of each block of the last axis, but for a factor: (..., K) -> (..., K / block)."""
+def block_sums(
+    into: BlockTarget, x: ir.Value, columns: int, block_size: int, *, before: ir.Node | None = None
+) -> tuple[ir.Value, float]:
+    """The sum of each block of the last axis, but for a factor: (..., K) -> (..., K / block).
+
+    Args:
+        into: Where to.
+        x: What to sum.
+        columns: K.
+        block_size: Columns to a block.
+        before: The node before which it is put; behind what makes ``x`` where None.
+    """
     name, dtype = f"{x.name}_sums_{block_size}", x.dtype or ir.DataType.FLOAT
     producer = x.producer()
     # At once after what makes it, so that it stands before everything that reads it.
     beside, after = (into.graph[0], False) if producer is None else (producer, True)
+    if before is not None:
+        beside, after = before, False
     if x.shape is not None and dtype == ir.DataType.FLOAT:
         # A tenth of what AveragePool takes for a prompt, and a third of a product with ones.
         leading = x.shape.rank() - 1

@@ -29,7 +29,7 @@ from onnxsmith.graph_passes.block_nodes import (
     spread,
     unused,
 )
-from onnxsmith.graph_passes.blocks import QuantizedBlocks
+from onnxsmith.graph_passes.blocks import BlocksOnce, QuantizedBlocks
 from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, turned
 
 __all__ = ["BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
@@ -203,25 +203,6 @@ def _embedding_table(node: ir.Node) -> ir.Value | None:
     return table if axis is None or axis.as_int() in (0, -2) else None
 
 
-class _Memo:
-    """Makes the blocks of a weight once for all the tensors that hold them, then forgets them."""
-
-    def __init__(self, compute: Callable[[], QuantizedBlocks], parts: int) -> None:
-        self._compute = compute
-        self._parts = parts
-        self._left = parts
-        self._result: QuantizedBlocks | None = None
-
-    def get(self) -> QuantizedBlocks:
-        result = self._result or self._compute()
-        self._left -= 1
-        if self._left:
-            self._result = result
-        else:
-            self._result, self._left = None, self._parts
-        return result
-
-
 @dataclasses.dataclass
 class _Parts:
     """The initializers of one weight, and what was derived from them in the graph."""
@@ -327,7 +308,7 @@ def _store(
     dtype = weight.tensor.dtype
     stored = ir.DataType.FLOAT16 if form.half_scales else dtype
     has_zeros = not form.symmetric and not form.minimums
-    memo = _Memo(compute, parts=2 + has_zeros + form.minimums)
+    memo = BlocksOnce(compute, parts=2 + has_zeros + form.minimums)
     width = form.block_size * form.bits // 8
     # GatherBlockQuantized wants rows, MatMulNBits rows of blocks; the bytes are the same.
     code_shape = (rows, blocks * width) if weight.gathers else (rows, blocks, width)

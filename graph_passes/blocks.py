@@ -19,6 +19,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.block_search import fit_grid, fit_minimums, half_quadratic, round_table, scratch
 
 __all__ = [
+    "BlocksOnce",
     "QuantizedBlocks",
     "block_grid",
     "dequantize_blocks",
@@ -65,6 +66,27 @@ class QuantizedBlocks:
             zero_points=None if zeros is None else zeros[begin:end],
             minimums=None if low is None else low[begin:end],
         )
+
+
+class BlocksOnce:
+    """Makes the blocks of a weight once for all the tensors that hold them, then forgets them."""
+
+    def __init__(self, compute: Callable[[], QuantizedBlocks], parts: int) -> None:
+        """Makes nothing yet; ``compute`` does, and after ``parts`` calls of ``get`` it is forgotten."""
+        self._compute = compute
+        self._parts = parts
+        self._left = parts
+        self._result: QuantizedBlocks | None = None
+
+    def get(self) -> QuantizedBlocks:
+        """The blocks, made where they are not known."""
+        result = self._result or self._compute()
+        self._left -= 1
+        if self._left:
+            self._result = result
+        else:
+            self._result, self._left = None, self._parts
+        return result
 
 
 def quantize_blocks(

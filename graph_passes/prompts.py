@@ -13,7 +13,7 @@ https://arxiv.org/abs/2404.00456). The product stays what it was, since the rota
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,9 +21,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxsmith.errors import BadInputError
+from onnxsmith.graph_passes.block_products import (
+    FOLDED,
+    Reading,
+    deferred,
+    is_computed_constant,
+    product_with_offsets,
+)
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import label
-from onnxsmith.graph_passes.weights import constant_of, lazy_initializer
+from onnxsmith.graph_passes.weights import lazy_initializer
 
 __all__ = ["FastPrompts"]
 
@@ -31,9 +38,9 @@ _DOMAIN = "com.microsoft"
 _SUFFIX = "_prompt"
 _LARGEST, _SMALLEST = 64, 16
 _MIDDLE = 128
-_FOLDED = frozenset({"Add", "Cast", "Mul", "Reshape"})
 _LARGEST_CODE = 127
 Floats = npt.NDArray[np.float32]
+_Computed = Callable[[Reading], npt.NDArray[Any]]
 
 
 class FastPrompts(GraphPass):
@@ -136,12 +143,12 @@ def _refusal(node: ir.Node) -> str:
         return f"rows of {columns} numbers, which have no blocks of a power of two from {_SMALLEST} on"
     if any(value is not None for value in node.inputs[4:]):
         return "it has a group index or a bias"
-    if not all(_is_constant(value) for value in node.inputs[1:4] if value is not None):
+    if not all(is_computed_constant(value) for value in node.inputs[1:4] if value is not None):
         return "its weight is not constant"
     x = node.inputs[0]
     if x is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() < 2:
         return "its left side is not known to be float32 of two axes or more"
-    if _with_offsets(node, x)[0].is_graph_output():
+    if product_with_offsets(node, x)[0].is_graph_output():
         return "it is the output head, which a prompt needs for its last position only"
     return ""
 
@@ -188,7 +195,11 @@ def _take_constants(graph: ir.Graph, branch: ir.Graph) -> None:
         return bool(value.uses()) and all(use.node.graph is branch for use in value.uses())
 
     for node in reversed(list(graph)):
-        if node.op_type in _FOLDED and all(map(is_own, node.outputs)) and all(map(_is_constant, node.inputs)):
+        if (
+            node.op_type in FOLDED
+            and all(map(is_own, node.outputs))
+            and all(map(is_computed_constant, node.inputs))
+        ):
             graph.remove(node)
             branch.insert_before(branch[0], node)
     given = set(graph.inputs)
@@ -213,7 +224,7 @@ class _Writer:
         if x not in self._rows:
             self._rows[x] = self._quantized(node, x)
         codes, largest = self._rows[x]
-        result, offsets = _with_offsets(node, x)
+        result, offsets = product_with_offsets(node, x)
         weight, scales = self._weight(node, offsets)
         one = self._shared(np.array([1], np.float32), "one")
         middle = self._shared(np.array([_MIDDLE], np.uint8), "middle")
@@ -271,9 +282,10 @@ class _Writer:
         known = self._graph.initializers.get(base)
         if known is not None:
             return known, self._graph.initializers[f"{base}_scales"]
-        inputs = list(node.inputs[1:4])
+        inputs = [None if value is None else deferred(value) for value in node.inputs[1:4]]
+        shift = None if offsets is None else deferred(offsets)
         bits, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-        memo = _Pair(lambda: _integers(inputs, offsets, columns, rows, bits, block))
+        memo = _Pair(lambda: _integers(inputs, shift, columns, rows, bits, block))
         codes = lazy_initializer(self._graph, base, ir.DataType.INT8, (columns, rows), memo.first)
         scales = lazy_initializer(self._graph, f"{base}_scales", ir.DataType.FLOAT, (rows,), memo.second)
         self.nbytes += columns * rows + 4 * rows
@@ -314,36 +326,17 @@ class _Pair:
         return self._compute()[1] if two is None else two
 
 
-def _with_offsets(node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-    """The whole product with a weight, and the offset of each block where the weight has them."""
-    product = node.outputs[0]
-    uses = list(product.uses())
-    if len(uses) != 1 or uses[0].node.op_type != "Add":
-        return product, None
-    add = uses[0].node
-    other = add.inputs[1 - uses[0].idx]
-    shift = other.producer() if other is not None else None
-    if shift is None or (shift.domain, shift.op_type) != (_DOMAIN, "FusedMatMul"):
-        return product, None
-    sums, offsets = shift.inputs[0], shift.inputs[1]
-    summed = sums.producer() if sums is not None else None
-    split = summed.inputs[0].producer() if summed is not None and summed.inputs[0] is not None else None
-    turned = shift.attributes.get("transB")
-    alpha = shift.attributes.get("alpha")
-    fits = (
-        summed is not None and summed.op_type == "ReduceSum"
-        and split is not None and split.op_type == "Reshape"
-        and split.inputs[0] is x and turned is not None and turned.as_int() == 1
-        and (alpha is None or alpha.as_float() == 1.0) and _is_constant(offsets)
-    )  # fmt: skip
-    return (add.outputs[0], offsets) if fits else (product, None)
-
-
 def _integers(
-    inputs: list[ir.Value | None], offsets: ir.Value | None, columns: int, rows: int, bits: int, block: int
+    inputs: Sequence[_Computed | None],
+    offsets: _Computed | None,
+    columns: int,
+    rows: int,
+    bits: int,
+    block: int,
 ) -> tuple[npt.NDArray[np.int8], Floats]:
     """The rotated weight as (K, N) codes, and a scale for each of its columns."""
-    given = [None if value is None else _evaluated(value) for value in inputs]
+    reading = Reading()
+    given = [None if compute is None else compute(reading) for compute in inputs]
     codes, scales, zeros = (*given, None)[:3]
     assert codes is not None and scales is not None
     raw = codes.reshape(rows, -1)
@@ -360,9 +353,9 @@ def _integers(
         values -= zeros.reshape(rows, blocks, 1).astype(np.float32)
     values *= scales.reshape(rows, blocks, 1).astype(np.float32)
     if offsets is not None:
-        shift = _evaluated(offsets)
-        assert shift is not None
+        shift = offsets(reading)
         values += shift.reshape(rows, blocks, 1).astype(np.float32)
+    reading.drop_pages()
     weight = values.reshape(rows, -1)[:, :columns]
     size = _block(columns)
     turned = (weight.reshape(-1, size) @ _hadamard(size)).reshape(rows, columns)
@@ -378,36 +371,6 @@ def _hadamard(size: int) -> Floats:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     scaled: Floats = (matrix / np.sqrt(np.float32(size))).astype(np.float32)
     return scaled
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    """Whether a value follows from constants through what ``_evaluated`` computes."""
-    if value is None:
-        return False
-    if constant_of(value) is not None:
-        return True
-    node = value.producer()
-    return node is not None and node.op_type in _FOLDED and all(map(_is_constant, node.inputs))
-
-
-def _evaluated(value: ir.Value | None) -> npt.NDArray[Any]:
-    """A constant, or what the casts and sums that quantization writes make of constants."""
-    assert value is not None
-    tensor = constant_of(value)
-    if tensor is not None:
-        array: npt.NDArray[Any] = tensor.numpy()
-        return array
-    node = value.producer()
-    assert node is not None
-    operands = [_evaluated(one) for one in node.inputs]
-    if node.op_type == "Cast":
-        return operands[0].astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-    if node.op_type == "Reshape":
-        return operands[0].reshape(operands[1])
-    found: npt.NDArray[Any] = (
-        operands[0] * operands[1] if node.op_type == "Mul" else operands[0] + operands[1]
-    )
-    return found
 
 
 def _constant(graph: ir.Graph, array: npt.NDArray[Any], name: str) -> ir.Value:

@@ -26,6 +26,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "fast_prompts": "onnxsmith.graph_passes.prompts:FastPrompts",
         "flatten_attention": "onnxsmith.graph_passes.attention:FlattenAttention",
         "fold_embedding_scale": "onnxsmith.graph_passes.embeddings:FoldEmbeddingScale",
+        "fold_minimums": "onnxsmith.graph_passes.minimums:FoldMinimums",
         "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",
         "fuse_gelu": "onnxsmith.graph_passes.gelu:FuseGelu",
         "fuse_norms": "onnxsmith.graph_passes.written_norms:FuseNorms",

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxsmith.errors import FeedError
+from onnxsmith.package import TensorSpec
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.row_lengths import fits_lengths
 from onnxsmith.runtime.samples import decoder_feeds
@@ -50,6 +51,10 @@ class Decoder(abc.ABC):
                 expected="a decoder with logits, past_key_values.* and present.*",
             )
         self.session = session
+        # Asked for once: the session works them out of its signature, which takes longer than a small layer.
+        self._cache = session.cache
+        past = {pair.past.name for pair in self._cache}
+        self._small = tuple(spec for spec in session.inputs if spec.name not in past)
         self.length = 0
         self._mask: Mask | None = None
         self._last_only = False
@@ -142,7 +147,7 @@ class _ArrayDecoder(Decoder):
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
         feeds = decoder_feeds(self.session.inputs, token_ids, mask=mask, past=self._past)
         outputs = self.session.run(feeds)
-        self._past = {pair.past.name: outputs[pair.present.name] for pair in self.session.cache}
+        self._past = {pair.past.name: outputs[pair.present.name] for pair in self._cache}
         return outputs["logits"]
 
     def _rewind(self, length: int) -> None:
@@ -159,7 +164,7 @@ class _OrtDecoder(Decoder):
     def __init__(self, session: OrtSession) -> None:
         super().__init__(session)
         self._ort = session
-        self._names = ["logits", *(pair.present.name for pair in session.cache)]
+        self._names = ["logits", *(pair.present.name for pair in self._cache)]
         self._cuts = _can_cut(session)
         self._past: dict[str, Any] = {}
 
@@ -168,14 +173,12 @@ class _OrtDecoder(Decoder):
         self._past = {}
 
     def _step(self, token_ids: Tokens, mask: Mask) -> Array:
-        feeds = _small_feeds(self.session, token_ids, mask, cached=bool(self._past))
+        feeds = _small_feeds(self._small if self._past else self.session.inputs, token_ids, mask)
         values = {name: self._ort.ort_value(array) for name, array in feeds.items()}
         if self._last_only and self._cuts:
             values[_KEPT] = self._ort.ort_value(np.array(1, np.int64))
         results = self._ort.run_values(values | self._past, self._names)
-        self._past = {
-            pair.past.name: value for pair, value in zip(self.session.cache, results[1:], strict=True)
-        }
+        self._past = {pair.past.name: value for pair, value in zip(self._cache, results[1:], strict=True)}
         logits: Array = results[0].numpy()
         return logits
 
@@ -201,6 +204,7 @@ class _SharedDecoder(Decoder):
         logits = next(spec for spec in session.outputs if spec.name == "logits")
         assert logits.shape is not None
         self._vocabulary, self._dtype = int(logits.shape[-1] or 0), np.dtype(logits.dtype)
+        self._kept = [session.ort_value(np.array(kept, np.int64)) for kept in (0, 1)] if self._cuts else []
         self._capacity = 0
         self._buffers: dict[str, Array] = {}
         self._binding: Any = None
@@ -214,15 +218,14 @@ class _SharedDecoder(Decoder):
         self._reserve(batch, mask.shape[1])
         binding = self._binding
         # These must live until the run is over: ONNX Runtime reads and writes their memory.
-        feeds = _small_feeds(self.session, token_ids, mask, cached=True)
+        feeds = _small_feeds(self._small, token_ids, mask)
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         rows = sequence
         if self._cuts:
-            # An input with a default is none of those that numpy arrays can be bound to.
-            kept = self._ort.ort_value(np.array(1 if self._last_only else 0, np.int64))
             rows = 1 if self._last_only else sequence
-            binding.bind_ortvalue_input(_KEPT, kept)
+            # An input with a default is none of those that numpy arrays can be bound to.
+            binding.bind_ortvalue_input(_KEPT, self._kept[self._last_only])
         logits = np.empty((batch, rows, self._vocabulary), self._dtype)
         _bind(binding.bind_output, "logits", logits)
         self._ort.run_bound(binding)
@@ -240,7 +243,7 @@ class _SharedDecoder(Decoder):
             capacity = max(capacity, self._capacity * _GROWTH)
         binding = self._ort.ort_session.io_binding()
         buffers = {}
-        for pair in self.session.cache:
+        for pair in self._cache:
             _, heads, _, size = pair.past.shape or (0, 0, 0, 0)
             buffer = np.zeros((batch, int(heads or 0), capacity, int(size or 0)), np.dtype(pair.past.dtype))
             if self.length:
@@ -270,12 +273,8 @@ def _bind(bind: Any, name: str, array: Array) -> None:
     bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
 
-def _small_feeds(session: Session, token_ids: Tokens, mask: Mask, *, cached: bool) -> dict[str, Array]:
-    """All inputs; those of the cache only where it is empty."""
-    inputs = session.inputs
-    if cached:
-        past = {pair.past.name for pair in session.cache}
-        inputs = tuple(spec for spec in inputs if spec.name not in past)
+def _small_feeds(inputs: tuple[TensorSpec, ...], token_ids: Tokens, mask: Mask) -> dict[str, Array]:
+    """Some inputs; an empty cache where they have one."""
     length = mask.shape[1] - token_ids.shape[1]
     feeds = decoder_feeds(inputs, token_ids, mask=mask, past_length=length)
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}

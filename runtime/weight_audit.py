@@ -160,6 +160,7 @@ def _unpacked(node: ir.Node, bits: int) -> Iterator[tuple[int, Array]]:
         offset = offset if np.ndim(offset) == 0 else offset[:, :width]
         steps = np.repeat(scale[part].astype(np.float32), block, axis=1)[:, :width]
         weights = (integers - offset) * steps
+        weights = _without_sums(node, weights, bits, block)
         if added is not None:
             weights += np.repeat(added[part].astype(np.float32), block, axis=1)[:, :width]
         yield start, weights
@@ -216,6 +217,28 @@ def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
         if found is not None and found.ndim == 2:
             return found if found.shape == shape else found.T if found.T.shape == shape else None
     return None
+
+
+def _without_sums(node: ir.Node, weights: Array, bits: int, block: int) -> Array:
+    """The weights of x, where a product has block sums of x behind x: one for each digit of eight bits.
+
+    ``MatMulNBits([x, sums, sums / 16], w)``, as ``fold_minimums`` writes it: what a sum is multiplied with is
+    added to each weight of its block.
+    """
+    longer = (
+        node.inputs[0].producer() if node.op_type == "MatMulNBits" and node.inputs[0] is not None else None
+    )
+    if longer is None or longer.op_type != "Concat":
+        return weights
+    whole, digits = _integer(node, "K", 0), 8 // bits
+    blocks = whole // (block + digits)
+    if blocks * (block + digits) != whole:
+        return weights
+    own = weights[:, : blocks * block]
+    sums = weights[:, blocks * block : whole].reshape(len(weights), digits, blocks)
+    factors = np.float32(1 << bits) ** -np.arange(digits, dtype=np.float32)
+    whole_rows: Array = own + np.repeat((sums * factors[:, None]).sum(axis=1), block, axis=1)
+    return whole_rows
 
 
 def _levels(packed: Array, bits: int) -> Array:

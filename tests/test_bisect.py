@@ -467,34 +467,43 @@ def test_of_several_graphs_one_is_named(tiny_artifact_dir: Path, tmp_path: Path)
     assert fine.passed
 
 
-def test_blocks_with_offsets_apart_are_one_weight(
-    tiny_loaded: Any, tiny_program: Any, tiny_artifact_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("folded", [False, True], ids=["apart", "folded"])
+def test_blocks_with_offsets_are_one_weight(
+    tiny_loaded: Any, tiny_program: Any, tiny_artifact_dir: Path, tmp_path: Path, folded: bool
 ) -> None:
-    """The preset's form of 4 bits multiplies blocks and offsets apart, and adds the results."""
+    """The preset's form of 4 bits multiplies blocks and offsets apart, or has the offsets as columns."""
     from onnxsmith.exporters import export
     from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
 
     (tmp_path / "int4").mkdir()
     package = run_passes(export(tiny_loaded, tiny_program), make_passes(PRESETS["cpu-int4"]))
+    faults, codes = FAULTS_OF_BLOCKS, f"{DOWN}_q4"
+    if folded:
+        package = run_passes(package, make_passes([("fold_minimums", {})]))
+        faults, codes = FAULTS_OF_FOLDED_BLOCKS, f"{DOWN}_q4_folded"
     save_package(package.derive(), tmp_path / "int4")
     result = bisect_models(str(tiny_artifact_dir), tmp_path / "int4", samples=3, threads=1)
     assert result.passed, result.verdict
     assert not any(blame.detail for blame in result.blamed)
-    for number, (part, fault) in enumerate(FAULTS_OF_BLOCKS.items()):
+    for number, (part, fault) in enumerate(faults.items()):
 
         def change(model: Any, part: str = part, fault: Callable[[Any], None] = fault) -> str:
             edit(model, f"{DOWN}_{part}", fault)
-            [user] = [node.name for node in model.graph.node if f"{DOWN}_q4" in node.input]
+            [user] = [node.name for node in model.graph.node if codes in node.input]
             return str(user)
 
         node = planted(tmp_path / "int4", tmp_path / f"faulty{number}", change)
         result = bisect_models(str(tiny_artifact_dir), tmp_path / f"faulty{number}", samples=2, threads=1)
         assert [blame.node for blame in result.suspects] == [node], result.verdict
-        assert f"of {DOWN}_q4 wrong" in result.suspects[0].detail
+        assert f"of {codes} wrong" in result.suspects[0].detail
 
 
 FAULTS_OF_BLOCKS: Mapping[str, Callable[[Any], None]] = {
     "scales": lambda scales: scales.reshape(-1).__setitem__(13, scales.max() * 30),
     "minimums": lambda minimums: minimums.reshape(-1).__setitem__(13, np.abs(minimums).max() * 5),
     "q4": lambda codes: codes.reshape(-1).__setitem__(slice(16, 32), 255 - codes.reshape(-1)[16:32]),
+}
+FAULTS_OF_FOLDED_BLOCKS: Mapping[str, Callable[[Any], None]] = {
+    "q4_folded_scales": lambda scales: scales.reshape(-1).__setitem__(13, scales.max() * 30),
+    "q4_folded": lambda codes: codes.reshape(-1).__setitem__(slice(16, 32), 255 - codes.reshape(-1)[16:32]),
 }
