@@ -207,8 +207,7 @@ def _quantization_aware(
     fix_quantization(student.module)
     package = export(student, torch_programs(student))
     directory.mkdir(parents=True, exist_ok=True)
-    # Not cpu-fp32: attention that is fused is computed in float.
-    save_package(run_passes(package, make_passes(PRESETS["clean"])), directory)
+    save_package(run_passes(package, make_passes(PRESETS["cpu-fp32"])), directory)
     plain = directory.with_name("aware-plain")
     plain.mkdir(parents=True, exist_ok=True)
     save_package(package, plain)

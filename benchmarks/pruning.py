@@ -24,7 +24,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,13 +140,18 @@ def sparsity_torch(arguments: argparse.Namespace) -> dict[str, Any]:
                 model, SparsitySettings(**options), batches=batches,
                 call=lambda m, batch: m(**batch, use_cache=False),
             )  # fmt: skip
-            errors = [layer.get("relative_error", math.nan) for layer in report.layers.values()]
-            found |= {"zeros": report.zeros, "mean_error": float(np.mean(errors))}
+            found |= {"zeros": report.zeros, **mean_error(report.layers)}
         found["cpu_seconds"] = time.process_time() - began
         results[name] = {"perplexity": torch_perplexity(model, tokens), **found}
         print(name, results[name], flush=True)
         save(arguments, results)
     return results
+
+
+def mean_error(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over matrices of the squared error of their outputs, where the method knows it."""
+    errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
+    return {"mean_error": float(np.mean(errors))} if errors else {}
 
 
 def torch_perplexity(model: Any, tokens: Any) -> float:
@@ -291,10 +295,9 @@ def sparsity(arguments: argparse.Namespace) -> dict[str, Any]:
         results[name] = {**scored_in_runtime(package, arguments, tokens), "cpu_seconds": spent}
         if options:
             details = package.steps[-1].details
-            errors = [x.get("relative_error", math.nan) for x in details["layers"].values()]
             results[name] |= {
                 "zeros": details["zeros"], "mb": details["mb"], "mb_if_packed": details["mb_if_packed"],
-                "mean_error": float(np.mean(errors)),
+                **mean_error(details["layers"]),
             }  # fmt: skip
         print(name, results[name], flush=True)
         save(arguments, results)
