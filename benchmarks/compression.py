@@ -170,6 +170,12 @@ def quantization(arguments: argparse.Namespace) -> dict[str, Any]:
     save_package(static, made["static"])
     made["quantization-aware"] = work / "made" / "aware"
     matched = _quantization_aware(teacher, arguments, made["quantization-aware"])
+    # Training leaves the embedding in float.
+    made["quantization-aware, embedding too"] = work / "made" / "aware-embedding"
+    made["quantization-aware, embedding too"].mkdir(parents=True, exist_ok=True)
+    learned = load_package(made["quantization-aware"])
+    smaller = run_passes(learned, make_passes([("quantize_weights", {"bits": 8})]))
+    save_package(smaller, made["quantization-aware, embedding too"])
     print(json.dumps(matched), flush=True)
     return {"models": _judged(made, {}, arguments), "matched": matched}
 
