@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,19 +62,20 @@ class TrainingData:
         self.spec: TrainingSpec = recipe.training
         self.seed, self._base = recipe.seed, base
         spec = self.spec
-        self.text = ""
-        self.rows: Dataset | None = None
-        self.held: Dataset | None = None
-        if _is_text(spec.data) or recipe.task == TEXT_GENERATION:
-            self.text = load_text(spec.data, base=base)
-        else:
-            options: dict[str, Any] = {"columns": spec.columns, "split": spec.split, "base": base}
-            self.rows = load_dataset(spec.data, limit=spec.limit, **options)
-            self.held = load_dataset(spec.validation, **options) if spec.validation else None
+        self._of_texts = recipe.task == TEXT_GENERATION
+        self.text, self.rows = self._read(spec.data, spec.limit)
+        self.held_text, self.held = self._read(spec.validation) if spec.validation else ("", None)
         self.unlabelled = load_text(spec.unlabelled, base=base) if spec.unlabelled else ""
         task = recipe.evaluation.task
         tested = load_dataset(task.data, columns=task.columns, split=task.split, base=base) if task else None
         self.left_out = self._leave_out(tested)
+
+    def _read(self, data: str, limit: int | None = None) -> tuple[str, Dataset | None]:
+        """A text, or rows."""
+        if _is_text(data) or self._of_texts:
+            return load_text(data, base=self._base), None
+        columns, split = self.spec.columns, self.spec.split
+        return "", load_dataset(data, limit=limit, columns=columns, split=split, base=self._base)
 
     def described(self) -> dict[str, Any]:
         """For the report and the manifest: which data, how much, and its hash."""
@@ -89,9 +90,9 @@ class TrainingData:
         return found
 
     def held_sha256(self) -> str | None:
-        """A hash of the held-out rows that were given; None where they are drawn."""
+        """A hash of the held-out rows or text that were given; None where they are drawn."""
         if self.held is None:
-            return None
+            return text_sha256(self.held_text) if self.held_text else None
         return text_sha256(json.dumps(list(self.held.rows), sort_keys=True, ensure_ascii=False, default=str))
 
     def label_names(self) -> list[str]:
@@ -139,18 +140,26 @@ class TrainingData:
             )  # fmt: skip
         make = _Maker(loaded, inputs_of(accepted), self.spec.max_length)
         if loaded.task == TEXT_GENERATION:
-            examples = make.pieces(self.text or "\n\n".join(self._texts_of_rows()), self.spec.limit)
-            return Lessons(*self._split(examples), examples, ())
+            train, held = self._parts(lambda text, rows, limit: make.pieces(text or "\n\n".join(rows), limit))
+            return Lessons(train, held, make.continued(train, self.unlabelled), ())
         if loaded.task in _EMBEDDING_TASKS:
-            texts = self._texts_of_rows() if self.rows is not None else _lines(self.text)
-            train, held = self._split(make.texts(texts, "embedding"))
-            extra = make.joined(train, _lines(self.unlabelled))
-            return Lessons(train, held, extra, ())
+            train, held = self._parts(lambda text, rows, _: make.texts(rows or _lines(text), "embedding"))
+            return Lessons(train, held, make.joined(train, _lines(self.unlabelled)), ())
         train, labels = make.labelled(self._required_rows())
-        held = make.labelled(self.held)[0] if self.held is not None else None
-        if held is None:
+        if self.held is None:
             train, held = self._split(train)
+        else:
+            held = make.labelled(self.held)[0]
         return Lessons(train, held, make.joined(train, _lines(self.unlabelled)), labels)
+
+    def _parts(
+        self, make: Callable[[str, Sequence[str], int | None], Examples]
+    ) -> tuple[Examples, Examples | None]:
+        """What is learned and what is held out, of a text or of rows with one."""
+        train = make(self.text, [] if self.rows is None else self.rows.texts("text"), self.spec.limit)
+        if self.held is None and not self.held_text:
+            return self._split(train)
+        return train, make(self.held_text, [] if self.held is None else self.held.texts("text"), None)
 
     def _split(self, examples: Examples) -> tuple[Examples, Examples | None]:
         if not self.spec.validation_share:
@@ -165,20 +174,15 @@ class TrainingData:
             )  # fmt: skip
         return self.rows
 
-    def _texts_of_rows(self) -> list[str]:
-        return self._required_rows().texts("text")
-
     def _leave_out(self, tested: Dataset | None) -> int:
         """Takes texts out that are evaluated on: on what a model has seen nothing can be measured."""
-        if tested is None or not tested.has("text"):
+        known = set(_said(tested))
+        if not known:
             return 0
-        known = set(map(str, tested.column("text")))
-        count = 0
-        if self.rows is not None and self.rows.has("text"):
-            texts = self.rows.column("text")
-            kept = [n for n, text in enumerate(texts) if str(text) not in known]
-            count += len(texts) - len(kept)
-            self.rows = self.rows.take(kept)
+        # What chooses the best weights must not know them either.
+        self.rows, count = _without(self.rows, known)
+        self.held, others = _without(self.held, known)
+        count += others
         if self.unlabelled:
             lines = _lines(self.unlabelled)
             rest = [line for line in lines if line not in known]
@@ -211,6 +215,12 @@ class _Maker:
             return examples
         more = self.texts(texts, "embedding").rows
         return self._examples([*examples.rows, *more], examples.kind)
+
+    def continued(self, examples: Examples, text: str) -> Examples:
+        """The examples, and pieces of another text."""
+        if not text:
+            return examples
+        return self._examples([*examples.rows, *self.pieces(text, None).rows], examples.kind)
 
     def pieces(self, text: str, limit: int | None) -> Examples:
         ids = self._tokenizer.encode(text)
@@ -282,6 +292,24 @@ class _Maker:
 
 def _is_text(data: str) -> bool:
     return data.endswith((".txt", ".gz", ".md")) or (":" in data and not data.startswith(("hf:", "pkg:")))
+
+
+def _said(rows: Dataset | None) -> list[str]:
+    """The text of each row, or its words; nothing where rows have neither."""
+    if rows is None or not (rows.has("text") or rows.has("tokens")):
+        return []
+    if rows.has("text"):
+        return list(map(str, rows.column("text")))
+    return [" ".join(map(str, _list(words, rows.where))) for words in rows.column("tokens")]
+
+
+def _without(rows: Dataset | None, known: Set[str]) -> tuple[Dataset | None, int]:
+    """Rows whose text is not known, and how many others there were."""
+    said = _said(rows)
+    kept = [number for number, text in enumerate(said) if text not in known]
+    if rows is None or len(kept) == len(said):
+        return rows, 0
+    return rows.take(kept), len(said) - len(kept)
 
 
 def _lines(text: str) -> list[str]:

@@ -256,9 +256,9 @@ class TrainingSpec(RecipeModel):
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Rows used, from the beginning; all where absent."""
     unlabelled: str | None = None
-    """More texts, one a line, that `distill` learns from."""
+    """More texts, one a line, that `distill` learns from; for decoders one text."""
     validation: str | None = None
-    """Held-out rows; drawn from the data where absent."""
+    """Held-out rows, or a text; drawn from the data where absent."""
     validation_share: Share = 0.1
     """Share of the labelled rows that is held out, where there is no validation; 0 holds nothing out."""
     max_length: int = pydantic.Field(default=128, ge=2)

@@ -18,6 +18,7 @@ from onnxsmith.exporters.replacing import with_new_head
 from onnxsmith.pipeline._training_charts import training_table
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.report import Report
+from onnxsmith.pipeline.training_data import TrainingData
 from onnxsmith.pipeline.training_run import Trained, TrainingRun
 from onnxsmith.progress import Progress, Step
 from onnxsmith.source import ModelSource
@@ -257,6 +258,32 @@ def test_an_onnx_decoder_teaches_what_its_source_does(
     assert moved > 5e-3
 
 
+def test_what_is_held_out_of_a_text_is_not_taught(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Drawn from the text, or a text of its own; what else is read is learned."""
+    for name, seed in (("text", 1), ("held", 2), ("more", 3)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(row["text"] for row in sentences(60, seed)))
+    loaded = load_torch(ModelSource.parse(str(tiny_llama_dir)))
+
+    def lessons(**training: Any) -> Any:
+        recipe = Recipe.model_validate({
+            "schema_version": 1, "name": "taught", "source": str(tiny_llama_dir), "task": loaded.task,
+            "training": {"data": "text.txt", "max_length": 24, "steps": [{"distill": {}}], **training},
+            "variants": [{"name": "fp32", "preset": "cpu-fp32"}],
+        })  # fmt: skip
+        return TrainingData(recipe, base=tmp_path).lessons(loaded)
+
+    def seen(examples: Any) -> set[tuple[int, ...]]:
+        return {tuple(row.ids) for row in examples.rows}
+
+    drawn = lessons()
+    assert 0 < len(drawn.held) < len(drawn.train) / 4
+    assert not seen(drawn.held) & seen(drawn.extra) and seen(drawn.extra) == seen(drawn.train)
+    given = lessons(validation="held.txt", unlabelled="more.txt", limit=10)
+    assert len(given.train) == 10 and len(given.held) > 10
+    assert not seen(given.held) & seen(given.extra)
+    assert seen(given.train) < seen(given.extra) and len(given.extra) > 20
+
+
 def test_a_given_student_takes_the_place_of_the_model(bench: Path) -> None:
     """A body that embeds teaches another one, of another width, its embeddings; nothing is labelled."""
     config = transformers.BertConfig(
@@ -336,8 +363,6 @@ def test_zeros_and_rows_of_the_embedding_reach_the_graph(bench: Path, tmp_path: 
 
 
 def test_what_is_evaluated_on_is_not_learned(bench: Path, tmp_path: Path) -> None:
-    from onnxsmith.pipeline.training_data import TrainingData
-
     rows = sentences(50, 7)
     write(tmp_path / "train.jsonl", [*rows, *sentences(50, 8)])
     write(tmp_path / "test.jsonl", rows)
@@ -347,6 +372,15 @@ def test_what_is_evaluated_on_is_not_learned(bench: Path, tmp_path: Path) -> Non
     texts = {row["text"] for row in rows}
     assert not texts & {row["text"] for row in data.rows.rows}
     assert data.left_out >= 50 and data.described()["left_out"] == data.left_out
+    # Rows of words, and rows that choose the best weights.
+    tagged = [{"tokens": row["text"].split(), "tags": ["O"] * len(row["text"].split())} for row in rows]
+    others = [{"tokens": ["iron", str(n)], "tags": ["O", "O"]} for n in range(20)]
+    for name, some in (("train", tagged + others), ("held", [*tagged[:5], *others[:3]]), ("test", tagged)):
+        write(tmp_path / f"{name}.jsonl", some)
+    recipe = recipe_of(bench, STEPS[:1], training={"validation": "held.jsonl"})
+    data = TrainingData(recipe, base=tmp_path)
+    assert data.rows is not None and data.held is not None
+    assert len(data.rows) == 20 and len(data.held) == 3 and data.left_out == 55
     with pytest.raises(RecipeError, match=r"training\.data: what is evaluated on; expected other data"):
         path = tmp_path / "recipe.json"
         path.write_text(
