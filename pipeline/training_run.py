@@ -361,10 +361,13 @@ class TrainingRun:
         with progress.step("folds", spec.folds) as step:
 
             def train(rest: Examples, part: Examples, fold: int) -> Mapping[str, float]:
+                def judged(one: Any) -> Mapping[str, float]:
+                    return held_out_metrics(one, part, batch=spec.batch)
+
                 model = copy.deepcopy(loaded.module)
-                fit(model, rest, objective, settings, validation=part)
+                fit(model, rest, objective, settings, validation=part, metrics=judged)
                 step.advance(note=f"fold {fold + 1}")
-                return held_out_metrics(model, part, batch=spec.batch)
+                return judged(model)
 
             result = cross_validate(train, lessons.train, folds=spec.folds, seed=self.seed)
             step.note = ", ".join(

@@ -214,7 +214,7 @@ def test_onnx_teaches_and_folds_are_judged(
 ) -> None:
     _, teacher, _ = ran
     steps = [
-        {"finetune": {**LEARN, "task": "text-classification", "epochs": 1, "folds": 2}},
+        {"finetune": {**LEARN, "task": "text-classification", "epochs": 1, "folds": 2, "watch": "f1_macro"}},
         {"distill": {**LEARN, "epochs": 2, "teacher": str(teacher)}},
     ]
     trained = train(recipe_of(bench, steps), bench)
