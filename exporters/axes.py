@@ -1,8 +1,9 @@
 """Which axes of a module's inputs may vary, found by running it with other sizes.
 
 An axis is dynamic if the module runs when its size changes, alone or together with the other axes that have
-to change with it. Axes that change together get one name. Which of them is the batch is tested too: turning
-the order of the rows of a batch around turns the order of the results around and does nothing else.
+to change with it; by one, or by the stride of a module that only takes multiples. Axes that change together
+get one name. Which of them is the batch is tested too: turning the order of the rows of a batch around turns
+the order of the results around and does nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from onnxsmith.program import AxisSizes
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,8 @@ Run = Callable[[dict[str, Any]], dict[str, Any]]
 # The sizes that comparisons use: what runs with these needs no further limit.
 _SMALL = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _LARGE = (66, 34, 18, 10)
+# What sizes may have to be multiples of.
+_STRIDES = (2, 4, 8, 16, 32)
 # What inputs of transformers hold, for the names of axes: text and images have batches of their own.
 _MODALITIES: Mapping[str, str] = {
     "input_ids": "text",
@@ -43,14 +48,14 @@ class Axes:
             for a size that is computed from dynamic ones.
         examples: Inputs in which no two dynamic axes have one size, so that a tracer cannot mix them up.
         natural: Name of a dynamic axis to the size that it had in the example.
-        limits: Name of a dynamic axis to the smallest and, where there is one, the largest size that runs.
+        limits: Name of a dynamic axis to the sizes that run.
     """
 
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str | None, ...]]
     examples: dict[str, torch.Tensor]
     natural: dict[str, int]
-    limits: dict[str, tuple[int, int | None]]
+    limits: dict[str, AxisSizes]
 
 
 def resized(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
@@ -74,12 +79,13 @@ def find_axes(run: Run, examples: Mapping[str, torch.Tensor], *, static: Collect
     """
     original = dict(examples)
     base = _widened(run, original)
-    groups = _groups(run, base, static)
+    groups, steps = _groups(run, base, static)
     names = _names(run, base, groups)
-    base = _distinct(run, base, groups)
+    base = _distinct(run, base, groups, steps)
+    step_of = dict(zip(names, steps, strict=True))
     first = run(base)
     named = dict(zip(names, groups, strict=True))
-    probes = {name: _outputs_with(run, base, group, 1) for name, group in named.items()}
+    probes = {name: _outputs_with(run, base, group, step_of[name]) for name, group in named.items()}
     # Half or double: what is divided by a stride does not change by one.
     far = {name: _far_outputs(run, base, group) for name, group in named.items()}
     place_names = {place: name for name, group in zip(names, groups, strict=True) for place in group}
@@ -97,7 +103,7 @@ def find_axes(run: Run, examples: Mapping[str, torch.Tensor], *, static: Collect
         only = moving[0]
         results = probes[only]
         same = len(moving) == 1 and results is not None and output in results and size == sizes[only]
-        return only if same and results[output].shape[axis] == size + 1 else None  # type: ignore[index]
+        return only if same and results[output].shape[axis] == size + step_of[only] else None  # type: ignore[index]
 
     return Axes(
         inputs={
@@ -113,7 +119,7 @@ def find_axes(run: Run, examples: Mapping[str, torch.Tensor], *, static: Collect
             name: int(original[group[0][0]].shape[group[0][1]])
             for name, group in zip(names, groups, strict=True)
         },
-        limits={name: _limits(run, base, group) for name, group in zip(names, groups, strict=True)},
+        limits={name: _limits(run, base, group, step_of[name]) for name, group in named.items()},
     )
 
 
@@ -163,29 +169,44 @@ def _widened(run: Run, examples: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return base
 
 
-def _groups(run: Run, base: dict[str, torch.Tensor], static: Collection[Place]) -> list[list[Place]]:
-    """Axes that may change, those that change together in one list."""
+def _groups(
+    run: Run, base: dict[str, torch.Tensor], static: Collection[Place]
+) -> tuple[list[list[Place]], list[int]]:
+    """Axes that may change, those that change together in one list; and what their sizes are multiples of."""
     places = [(name, axis) for name, t in base.items() for axis in range(t.ndim)]
     groups: list[list[Place]] = []
+    found: list[int] = []
     done: set[Place] = set(static)
     for place in places:
         if place in done:
             continue
         size = base[place[0]].shape[place[1]]
         alike = [p for p in places if p != place and p not in done and base[p[0]].shape[p[1]] == size]
-        for others in _companies(place, alike):
+        # Batches are of any size; images, sound and spectra may have to fit strides.
+        strides = [s for s in _STRIDES if size % s == 0] if place[1] and base[place[0]].ndim > 2 else []
+        for step, others in itertools.product((1, *strides), _companies(place, alike)):
             group = [place, *others]
-            # Several other sizes: one that runs may be an accident of broadcasting, and two that are near of
-            # a division that drops the rest.
-            steps = (1, 2, *((size,) if size > 1 else (2,)))
-            if all(_outputs_with(run, base, group, step) is not None for step in steps[:2]) and (
-                _outputs_with(run, base, group, steps[2]) is not None
-                or (size > 3 and _outputs_with(run, base, group, size // 2 - size) is not None)
-            ):
+            if _varies(run, base, group, step):
                 groups.append(group)
+                found.append(step)
                 done.update(group)
                 break
-    return groups
+    return groups, found
+
+
+def _varies(run: Run, base: dict[str, torch.Tensor], group: Sequence[Place], step: int) -> bool:
+    """Whether the module runs with other sizes of an axis, as long as they are multiples of a step.
+
+    Several other sizes: one that runs may be an accident of broadcasting, and two that are near of a division
+    that drops the rest.
+    """
+    size = int(base[group[0][0]].shape[group[0][1]])
+    far = size if size > 1 else 2
+    half = size // 2 // step * step
+    return all(_outputs_with(run, base, group, change) is not None for change in (step, 2 * step)) and (
+        _outputs_with(run, base, group, far if far > 2 * step else 3 * step) is not None
+        or (half > 1 and _outputs_with(run, base, group, half - size) is not None)
+    )
 
 
 def _companies(place: Place, alike: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
@@ -202,7 +223,10 @@ def _companies(place: Place, alike: Sequence[Place]) -> Iterator[tuple[Place, ..
 
 def _names(run: Run, base: dict[str, torch.Tensor], groups: Sequence[Sequence[Place]]) -> list[str]:
     batches = [group for group in groups if _is_batch(run, base, group)]
-    firsts = [group for group in batches if any(axis == 0 for _, axis in group)] or batches[:1]
+    # What acts on each number alone has no other axis that is a batch: that is the first.
+    begun = {name for group in batches for name, axis in group if axis == 0}
+    firsts = [group for group in batches if not any(axis and name in begun for name, axis in group)]
+    firsts = [group for group in firsts if any(axis == 0 for _, axis in group)] or batches[:1]
     if not firsts:
         # Nothing acts row by row, such as a mean over the batch: what is left is the custom.
         firsts = [group for group in groups if group[0][1] == 0 and base[group[0][0]].ndim > 1][:1]
@@ -266,7 +290,7 @@ def _is_batch(run: Run, base: dict[str, torch.Tensor], group: Sequence[Place]) -
 
 
 def _distinct(
-    run: Run, base: dict[str, torch.Tensor], groups: Sequence[Sequence[Place]]
+    run: Run, base: dict[str, torch.Tensor], groups: Sequence[Sequence[Place]], steps: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """The inputs with a size for each group that no other axis has, and that is neither 0 nor 1."""
     dynamic = {place for group in groups for place in group}
@@ -276,10 +300,11 @@ def _distinct(
         for axis, size in enumerate(t.shape)
         if (name, axis) not in dynamic
     }
-    for group in groups:
+    for group, step in zip(groups, steps, strict=True):
         name, axis = group[0]
         size = int(base[name].shape[axis])
-        for wanted in itertools.chain((size,), range(max(size - 1, 2), 1, -1), range(size + 1, size + 24)):
+        smaller, larger = range(size - step, 1, -step), range(size + step, size + 24 * step, step)
+        for wanted in itertools.chain((size,), smaller, larger):
             if wanted < 2 or wanted in taken:
                 continue
             changed = _with(base, group, wanted)
@@ -290,16 +315,19 @@ def _distinct(
     return base
 
 
-def _limits(run: Run, base: dict[str, torch.Tensor], group: Sequence[Place]) -> tuple[int, int | None]:
+def _limits(run: Run, base: dict[str, torch.Tensor], group: Sequence[Place], step: int) -> AxisSizes:
     name, axis = group[0]
     size = int(base[name].shape[axis])
-    low = next((s for s in _SMALL if s < size and _runs(run, _with(base, group, s)) is not None), size)
-    if size >= _LARGE[0] or _runs(run, _with(base, group, _LARGE[0])) is not None:
-        return low, None
-    high = next(
-        (s for s in _LARGE[1:] if s > size and _runs(run, _with(base, group, s)) is not None), size + 2
-    )
+
+    def works(size: int) -> bool:
+        return _runs(run, _with(base, group, size)) is not None
+
+    low = next((s for s in _SMALL if s < size and s % step == 0 and works(s)), size)
+    large = [-(-s // step) * step for s in _LARGE]
+    if size >= large[0] or works(large[0]):
+        return AxisSizes(low, None, step)
+    high = next((s for s in large[1:] if s > size and works(s)), size + 2 * step)
     # Between what runs and what does not: the exact end, where it is near enough to be looked for.
-    while high < _LARGE[0] and _runs(run, _with(base, group, high + 1)) is not None:
-        high += 1
-    return low, high
+    while high < large[0] and works(high + step):
+        high += step
+    return AxisSizes(low, high, step)

@@ -18,7 +18,7 @@ from onnxsmith.source import ModelSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["first_line", "load_factory", "name_inputs"]
+__all__ = ["first_line", "load_factory", "name_inputs", "unwrapped"]
 
 
 def load_factory(source: ModelSource) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -60,11 +60,15 @@ def load_factory(source: ModelSource) -> tuple[torch.nn.Module, dict[str, Any]]:
             module, given = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
             if given is None:
                 given = _own_examples(module)
-    if not isinstance(module, torch.nn.Module):
+    module = unwrapped(module)
+    if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise SourceError(
             source.text,
             got=f"a {type(module).__name__}",
             expected="a torch.nn.Module, or a pair (module, example inputs)",
+            remedy="Return the module that was scripted"
+            if isinstance(module, torch.jit.ScriptModule)
+            else None,
         )
     if given is None:
         raise SourceError(
@@ -75,6 +79,19 @@ def load_factory(source: ModelSource) -> tuple[torch.nn.Module, dict[str, Any]]:
             "or give the module an attribute example_inputs",
         )
     return module, name_inputs(module, given, where=source.text)
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside those of ``torch.compile`` and of training in parallel, which compute the same."""
+    import torch
+
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while isinstance(module, torch.nn.Module):
+        inner = module.module if isinstance(module, parallel) else getattr(module, "_orig_mod", None)
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def _own_examples(module: Any) -> Any:

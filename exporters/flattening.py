@@ -35,6 +35,15 @@ def flatten(
     import torch
 
     if isinstance(value, torch.Tensor):
+        if value.is_complex() or value.layout is not torch.strided:
+            odd = "complex" if value.is_complex() else f"in the layout {value.layout}"
+            raise ExportError(
+                where,
+                got=f"{kind} {name or top} is {odd}",
+                expected="dense tensors of real numbers, which ONNX Runtime takes and gives",
+                remedy=f"{'Return' if kind == 'output' else 'Take'} "
+                + ("torch.view_as_real() of it" if value.is_complex() else "a dense tensor"),
+            )
         yield name or top, value
         return
     parts = _parts(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxsmith.errors import ExportError, OnnxsmithError, require
 from onnxsmith.exporters.axes import find_axes, resized
 from onnxsmith.exporters.flattening import flatten, rebuild
-from onnxsmith.exporters.tracing import line_of
+from onnxsmith.exporters.tracing import line_of, silence
 from onnxsmith.package import TensorSpec
 from onnxsmith.program import TorchProgram
 
@@ -79,7 +79,8 @@ def flat_program(
             results: dict[str, Any] = _twin(named)(**tensors)
         return results
 
-    with _same_randomness():
+    # What is only tried may fail: torch.cond says so on the terminal.
+    with _same_randomness(), silence():
         axes = find_axes(run, examples, static=static)
     inputs = tuple(
         TensorSpec(key, str(t.dtype).removeprefix("torch."), axes.inputs[key])
@@ -181,7 +182,8 @@ def _named_outputs(
 
         def forward(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
             given = {n: t.clone() if n in self.changed_inputs else t for n, t in tensors.items()}
-            result = call(self.inner, given)
+            with _as_traced():
+                result = call(self.inner, given)
             # A graph has one name space: an output may not be called as an input is.
             return {
                 f"{name}_output" if name in tensors else name: tensor
@@ -213,6 +215,19 @@ def _first_run(named: Any, examples: Mapping[str, torch.Tensor], where: str) -> 
     # A graph's inputs are constant: what is written to is a copy.
     named.changed_inputs = frozenset(n for n, t in tensors.items() if t._version != versions[n])
     return results
+
+
+@contextlib.contextmanager
+def _as_traced() -> Iterator[None]:
+    """Turns off torch's fast path of attention, which cannot be traced and differs where all is padding."""
+    from torch.backends import mha
+
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

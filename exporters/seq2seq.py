@@ -17,7 +17,7 @@ from onnxsmith.exporters.hugging_face import example_inputs, static_axes
 from onnxsmith.exporters.plain import flat_program
 from onnxsmith.exporters.tracing import line_of
 from onnxsmith.package import TensorSpec
-from onnxsmith.program import TorchProgram
+from onnxsmith.program import AxisSizes, TorchProgram
 
 if TYPE_CHECKING:
     import torch
@@ -203,12 +203,12 @@ def _decoder_program(
     )
 
 
-def _position_limits(model: Any) -> dict[str, tuple[int, int | None]]:
+def _position_limits(model: Any) -> dict[str, AxisSizes]:
     config = model.config
     names = ("max_target_positions", "max_position_embeddings", "n_positions")
     most = next((int(v) for name in names if (v := getattr(config, name, None))), None)
     # Relative positions have no end, and the configuration's number is only what it was trained with.
-    return {"sequence": (1, most), "past_sequence": (1, most)} if most else {}
+    return {"sequence": AxisSizes(1, most), "past_sequence": AxisSizes(1, most)} if most else {}
 
 
 def _decoder_module(model: Any, layers: int, width: int, *, with_past: bool) -> Any:

@@ -23,6 +23,7 @@ from onnxsmith.exporters.decomposition import (
 from onnxsmith.exporters.ranges import runs_with, traced_sizes
 from onnxsmith.exporters.recurrent import recurrent_operators
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
+from onnxsmith.program import AxisSizes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["FixedAxisError", "converted", "line_of", "trace", "weight_tensor"]
+__all__ = ["FixedAxisError", "converted", "line_of", "silence", "trace", "weight_tensor"]
 
 # This folder, under both of its names: onnxsmith.exporters is a link.
 _HERE = Path(__file__).parent
@@ -84,7 +85,7 @@ def trace(
     )
     try:
         with (
-            _silence(),
+            silence(),
             torch.no_grad(),
             without_autocast(),
             decomposed_where_needed(),
@@ -161,16 +162,16 @@ def _refuse_narrow(
     """Refuses a graph that is right for fewer sizes than the module itself takes."""
     decoder = program.task == TEXT_GENERATION
     for axis, (lower, upper) in traced_sizes(program, exported).items():
-        least, most = program.axis_limits.get(axis, (1, longest))
+        least, most, step = program.axis_limits.get(axis, AxisSizes(1, longest))
         wrong = []
         # Bounds of a sum (past and new tokens) are those of each part, of which the other has at least 2.
         if upper is not None and (most is None or most > upper + 2):
-            if decoder or runs_with(program, axis, upper + 1):
+            if decoder or runs_with(program, axis, (upper // step + 1) * step):
                 wrong.append(f"up to {upper}")
             else:
                 most = upper
         if lower > 2 and least < lower and not decoder:
-            if runs_with(program, axis, lower - 1):
+            if runs_with(program, axis, (lower - 1) // step * step):
                 wrong.append(f"from {lower} on")
             else:
                 least = lower
@@ -183,7 +184,7 @@ def _refuse_narrow(
                 remedy="The model branches on this size; make it independent of it",
             )
         if not decoder and axis in program.axis_limits:
-            program.axis_limits[axis] = (least, most)
+            program.axis_limits[axis] = AxisSizes(least, most, step)
 
 
 def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str]) -> torch.nn.Module:
@@ -348,7 +349,7 @@ def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keeps the exporter's chatter off the terminal; failures come as exceptions."""
     # torch prints the graph so far to standard error when a branch depends on a value.
     exporting = importlib.import_module("torch.export._trace")

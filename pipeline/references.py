@@ -15,7 +15,7 @@ from onnxsmith.package_io import load_package
 from onnxsmith.source import ModelSource
 
 if TYPE_CHECKING:
-    from onnxsmith.program import TorchProgram
+    from onnxsmith.program import AxisSizes, TorchProgram
     from onnxsmith.runtime import Case, OrtBackend, Placement, Requirement, Session
     from onnxsmith.runtime.components import Expected
 
@@ -36,12 +36,12 @@ class Reference:
     Attributes:
         sessions: By component, in the order in which they run.
         limits: By component, for integer inputs, one above the highest valid value.
-        axis_limits: By component, for dynamic axes, the smallest and the largest size that runs.
+        axis_limits: By component, for dynamic axes, the sizes that run.
     """
 
     sessions: Mapping[str, Session]
     limits: Mapping[str, Mapping[str, int]]
-    axis_limits: Mapping[str, Mapping[str, tuple[int, int | None]]] = dataclasses.field(default_factory=dict)
+    axis_limits: Mapping[str, Mapping[str, AxisSizes]] = dataclasses.field(default_factory=dict)
 
     def expected(
         self,

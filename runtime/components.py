@@ -12,6 +12,7 @@ import numpy as np
 from onnxsmith.comparison import Comparison, TensorComparison, Tolerance
 from onnxsmith.errors import ModelFileError
 from onnxsmith.package import TensorSpec
+from onnxsmith.program import AxisSizes
 from onnxsmith.runtime.backend import Backend
 from onnxsmith.runtime.compare import compare_sessions, reference_outputs
 from onnxsmith.runtime.samples import Case, cases_for, made_up_values
@@ -61,7 +62,7 @@ def expected_outputs(
     limits: Mapping[str, Mapping[str, int]],
     samples: int | None = None,
     seed: int = 0,
-    axis_limits: Mapping[str, Mapping[str, tuple[int, int | None]]] | None = None,
+    axis_limits: Mapping[str, Mapping[str, AxisSizes]] | None = None,
     fixed: Mapping[str, Mapping[str, tuple[int | None, ...]]] | None = None,
     sizes: tuple[int, int] | None = None,
     on_refused: Callable[[Case, str], None] | None = None,
@@ -77,7 +78,7 @@ def expected_outputs(
         limits: By component, for integer inputs, one above the highest valid value.
         samples: How many cases; all kinds where None.
         seed: Of the random numbers.
-        axis_limits: By component, for dynamic axes by name, the smallest and the largest size.
+        axis_limits: By component, for dynamic axes by name, the sizes that run.
         fixed: By component and input, the sizes of the axes that candidates have fixed.
         sizes: (batch, other dynamic axes), for one case of that size.
         on_refused: Called with a case that a reference of one graph does not run, and why: an ONNX graph does
@@ -193,7 +194,7 @@ def _case(
     random: np.random.Generator,
     rows: int,
     length: int,
-    bounds: Mapping[str, tuple[int, int | None]],
+    bounds: Mapping[str, AxisSizes],
     fixed: Mapping[str, tuple[int | None, ...]],
     pad: bool,
 ) -> Case:

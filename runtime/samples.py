@@ -16,6 +16,7 @@ import numpy.typing as npt
 from onnxsmith.context_length import POSITIONS, context_of_files
 from onnxsmith.errors import FeedError
 from onnxsmith.package import ModelPackage, TensorSpec
+from onnxsmith.program import AxisSizes
 from onnxsmith.runtime.session import Array, Session
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def cases_for(
     samples: int | None = None,
     seed: int = 0,
     sizes: tuple[int, int] | None = None,
-    axis_limits: Mapping[str, tuple[int, int | None]] | None = None,
+    axis_limits: Mapping[str, AxisSizes] | None = None,
     fixed: Mapping[str, tuple[int | None, ...]] | None = None,
     left_padding: bool = True,
 ) -> Iterator[Case]:
@@ -106,7 +107,7 @@ def cases_for(
         samples: How many cases; all kinds where None.
         seed: Of the random numbers.
         sizes: (batch, other dynamic axes), for one case of that size.
-        axis_limits: For dynamic axes by name, the smallest and, where there is one, the largest size.
+        axis_limits: For dynamic axes by name, the sizes that run.
         fixed: By input, the sizes of axes that candidates have fixed; None for others.
         left_padding: Whether rows of a decoder may be padded on the left. Prompts are padded on the right
             instead where not, and nothing is padded after a cache.
@@ -266,7 +267,7 @@ def made_up_values(
     random: np.random.Generator,
     first: int,
     rest: int,
-    axis_limits: Mapping[str, tuple[int, int | None]],
+    axis_limits: Mapping[str, AxisSizes],
     fixed: Mapping[str, tuple[int | None, ...]],
     pad: bool,
 ) -> tuple[dict[str, Array], npt.NDArray[np.bool_] | None]:
@@ -279,7 +280,7 @@ def made_up_values(
         random: Where values come from.
         first: Size of the batch.
         rest: Size of other dynamic axes.
-        axis_limits: The smallest and the largest size of axes.
+        axis_limits: The sizes of axes that run.
         fixed: By input, sizes of axes that are given; None for others.
         pad: Whether the last row ends in padding, where there is a mask.
 
@@ -298,8 +299,7 @@ def made_up_values(
             before = [name for name, kind in kinds.items() if kind == is_batch]
             wanted += len(before) if wanted > 1 or is_batch else 0
             kinds[size] = is_batch
-            low, high = axis_limits.get(size, (1, None))
-            wanted = max(low, wanted if high is None else min(wanted, high))
+            wanted = axis_limits.get(size, AxisSizes()).nearest(wanted)
             known = given[axis] if axis < len(given) else None
             sizes[size] = wanted if known is None else known
     feeds: dict[str, Array] = {}

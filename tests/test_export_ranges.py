@@ -9,6 +9,8 @@ import pytest
 from onnxsmith.comparison import TOLERANCES
 from onnxsmith.errors import ExportError
 from onnxsmith.exporters import LoadedModel, export, torch_program
+from onnxsmith.package import ModelPackage
+from onnxsmith.program import AxisSizes, TorchProgram
 from onnxsmith.runtime import OrtSession, TorchSession, cases_for, compare_sessions, reference_outputs
 from onnxsmith.source import ModelSource, SourceKind
 from test_export_decoder import compared
@@ -44,6 +46,17 @@ class Positions(nn.Module):
         return x + self.table[: x.shape[1]]
 
 
+def compared_within_limits(program: TorchProgram, package: ModelPackage) -> int:
+    """How many cases were compared and equal."""
+    reference = TorchSession(program)
+    made = cases_for(reference, limits=program.limits, axis_limits=program.axis_limits)
+    cases = list(reference_outputs(reference, list(made)))
+    with OrtSession(package, threads=1) as session:
+        comparison = compare_sessions(reference, session, cases, tolerance=TOLERANCES["float32"])
+    assert comparison.passed, comparison.reason
+    return len(cases)
+
+
 @pytest.mark.parametrize(("limit", "said"), [(5, "from 6 on"), (100, "up to 100")])
 def test_an_axis_that_a_model_branches_on_is_a_size_and_said(limit: int, said: str) -> None:
     """Found to be dynamic, and traced for one of the branches: the other sizes would be silently wrong."""
@@ -62,13 +75,42 @@ def test_the_end_of_what_a_model_takes_is_no_branch() -> None:
     package = export(model, program)
     assert package.main.inputs[0].shape == ("batch", "sequence", 4)
     assert "model" not in package.steps[0].details
-    assert program.axis_limits["sequence"] == (1, 40)
-    reference = TorchSession(program)
-    cases = cases_for(reference, limits=program.limits, axis_limits=program.axis_limits)
-    with OrtSession(package, threads=1) as session:
-        expected = reference_outputs(reference, list(cases))
-        comparison = compare_sessions(reference, session, expected, tolerance=TOLERANCES["float32"])
-    assert comparison.passed, comparison.reason
+    assert program.axis_limits["sequence"] == AxisSizes(1, 40)
+    assert compared_within_limits(program, package) > 1
+
+
+class Strided(nn.Module):
+    """Halves an image and joins it with what it was, as a U-Net: it takes even sizes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 3, 2, 2)
+
+    def forward(self, x: Any) -> Any:
+        return torch.cat([self.up(self.down(x)), x], 1)
+
+
+def test_sizes_that_must_be_multiples_are_dynamic() -> None:
+    model = loaded(Strided(), torch.rand(2, 3, 16, 16))
+    program = torch_program(model)
+    assert program.inputs[0].shape == ("batch", 3, "height", "width")
+    assert program.outputs[0].shape == ("batch", 6, "height", "width")
+    assert program.axis_limits["height"] == AxisSizes(2, None, 2)
+    assert compared_within_limits(program, export(model, program)) > 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "nearest"),
+    [
+        (AxisSizes(), 5, 5),
+        (AxisSizes(3), 1, 3),
+        (AxisSizes(1, 4), 9, 4),
+        (AxisSizes(8, None, 8), 9, 16),
+        (AxisSizes(8, 30, 8), 40, 24),
+    ],
+)
+def test_the_nearest_size_that_runs(sizes: AxisSizes, wanted: int, nearest: int) -> None:
+    assert sizes.nearest(wanted) == nearest
 
 
 def doge(window: int) -> LoadedModel:

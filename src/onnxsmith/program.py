@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxsmith.package import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TorchProgram"]
+__all__ = ["AxisSizes", "TorchProgram"]
+
+
+class AxisSizes(NamedTuple):
+    """The sizes of a dynamic axis that a model runs with.
+
+    Attributes:
+        low: The smallest.
+        high: The largest; None where none was found.
+        step: What all of them are multiples of, such as the stride of a U-Net.
+    """
+
+    low: int = 1
+    high: int | None = None
+    step: int = 1
+
+    def nearest(self, size: int) -> int:
+        """The size that is wanted, or the next larger one, or the largest."""
+        up = -(-max(size, self.low) // self.step) * self.step
+        return up if self.high is None else min(up, self.high // self.step * self.step)
 
 
 @dataclasses.dataclass
@@ -30,8 +49,7 @@ class TorchProgram:
         prepare: What has to be called before the module is run: reads weights that are still in their files.
         release: What may be called as often as ``prepare`` was, when the module is run no more: its weights
             take no memory then.
-        axis_limits: Name of a dynamic axis to the smallest and the largest size that runs; None where no
-            largest was found.
+        axis_limits: Name of a dynamic axis to the sizes that run.
         natural_sizes: Name of a dynamic axis that was found by trying, to its size in the example inputs. A
             tracer that cannot keep such an axis dynamic may fix it to this size; other dynamic axes must
             stay dynamic.
@@ -45,7 +63,7 @@ class TorchProgram:
     task: str | None = None
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     name: str = "torch"
-    axis_limits: dict[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+    axis_limits: dict[str, AxisSizes] = dataclasses.field(default_factory=dict)
     natural_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     prepare: Callable[[], None] | None = None
