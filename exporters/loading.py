@@ -25,6 +25,7 @@ from onnxsmith.exporters.stored_weights import (
     quick_gguf,
     safetensors_weights,
     skeleton,
+    surplus_layers,
 )
 from onnxsmith.exporters.transformers_import import import_transformers
 from onnxsmith.hashing import file_sha256
@@ -226,6 +227,13 @@ def _load_hugging_face(
                 where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
             )
         _refuse_missing(source, info, expected=f"a checkpoint for {task}")
+        surplus = surplus_layers(info["unexpected_keys"], module)
+        if surplus:
+            raise SourceError(
+                source.text,
+                got=f"weights of more layers than config.json has ({', '.join(surplus[:3])})",
+                expected="a configuration that the weights were made with",
+            )
     assert module is not None
     files = _tokenizer_files(source, where, options) | {"config.json": config_json(module)}
     provenance: dict[str, Any] = {"kind": str(source.kind), "text": source.text}

@@ -12,7 +12,8 @@ import functools
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
 
     from onnxsmith.gguf_file import GgufFile
 
-__all__ = ["StoredWeights", "gguf_weights", "quick_gguf", "safetensors_weights", "skeleton", "stand_ins"]
+__all__ = [
+    "StoredWeights",
+    "gguf_weights",
+    "quick_gguf",
+    "safetensors_weights",
+    "skeleton",
+    "stand_ins",
+    "surplus_layers",
+]
 
 _MAX_HEADER_BYTES = 100_000_000
 # Those of transformers' conversions that give one weight for one tensor, under the name in its table.
@@ -170,8 +179,9 @@ def safetensors_weights(directory: Path, module: torch.nn.Module) -> StoredWeigh
     """The weights of a module from the safetensors files of a directory.
 
     Returns:
-        None where a weight is missing under its own name, or has another shape, or a file cannot be read:
-        transformers then loads the model, which renames and converts, or says what is wrong.
+        None where a weight is missing under its own name, or has another shape, or there are weights of more
+        layers than the module has, or a file cannot be read: transformers then loads the model, which renames
+        and converts, or says what is wrong.
     """
     try:
         index = directory / "model.safetensors.index.json"
@@ -186,12 +196,33 @@ def safetensors_weights(directory: Path, module: torch.nn.Module) -> StoredWeigh
             entries |= _safetensors_entries(directory / file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if surplus_layers(entries, module):
+        return None
     readers = {}
     for _, _, full, parameter in _parameters(module):
         if full not in entries or entries[full][2] != tuple(parameter.shape):
             return None
         readers[full] = _mapped_reader(*entries[full])
     return StoredWeights(readers, where=str(directory))
+
+
+def surplus_layers(names: Iterable[str], module: torch.nn.Module) -> list[str]:
+    """Of names of weights, those of layers after the last one that a module has of their list.
+
+    Without those that the architecture leaves out, such as layers that guess more than one token.
+    """
+    lists = {name: len(part) for name, part in module.named_modules() if type(part).__name__ == "ModuleList"}
+    left_out = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = []
+    for name in names:
+        if any(re.search(pattern, name) for pattern in left_out):
+            continue
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            count = lists.get(".".join(parts[:place])) if part.isdecimal() else None
+            if count is not None and int(part) >= count > 0:
+                found.append(name)
+    return sorted(found)
 
 
 def _safetensors_entries(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]]:

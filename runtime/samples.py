@@ -158,13 +158,11 @@ def _within(
             yield fitting
 
 
-def _length_limits(
-    inputs: tuple[TensorSpec, ...], limits: Mapping[str, int]
-) -> dict[str, tuple[int, int | None]]:
+def _length_limits(inputs: tuple[TensorSpec, ...], limits: Mapping[str, int]) -> dict[str, AxisSizes]:
     """The axis of tokens, and how long it may be, where that is known."""
     ids = next((spec for spec in inputs if spec.name == "input_ids"), None)
     axis = ids.shape[1] if ids is not None and ids.shape and len(ids.shape) == 2 else None
-    return {axis: (1, limits[POSITIONS])} if isinstance(axis, str) and POSITIONS in limits else {}
+    return {axis: AxisSizes(1, limits[POSITIONS])} if isinstance(axis, str) and POSITIONS in limits else {}
 
 
 def decoder_feeds(

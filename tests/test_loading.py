@@ -134,6 +134,16 @@ def test_missing_weights_are_refused(llama_copy: Path) -> None:
         load(llama_copy)
 
 
+def test_weights_of_more_layers_are_refused(llama_copy: Path) -> None:
+    """transformers leaves them out and logs it: the model would be another one."""
+    change_config(llama_copy, num_hidden_layers=1)
+    for lazy in (False, True):
+        with pytest.raises(
+            SourceError, match=r"weights of more layers than config.json has \(model\.layers\.1\."
+        ):
+            load(llama_copy, lazy=lazy)
+
+
 def test_weights_of_other_shapes_are_refused(llama_copy: Path) -> None:
     change_config(llama_copy, intermediate_size=72)
     with pytest.raises(SourceError, match="cannot be read: "):
