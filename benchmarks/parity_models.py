@@ -96,6 +96,18 @@ _WAV2VEC2 = {
     "num_conv_pos_embedding_groups": 4,
     **_LAYERS,
 }
+_SPEECHT5 = {
+    "vocab_size": 38,
+    "hidden_size": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 48,
+    "speech_decoder_postnet_units": 16,
+    "num_mel_bins": 16,
+}
 _VITS = {
     "vocab_size": 38,
     "hidden_size": 32,
@@ -195,6 +207,7 @@ MODEL_GROUPS: tuple[tuple[str, tuple[ModelRow, ...]], ...] = (
                 {"max_length": 64, "num_mel_bins": 32, "num_labels": 5, **_LAYERS},
             ),
             ModelRow("VITS, speech synthesis", "VitsModel", "text-to-audio", _VITS),
+            ModelRow("SpeechT5, speech synthesis", "SpeechT5ForTextToSpeech", "text-to-audio", _SPEECHT5),
         ),
     ),
 )

@@ -39,6 +39,12 @@ def encoder_programs(loaded: LoadedModel) -> dict[str, TorchProgram]:
         ExportError: It takes inputs that are not known, or does not run on them.
     """
     model: Any = loaded.module
+    if loaded.task == "text-to-audio" and getattr(model.config, "is_encoder_decoder", False):
+        raise ExportError(
+            type(model).__name__,
+            got="speech from a decoder that is called for each frame",
+            expected="speech synthesis in one pass, such as VITS",
+        )
     if loaded.task == "feature-extraction" and hasattr(model, "get_text_features"):
         pair = {
             name: part

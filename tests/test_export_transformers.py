@@ -11,7 +11,7 @@ import pytest
 
 from onnxsmith import export_model
 from onnxsmith.comparison import TOLERANCES, Comparison
-from onnxsmith.errors import SourceError
+from onnxsmith.errors import ExportError, SourceError
 from onnxsmith.exporters import LoadedModel, export, torch_programs
 from onnxsmith.package import ModelPackage
 from onnxsmith.pipeline.references import compare_package, open_programs
@@ -220,3 +220,13 @@ def test_pooling_that_is_not_known_is_refused(pooling: dict[str, bool], message:
         (source / "modules.json").unlink()
     with pytest.raises(SourceError, match=message):
         export_model(str(source), tmp_path / "artifact", task="sentence-similarity")
+
+
+def test_speech_from_a_decoder_is_refused() -> None:
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    options = {"hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 30, **sizes}
+    config = transformers.SpeechT5Config(speech_decoder_postnet_units=16, num_mel_bins=8, **options)
+    module = transformers.SpeechT5ForTextToSpeech(config).eval()
+    model = LoadedModel(module, ModelSource(SourceKind.FACTORY, "test:make"), "text-to-audio", {}, {})
+    with pytest.raises(ExportError, match=r"SpeechT5ForTextToSpeech: speech from a decoder.*such as VITS"):
+        torch_programs(model)
