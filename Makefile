@@ -83,12 +83,16 @@ models: $(READY)  ## checkpoints and speech for the slow tests
 
 # What exports is tested with the other series of transformers too, in an environment of its own: it and optimum-onnx
 # exclude each other. The constraints without those that are about the older series, and without two tests of what only
-# the older series lacks or does: there more attention can be fused, and soft-capping is never left out.
+# the older series lacks or does: there more attention can be fused, and soft-capping is never left out. Of the slow
+# tests those of experts and encoder-decoders, whose code differs most between the two.
 test-transformers5: $(TF5)/.ready  ## the exporters' tests with transformers 5, in .venv-tf5; for every night
 	$(OFFLINE) $(TF5)/bin/python -m pytest -p no:cacheprovider -W default -m "not slow" \
 		--deselect tests/test_export_decoder.py::test_what_cannot_be_fused_is_refused \
 		--deselect tests/test_export_decoder.py::test_soft_capping_is_in_the_reference \
 		tests/test_loading.py tests/test_export_*.py tests/test_sources_other.py tests/test_gguf*.py $(PYTEST_ARGS)
+	$(OFFLINE) $(TF5)/bin/python -m pytest -p no:cacheprovider -W default -m slow \
+		-k "other_families or (fused_attention and (mixtral or moe or gpt-oss))" \
+		tests/test_export_seq2seq.py tests/test_export_decoder.py $(PYTEST_ARGS)
 
 $(TF5)/.ready: pyproject.toml constraints.txt
 	python3 -m venv $(TF5)
