@@ -105,6 +105,54 @@ def test_the_program_beside_it_says_what_torch_says(
     assert "infer.py" in (packed / "Dockerfile").read_text()
 
 
+@pytest.mark.slow
+def test_each_line_of_the_dockerfile_does_what_it_should(
+    packed: Path, greedy: tuple[list[int], list[int]], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """In a fresh environment of this Python, in place of the image of the same version."""
+    image, work = tmp_path / "image", tmp_path
+    subprocess.run([sys.executable, "-m", "venv", str(image)], check=True, timeout=300)
+    # pip's settings and proxies are the machine's; of everything else an image knows nothing.
+    kept = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.lower().endswith("_proxy")}
+    alone = kept | {"PATH": f"{image / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(tmp_path)}
+    done: list[str] = []
+    for line in (packed / "Dockerfile").read_text().splitlines():
+        word, _, rest = line.partition(" ")
+        done.append(word)
+        if word == "FROM":
+            assert rest == f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+        elif word == "WORKDIR":
+            work = tmp_path / rest.lstrip("/")
+            work.mkdir()
+        elif word == "COPY" and rest == ". .":
+            shutil.copytree(packed, work, dirs_exist_ok=True)
+        elif word == "COPY":
+            shutil.copy(packed / rest.split()[0], work)
+        elif word == "RUN":
+            ran = subprocess.run(
+                rest,
+                shell=True,
+                cwd=work,
+                env=alone,
+                capture_output=True,
+                text=True,
+                timeout=600,
+                check=False,
+            )
+            if "connection" in ran.stderr.lower() and ran.returncode:
+                pytest.skip(f"pip cannot fetch packages here: {ran.stderr[-200:]}")
+            assert ran.returncode == 0, ran.stderr
+        else:
+            assert word == "ENTRYPOINT", f"{word} is not known to this test"
+            said = subprocess.run(
+                [*json.loads(rest), PROMPT, str(TOKENS)],
+                cwd=work, env=alone, capture_output=True, text=True, timeout=120, check=True,
+            ).stdout  # fmt: skip
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+            assert said.split() == (PROMPT + tokenizer.decode(greedy[1])).split()
+    assert done == ["FROM", "WORKDIR", "COPY", "RUN", "COPY", "ENTRYPOINT"]
+
+
 def test_onnxruntime_genai_generates_with_it(packed: Path, greedy: tuple[list[int], list[int]]) -> None:
     need("onnxruntime_genai")
     import onnxruntime_genai as og
