@@ -30,8 +30,13 @@ _BASE = 560_000_000
 _OPENED, _OPENED_QUANTIZED, _OPENED_RECURRENT = 1.0, 1.5, 3.4
 # While variants are made: what is read of the export and its copies, without and with a cache.
 _MAKING, _MAKING_CACHED = 1.25, 1.55
-# More of decoders' weights, and of what they answer, that is there while they are checked.
-_DECODING = 0.55
+# What is kept of passes that take long, as a part of the export: none, one or two results of its size.
+_BEGUN = 0.8
+# A decoder is compared on so many tokens in all and in the longest case, and for each of its logits there are
+# so many bytes while they are compared, in double precision.
+_COMPARED_ROWS, _LONGEST_CASE, _COMPARING = 217, 160, 91
+# What stays of a decoder's weights, which PyTorch lets go of, while it is checked.
+_DECODER_KEPT = 0.15
 # An encoder with its decoder: what its graphs have of the weights, what stays of it after making variants.
 _TWICE, _KEPT = 1.9, 0.87
 # Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
@@ -121,9 +126,7 @@ def forecast_run(
     # The state of a training: weights and two moments.
     states = 3 * size.parameters * 4 if recipe.training is not None else 0
     twice = _TWICE if size.pair else 1.0
-    written = [
-        _variant_bytes(variant.specs(), int(twice * size.parameters), width) for variant in recipe.variants
-    ]
+    written = [_variant_bytes(variant.specs(), size, twice, width) for variant in recipe.variants]
     phases = _phases(recipe, size, exported, written, cached=cached, base=base)
     text = _text_bytes(recipe, size)
     benchmark = recipe.evaluation.benchmark
@@ -136,10 +139,11 @@ def forecast_run(
         written.append(int(twice * exported))
     return Forecast(
         peak=max(phases.values()),
-        workers=_workers_bytes(size, written, exported) if benchmark is not None else 0,
-        # Without a cache the export is written nowhere; with one, what variants begin with is kept as well.
-        disk=states + (max(written, default=0) if cached else sum(written) + text),
-        cache=2 * exported + sum(written) + text if cached else 0,
+        workers=_workers_bytes(size, written, exported, benchmark.prompt_tokens) if benchmark else 0,
+        # Without a cache the export is written nowhere; with one, what variants begin with is kept as well
+        # where that took long, and the chosen one is there twice.
+        disk=states + (min(written, default=0) if cached else sum(written) + text),
+        cache=int((1 + _BEGUN) * exported) + sum(written) + text if cached else 0,
         phases=phases,
     )
 
@@ -151,18 +155,18 @@ def _phases(
     # PyTorch's weights; a decoder's are read when it is first asked.
     held = _BASE + exported
     making = int((_MAKING_CACHED if cached else _MAKING) * exported)
-    # A decoder of few bits is read from its file, and leaves little of this.
-    decoding = _DECODING if any(one >= exported for one in written) else 0.0
-    again = int((decoding if size.decoder else _KEPT * _TWICE if size.pair else 0.0) * exported)
-    phases = {
-        "export": held,
-        "variants": _BASE + making,
-        "check": held + max(_opened(size, written, exported), default=0) + again,
-    }
+    opened = max(_opened(size, written, exported), default=0)
+    phases = {"export": held, "variants": _BASE + making}
     spec = recipe.evaluation.perplexity
+    text = 0
     if spec is not None:
-        rows = spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)
-        phases["check"] += rows * size.vocabulary * 4
+        text = (spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)) * size.vocabulary * 4
+    if size.decoder:
+        logits = _LONGEST_CASE * _COMPARING * size.vocabulary
+        phases["reference"] = held + max(_COMPARED_ROWS * size.vocabulary * 4, text)
+        phases["check"] = _BASE + int(_DECODER_KEPT * exported) + opened + max(logits, text)
+    else:
+        phases["check"] = held + opened + int((_KEPT * _TWICE if size.pair else 0.0) * exported)
     if recipe.evaluation.benchmark is not None:
         phases["benchmark"] = held
     if recipe.training is not None:
@@ -183,28 +187,28 @@ def running_bytes(weights: int, *, quantized: bool, decoder: bool, recurrent: in
     return _WORKER + int(each * (weights - recurrent) + _OPENED_RECURRENT * recurrent)
 
 
-def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int) -> int:
+def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int, prompt: int) -> int:
     """The processes of the benchmark together: all variants are open at the same time."""
-    part = size.recurrent / max(size.parameters, 1)
+    recurrent = int(exported * size.recurrent / max(size.parameters, 1))
+    # A prompt's logits: ONNX Runtime's, and a copy.
+    logits = 2 * prompt * size.vocabulary * 4 if size.decoder else 0
+    # An embedding that is the head too is read in whole, and packed for that.
+    head = size.embedding * exported // max(size.parameters, 1) if size.tied else 0
     return sum(
-        # No pass makes recurrent layers smaller.
-        running_bytes(
-            int(one * (1 - part)) + (own := int(exported * part)),
-            quantized=one < exported, decoder=size.decoder, recurrent=own,
-        )
+        running_bytes(one, quantized=one < exported, decoder=size.decoder, recurrent=recurrent)
+        + logits + (head if one >= exported else 0)
         for one in written
     )  # fmt: skip
 
 
 def _opened(size: ModelSize, written: Sequence[int], exported: int) -> list[int]:
     """What ONNX Runtime holds of each variant."""
-    part = size.recurrent / max(size.parameters, 1)
-    found = []
-    for one in written:
-        each = _OPENED if one >= exported else _OPENED_QUANTIZED
-        # No pass makes recurrent layers smaller.
-        found.append(int(each * one * (1 - part) + _OPENED_RECURRENT * exported * part))
-    return found
+    recurrent = int(exported * size.recurrent / max(size.parameters, 1))
+    return [
+        int((_OPENED if one >= exported else _OPENED_QUANTIZED) * (one - recurrent))
+        + int(_OPENED_RECURRENT * recurrent)
+        for one in written
+    ]
 
 
 def _training_bytes(recipe: Recipe, size: ModelSize, base: Path | None) -> int:
@@ -234,17 +238,20 @@ def _longest_row(spec: TrainingSpec, base: Path | None) -> int:
 
 
 def _text_bytes(recipe: Recipe, size: ModelSize) -> int:
-    """The file of PyTorch's predictions of a text."""
+    """The files of what PyTorch predicted: of a text, and of the inputs of the comparison."""
     spec = recipe.evaluation.perplexity
-    return 0 if spec is None else spec.max_tokens * size.vocabulary * 4
+    rows = (0 if spec is None else spec.max_tokens) + (_COMPARED_ROWS if size.decoder else 0)
+    return rows * size.vocabulary * 4
 
 
 def _is_quantized(specs: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
     return any(name in _QUANTIZED for name, _ in specs)
 
 
-def _variant_bytes(specs: Sequence[tuple[str, Mapping[str, Any]]], parameters: int, width: int) -> int:
-    """About what a variant's file has, as if all of the weights were quantized."""
+def _variant_bytes(
+    specs: Sequence[tuple[str, Mapping[str, Any]]], size: ModelSize, twice: float, width: int
+) -> int:
+    """About what a variant's file has, as if all weights were quantized but those of recurrent layers."""
     each = float(width)
     for name, given in specs:
         if name == "to_float16":
@@ -257,7 +264,7 @@ def _variant_bytes(specs: Sequence[tuple[str, Mapping[str, Any]]], parameters: i
             )
         elif name == "fast_prompts":
             each += 1
-    return int(parameters * each)
+    return int(twice * (size.parameters - size.recurrent) * each) + size.recurrent * width
 
 
 def require_resources(forecast: Forecast, recipe: Recipe, destination: Path, *, force: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,29 @@ def test_a_container_s_limit_counts(tmp_path: Path, version: int) -> None:
     assert available_memory(root=tmp_path) == 3_000_000
     (group / names[0]).write_text("max\n")
     assert available_memory(root=tmp_path) > 3_000_000
+
+
+def test_a_large_vocabulary_and_recurrent_layers_count(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = recipe_of(tiny_llama_dir).model_dump(mode="json", exclude_unset=True)
+    plain["variants"] = [{"name": one, "preset": one} for one in ("cpu-fp32", "cpu-int4")]
+    recipe = Recipe.model_validate(plain | {"evaluation": {"benchmark": {"prompt_tokens": 32}}})
+    source = ModelSource.parse(recipe.source)
+    size = model_size(source)
+    assert size is not None
+
+    def told(**changed: Any) -> forecast.Forecast:
+        made = dataclasses.replace(size, parameters=10_000_000, **changed)
+        monkeypatch.setattr(forecast, "model_size", lambda *_, **__: made)
+        return forecast_run(recipe, source, cached=False)
+
+    few, many = told(vocabulary=1000), told(vocabulary=50_000)
+    # 160 tokens, each of their logits several times in double precision.
+    assert many.phases["check"] - few.phases["check"] > 160 * 49_000 * 8 * 8
+    # In two processes, the logits of 32 tokens and a copy of them.
+    assert many.workers - few.workers == 2 * 2 * 32 * 49_000 * 4
+    tied = told(vocabulary=50_000, tied=True, embedding=4_000_000)
+    assert tied.workers - many.workers == 4 * 4_000_000
+    # Recurrent layers are as large in four bits.
+    assert told(recurrent=9_000_000).disk - told().disk > 3 * 9_000_000
