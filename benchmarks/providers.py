@@ -112,7 +112,7 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
         f"Written by `{command}`; do not edit. {environment['cpu']}, {environment['threads']} processors, "
         f"{environment['memory_gb']} GB, no GPU, {environment['platform']}.",
         "",
-        "The comparison is with PyTorch in float32, on made-up inputs of several shapes; `worst` is the "
+        "The comparison is with PyTorch in float32, on made-up inputs of so many shapes; `worst` is the "
         "largest difference of any output, relative to the largest magnitude of that output. Times are of "
         "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first.",
         "",
@@ -122,13 +122,13 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
     for name, result in results.items():
         lines += ["", f"## {name}", "", f"`{result['source']}`, exported in float32.", ""]
         lines += [
-            "| provider | agrees with PyTorch | worst | top-1 | KL | nodes on it | the rest |",
-            "|---|---|---|---|---|---|---|",
+            "| provider | cases | agrees with PyTorch | worst | top-1 | KL | nodes on it | the rest |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for comparisons in result["comparisons"].values():
             lines += [_comparison_row(comparison) for comparison in comparisons]
         for provider, why in result["missing"].items():
-            lines.append(f"| `{provider}` | not run: {why} | | | | | |")
+            lines.append(f"| `{provider}` | 0 | not run: {why} | | | | | |")
         bench = [measured for stage in result["bench"].values() for measured in stage]
         decoder = any(measured["decode_tokens_per_s"] for measured in bench)
         what = "first token ms | one token ms" if decoder else "one call ms"
@@ -155,10 +155,11 @@ def _comparison_row(comparison: Mapping[str, Any]) -> str:
         for provider, entry in placement.items()
         if provider != comparison["provider"]
     )
+    cases = len({t["case"] for t in tensors})
     verdict = "yes" if comparison["passed"] else f"no: {comparison['reason']}"
     return (
-        f"| `{comparison['provider_asked']}` | {verdict} | {worst:.1e} | {top1} | {kl} | {own} of {total} "
-        f"| {rest} |"
+        f"| `{comparison['provider_asked']}` | {cases} | {verdict} | {worst:.1e} | {top1} | {kl} "
+        f"| {own} of {total} | {rest} |"
     )
 
 
