@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.attention_lengths import LengthsInAttention
 from onnxsmith.graph_passes.findings import Target, examine
 from onnxsmith.onnx_file import check_model, save_model
 from onnxsmith.package import ModelPackage, TensorSpec, reads_lengths
+from onnxsmith.pipeline.model_card import model_card
 from onnxsmith.program import TorchProgram
 from onnxsmith.runtime import (
     OrtSession,
@@ -370,3 +371,9 @@ def test_a_cache_without_sizes_as_in_graphs_of_genai(tiny_package: ModelPackage)
         FeedError, match=r"expected \(batch, heads, length, size of a head\) with fixed heads"
     ):
         decoder_feeds((spec,), np.zeros((1, 1), np.int64))
+
+
+def test_the_model_card_says_on_which_side_to_pad(tiny_package: ModelPackage) -> None:
+    package = run_passes(tiny_package.derive(), make_passes([("lengths_in_attention", {})]))
+    cards = [model_card(p, name="m", measurements={}, environment={}) for p in (tiny_package, package)]
+    assert ["Pad prompts of a batch on the right" in card for card in cards] == [False, True]
