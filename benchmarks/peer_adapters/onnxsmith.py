@@ -15,12 +15,11 @@ _MINIMUMS = {"bits": 4, "minimums": True, "half_scales": True}
 _VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "gguf-floats": ("cpu-gguf", "keep_gguf_blocks", {"accuracy_level": 1}),
     "hqq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "hqq"}),
-    "gptq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "gptq"}),
     "awq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "awq"}),
     "zero-points": ("cpu-int4", "quantize_weights", {"bits": 4}),
     "mixed-115mb": ("cpu-int4", "quantize_mixed", {"size_mb": 113.0}),
 }
-_NEEDS_DATA = frozenset({"gptq", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"})
+_NEEDS_DATA = frozenset({"cpu-int4-calibrated", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"})
 _TOPICS = "pydoc_data.topics:topics"
 
 
