@@ -34,8 +34,8 @@ _NEWEST: tuple[PassSpec, ...] = (
 # 5 bits a weight, scales and minimums counted: as small as integer zero points with float32 scales, with a
 # fraction of their loss. See docs/quantization.md.
 _INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "minimums": True, "half_scales": True})
-# The same format, rounded by what the weights are multiplied with: half the loss, for minutes of calibration.
-_INT4_CALIBRATED: PassSpec = (_INT4[0], {**_INT4[1], "method": "gptq"})
+# The same format, rounded by what the weights are multiplied with, and an embedding and head of finer blocks.
+_INT4_CALIBRATED: PassSpec = (_INT4[0], {**_INT4[1], "method": "gptq", "embedding_block_size": 16})
 _INT8: PassSpec = (
     "quantize_weights",
     {"bits": 8, "block_size": 32, "symmetric": True, "half_scales": True},
@@ -82,7 +82,7 @@ PURPOSES: Mapping[str, str] = {
     "cpu-fp32": "The reference for everything else: fused for ONNX Runtime, full precision.",
     "cpu-int8": "8 bit weights, int8 arithmetic: the loss is hardly measurable, a quarter of the size.",
     "cpu-int4": "4 bit weights, int8 arithmetic: smallest and fastest in decode; the loss must be measured.",
-    "cpu-int4-calibrated": "As cpu-int4, rounded by GPTQ: as small and fast, half the loss; needs calibration data.",
+    "cpu-int4-calibrated": "As cpu-int4, by GPTQ, the embedding finer: half the loss; needs calibration.",
     "cpu-int4-1pct": "4 bits where they cost little, 8 elsewhere: at most 1 % worse; needs calibration data.",
     "cpu-gguf": "The blocks of a GGUF source as they are: nothing is rounded again. The rest gets 8 bits.",
     "cpu-int8-dynamic": "For encoders: matrices on 8 bit integers, half the time; needs no data.",

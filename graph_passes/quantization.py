@@ -66,6 +66,7 @@ class QuantizeWeights(GraphPass):
         accuracy_level: Literal[0, 1, 2, 3, 4] = 4,
         search_steps: int = SEARCH_STEPS,
         embeddings: bool = True,
+        embedding_block_size: Literal[0, 16, 32, 64, 128, 256] = 0,
         skip_nodes: tuple[str, ...] = (),
         overrides: dict[str, dict[str, Any]] | None = None,
     ) -> None:
@@ -84,6 +85,8 @@ class QuantizeWeights(GraphPass):
                 CPU; activations are rounded to 8 bits in blocks).
             search_steps: Grids tried for each block; 0 is plain round to nearest.
             embeddings: Also quantize embeddings (Gather).
+            embedding_block_size: Of embeddings, and of output heads that are the same weight; 0 is that of
+                the others. An error there is an error of the logits at once.
             skip_nodes: Patterns of node or weight names that keep their precision.
             overrides: Pattern of node or weight names to what is different for them: any of method, bits,
                 block_size, symmetric, minimums and half_scales. The first pattern that fits counts.
@@ -105,9 +108,12 @@ class QuantizeWeights(GraphPass):
         self.accuracy_level = accuracy_level
         self.search_steps = search_steps
         self.embeddings = embeddings
+        self.embedding_block_size = embedding_block_size
         self.skip_nodes = tuple(skip_nodes)
         self.overrides = dict(overrides or {})
-        self._check({name: getattr(self, name) for name in (*_SETTINGS, "accuracy_level")}, "")
+        self._check(
+            {name: getattr(self, name) for name in (*_SETTINGS, "accuracy_level", "embedding_block_size")}, ""
+        )
         for pattern, changes in self.overrides.items():
             for key in changes:
                 if key not in _SETTINGS:
@@ -191,10 +197,13 @@ class QuantizeWeights(GraphPass):
     def _settings_of(self, weight: SharedWeight) -> dict[str, Any]:
         nodes = [user.node if isinstance(user, MatMulWeight) else user for user in weight.users]
         names = [weight.name, *(node.name or "" for node in nodes)]
+        settings = self._settings()
+        if weight.gathers and self.embedding_block_size:
+            settings["block_size"] = self.embedding_block_size
         for pattern, changed in self.overrides.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                return self._settings() | changed
-        return self._settings()
+                return settings | changed
+        return settings
 
     def _format(self, weight: SharedWeight, settings: Mapping[str, Any]) -> BlockFormat | str:
         """The format of a weight, or why there is none."""

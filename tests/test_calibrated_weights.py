@@ -295,6 +295,18 @@ def test_an_embedding_that_is_a_head_too_keeps_both_uses(method: str) -> None:
     assert head < 1.1 * nearest_head and rows < 1.5 * nearest_rows
 
 
+def test_an_embedding_of_finer_blocks() -> None:
+    def entries(**options: Any) -> dict[str, Any]:
+        model = graph(TIED, **tied())
+        layers: dict[str, Any] = QuantizeWeights(**options)(model).changes.details["layers"]
+        return layers
+
+    finer = entries(embedding_block_size=16)
+    assert finer["table"]["block_size"] == 16 and finer["w"]["block_size"] == 32
+    changed = entries(embedding_block_size=16, overrides={"tab*": {"block_size": 32}})
+    assert changed["table"]["block_size"] == 32
+
+
 def test_methods_that_need_data_say_so() -> None:
     with pytest.raises(PreconditionError, match=r"method gptq without calibration data.*--calibration-data"):
         QuantizeWeights(method="gptq")(graph(TEXT, **weights()))
