@@ -24,6 +24,7 @@ import functools
 import gzip
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -205,13 +206,19 @@ def graph(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def scored_in_runtime(package: Any, arguments: argparse.Namespace, tokens: Any) -> dict[str, Any]:
-    directory = arguments.work / "variant"
-    directory.mkdir(parents=True, exist_ok=True)
-    save_package(package, directory)
+    directory = saved(package, arguments.work / "variant")
     size = sum(p.stat().st_size for p in directory.iterdir() if ".onnx" in p.suffixes) / 1e6
     with OrtSession(load_package(directory), name="variant") as session:
         scored = perplexity(session, tokens, window=WINDOW)
     return {"perplexity": scored.value, "tokens": scored.tokens, "mb": size}
+
+
+def saved(package: Any, directory: Path) -> Path:
+    """The package in a directory without the one before, whose weights may have had a file apart."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    save_package(package, directory)
+    return directory
 
 
 def exported_decoder(arguments: argparse.Namespace) -> Any:
@@ -259,9 +266,7 @@ def encoder(arguments: argparse.Namespace) -> dict[str, Any]:
         context = context_for(None, clean, CalibrationData(str(texts), samples=samples, tokens=128))
         pruned = run_passes(clean, make_passes(passes), context=context)
         whole = run_passes(pruned, make_passes(PRESETS["cpu-fp32"]))
-        directory = arguments.work / "classifier"
-        directory.mkdir(parents=True, exist_ok=True)
-        save_package(whole, directory)
+        directory = saved(whole, arguments.work / "classifier")
         size = sum(p.stat().st_size for p in directory.iterdir() if ".onnx" in p.suffixes) / 1e6
         with OrtSession(load_package(directory), name=name) as session:
             outcome = run_task(

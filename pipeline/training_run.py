@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Trained", "TrainingRun", "checkpoint_directory"]
 
-# What a manifest says of a step: everything but the curves, which stand in the report.
-_CURVES = ("curve", "evaluations")
+# What the report says and the manifest does not: curves, and what is of one run alone, so that the same
+# training has the same bytes.
+_OF_ONE_RUN = ("curve", "evaluations", "seconds", "resumed_at")
 # Examples that the first steps of a quantization are found on.
 _ROUNDED = 128
 
@@ -124,7 +125,7 @@ class TrainingRun:
                 loaded, found = self._take(step, number, loaded, original, progress)
                 seconds = time.perf_counter() - began
                 given = step.spec.model_dump(mode="json", exclude_defaults=True)
-                details = {name: value for name, value in found.items() if name not in _CURVES}
+                details = {name: value for name, value in found.items() if name not in _OF_ONE_RUN}
                 records.append(StepRecord(step.name, given, seconds, details | self._lineage(step)))
                 steps.append({"name": step.name, "parameters": given, "seconds": seconds, **found})
         report = {"data": self._data.described(), "seed": self.seed, "steps": steps}

@@ -133,7 +133,7 @@ def test_the_artifact_is_the_trained_model(ran: tuple[Report, Path, Listening], 
     lesson = manifest["steps"][2]["details"]
     assert lesson["data"]["rows"] == 400 and len(lesson["data"]["sha256"]) == 64
     assert lesson["seed"] == 0 and lesson["versions"]["torch"] == torch.__version__
-    assert lesson["updates"] == 3 * 35 and "curve" not in lesson
+    assert lesson["updates"] == 3 * 35 and not {"curve", "seconds", "resumed_at"} & set(lesson)
     assert 0 < lesson["loss"] < 1 and lesson["after"]["update"] == lesson["kept"]
     assert lesson["objective"]["teacher"] == "the original"
 
@@ -203,6 +203,10 @@ def test_a_run_that_is_killed_goes_on(bench: Path, tmp_path: Path) -> None:
     trained = train(recipe, bench, checkpoints, listening)
     assert listening.said["finetune"] == []
     assert trained.report["steps"][0]["resumed_at"] == 138
+    # What a manifest says of it is what it says of one that was never killed.
+    fresh = train(recipe, bench)
+    assert fresh.report["steps"][0]["resumed_at"] is None
+    assert trained.records[0].details == fresh.records[0].details
     assert trained.original is None
     # Of other settings it is not what was begun.
     with pytest.raises(BadInputError, match="the state of another training"):
