@@ -184,7 +184,7 @@ def test_whisper_in_few_bits_hears_as_many_words(tmp_path: Path) -> None:
             parts = {component: made.only(component) for component in made.components}
             opened = stack.enter_context(open_components(OrtBackend(threads=1), parts))
             decoders[name] = Seq2SeqDecoder(opened)
-        for samples, text in recordings(40):
+        for samples, text, _ in recordings(40):
             given = features(samples, sampling_rate=16000, return_tensors="np").input_features
             # In turn, and in seconds of the processor: the machine may do something else besides.
             for name, decoder in decoders.items():
