@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -97,7 +99,8 @@ class Cleanup(GraphPass):
         with without_passed_through(model.graph):
             state = Fingerprint(model)
             for _ in range(_ROUNDS):
-                self._round(model, rules)
+                with _left_out_stay_so(model):
+                    self._round(model, rules)
                 last, state = state, Fingerprint(model)
                 if state == last:
                     break
@@ -173,8 +176,28 @@ def with_unique_names(model: ir.Model) -> int:
     """Gives nodes that share a name names of their own, and says how many there were."""
     doubled = _doubled_names(model)
     if doubled:
-        common.NameFixPass()(model)
+        with _left_out_stay_so(model):
+            common.NameFixPass()(model)
     return doubled
+
+
+@contextlib.contextmanager
+def _left_out_stay_so(model: ir.Model) -> Iterator[None]:
+    """While open, passes may give names to what has none; outputs that are left out lose them again.
+
+    ONNX Runtime computes each optional output that has a name.
+    """
+    left_out = [
+        value
+        for graph in (*model.graphs(), *model.functions.values())
+        for node in graph
+        for value in node.outputs
+        if value.name == "" and not value.uses() and not value.is_graph_output()
+    ]
+    yield
+    for value in left_out:
+        if not value.uses() and not value.is_graph_output():
+            value.name = ""
 
 
 def _doubled_names(model: ir.Model) -> int:

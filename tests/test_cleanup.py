@@ -115,6 +115,20 @@ def test_nodes_of_one_name_get_names_of_their_own() -> None:
     assert not Cleanup()(model).modified
 
 
+def test_outputs_that_are_left_out_stay_so() -> None:
+    """With a name, ONNX Runtime would compute them."""
+    model = graph(
+        '<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]> g (float[2, 4] x) => (float[2, 4] y) '
+        "{ i = Identity(x) y, a, b, s = com.microsoft.SkipSimplifiedLayerNormalization(i, x, w) }",
+        w=np.ones(4, np.float32),
+    )
+    for value in model.graph[-1].outputs[1:3]:
+        value.name = ""
+    assert Cleanup()(model).modified
+    assert [value.name for value in model.graph[-1].outputs] == ["y", "", "", "s"]
+    assert not Cleanup()(model).modified
+
+
 def test_no_form_of_a_constant_that_the_operator_set_lacks() -> None:
     """onnxscript writes value_ints, which came with operator set 12."""
     text = (

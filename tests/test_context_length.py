@@ -69,6 +69,10 @@ def test_configurations_say_it_by_several_names() -> None:
     assert context_length({"n_positions": 512, "relative_attention_num_buckets": 32}) is None
     assert context_length({"max_position_embeddings": 2048, "alibi": True}) is None
     assert context_length({"max_position_embeddings": 2048, "alibi": False}) == 2048
+    # A base that grows with the length; one that was stretched once has an end.
+    assert context_length({"max_position_embeddings": 12, "rope_scaling": {"rope_type": "dynamic"}}) is None
+    assert context_length({"max_position_embeddings": 12, "rope_parameters": {"type": "dynamic"}}) is None
+    assert context_length({"max_position_embeddings": 12, "rope_scaling": {"rope_type": "linear"}}) == 12
     for broken in (b"{", b"[]", b"null"):
         assert context_of_files({"config.json": broken}) is None
     assert context_of_files({}) is None

@@ -32,6 +32,10 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     parts = [part for part in (inner, config) if isinstance(part, Mapping)]
     if any(part.get(name) for part in parts for name in _ENDLESS):
         return None
+    # A base that grows with the length has no last position.
+    ropes = [part.get(name) for part in parts for name in ("rope_scaling", "rope_parameters")]
+    if any("dynamic" in (r.get("rope_type"), r.get("type")) for r in ropes if isinstance(r, Mapping)):
+        return None
     found = [part.get(name) for part in parts for name in _NAMES]
     return next((number for number in found if type(number) is int and number > 1), None)
 
