@@ -130,7 +130,7 @@ def quantize_blocks(
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
     codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
-    scales, zeros = _fitted(
+    scales, zeros = block_grid(
         matrix, bits=bits, block_size=block_size, symmetric=symmetric, minimums=minimums,
         search_steps=search_steps, importance=importance, scale_type=scale_type, name=name, method=method,
         codes=codes,
@@ -152,34 +152,15 @@ def block_grid(
     scale_type: npt.DTypeLike = np.float32,
     name: str = "the matrix",
     method: str = "rtn",
+    codes: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
     """Scales (N, blocks), and zero points or, in float32, minimums: see ``quantize_blocks``.
+
+    Packed codes are written to ``codes``, (N, blocks, block_size * bits / 8), where it is given.
 
     Raises:
         BadInputError: A weight is NaN or infinite.
     """
-    return _fitted(
-        matrix, bits=bits, block_size=block_size, symmetric=symmetric, minimums=minimums,
-        search_steps=search_steps, importance=importance, scale_type=scale_type, name=name, method=method,
-        codes=None,
-    )  # fmt: skip
-
-
-def _fitted(
-    matrix: npt.NDArray[np.float32],
-    *,
-    bits: int,
-    block_size: int,
-    symmetric: bool,
-    minimums: bool,
-    search_steps: int,
-    importance: npt.NDArray[np.float32] | None,
-    scale_type: npt.DTypeLike,
-    name: str,
-    method: str,
-    codes: npt.NDArray[np.uint8] | None,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
-    """The grids of ``block_grid``; packed codes are written to ``codes`` where it is given."""
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
     scales = np.empty((rows, blocks), np.float32)

@@ -91,7 +91,7 @@ def _write_tensors(tensors: Sequence[Any], path: Path) -> dict[tuple[Any, ...], 
 
         def begin(index: int) -> Future[bytes | memoryview] | None:
             # What is mapped from a file is copied from there.
-            if index == len(once) or isinstance(once[index], onnx_ir.ExternalTensor):
+            if isinstance(once[index], onnx_ir.ExternalTensor):
                 return None
             return thread.submit(_bytes_of, once[index])
 
@@ -105,8 +105,9 @@ def _write_tensors(tensors: Sequence[Any], path: Path) -> dict[tuple[Any, ...], 
             else:
                 content = computed.result()
                 # Two large tensors at a time would take the memory of a larger model.
-                if len(content) <= _AHEAD_BYTES and index + 1 < len(once):
-                    ahead = begin(index + 1) if once[index + 1].nbytes <= _AHEAD_BYTES else None
+                following = once[index + 1 : index + 2]
+                if following and max(len(content), following[0].nbytes) <= _AHEAD_BYTES:
+                    ahead = begin(index + 1)
                 # Not tofile(), because numpy reports a full disk by an OSError without a number.
                 file.write(content)
                 computed = content = None  # type: ignore[assignment]  # lets the memory go
