@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+
+# So many elements are compared at a time: some ninety bytes each, in double precision.
+_PIECE_ELEMENTS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,67 +197,203 @@ def compare_tensors(
         return fail(base, reason=f"shape is {candidate.shape}; expected {reference.shape}")
     if reference.dtype != candidate.dtype:
         return fail(base, reason=f"element type is {candidate.dtype}; expected {reference.dtype}")
-    index: Array | None = None
-    if mask is not None:
-        index = np.argwhere(mask)
-        reference, candidate = reference[mask], candidate[mask]
-    if reference.size == 0:
+    pair = _Pair.of(reference, candidate, mask, distributions=name == "logits")
+    if pair.size == 0:
         # Two empty tensors of the same shape are equal: a cache of length zero is a fact, not a gap.
         return fail(base, max_abs=0.0, max_rel=0.0, scale=0.0, cosine=1.0, passed=True)
     is_float = np.issubdtype(reference.dtype, np.floating) or reference.dtype.kind == "V"
-    ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
-    if is_float and not np.array_equal(np.isfinite(ref), np.isfinite(cand)):
+    values = _Values.of(pair)
+    if is_float and values.misplaced:
         return fail(
             base,
-            count=ref.size,
-            reason=f"{np.count_nonzero(~np.isfinite(cand))} values are NaN or infinite; "
-            f"expected {np.count_nonzero(~np.isfinite(ref))}",
+            count=pair.size,
+            reason=f"{values.candidate_infinite} values are NaN or infinite; "
+            f"expected {values.reference_infinite}",
         )
-    unequal = (reference != candidate) & ~(np.isnan(ref) & np.isnan(cand))
-    special = unequal & ~np.isfinite(ref)
-    if special.any():
+    if values.special:
         return fail(
             base,
-            count=ref.size,
-            reason=f"{np.count_nonzero(special)} values are another NaN or infinity than the reference's",
+            count=pair.size,
+            reason=f"{values.special} values are another NaN or infinity than the reference's",
         )
-    # Equal infinities have no difference, though subtracting them gives NaN.
-    difference = np.zeros(ref.shape)
-    np.subtract(cand, ref, out=difference, where=unequal)
-    difference = np.abs(difference)
-    if not is_float:
-        # Two integers above 2**53 may be one float64.
-        difference[unequal] = np.maximum(difference[unequal], 1.0)
-    magnitude = np.where(np.isfinite(ref), np.abs(ref), 0.0)
-    scale = float(magnitude.max())
-    worst = int(np.argmax(difference))
-    worst_index = tuple(int(i) for i in np.unravel_index(worst, difference.shape))
-    if index is not None:
-        worst_index = (*(int(i) for i in index[worst_index[0]]), *worst_index[1:])
-    significant = magnitude > max(scale * 1e-3, 1e-12)
-    max_rel = float((difference[significant] / magnitude[significant]).max()) if significant.any() else 0.0
-    norm = float(np.linalg.norm(magnitude) * np.linalg.norm(np.where(np.isfinite(cand), cand, 0.0)))
-    finite = np.isfinite(ref) & np.isfinite(cand)
-    dot = float(np.dot(ref[finite].ravel(), cand[finite].ravel()))
-    zero = scale == 0.0 and not difference.any()
+    found = _Differences.of(pair, exact=not is_float, significant=max(values.scale * 1e-3, 1e-12))
+    zero = values.scale == 0.0 and found.largest == 0.0
     result = dataclasses.replace(
         base,
-        count=int(ref.size - np.count_nonzero(np.isnan(ref))),
-        max_abs=float(difference.flat[worst]),
-        max_rel=max_rel,
-        scale=scale,
-        cosine=1.0 if zero else dot / norm if norm > 0 else math.nan,
-        worst_index=worst_index,
+        count=pair.size - values.not_a_number,
+        max_abs=found.largest,
+        max_rel=found.largest_relative,
+        scale=values.scale,
+        cosine=1.0 if zero else found.dot / found.norms if found.norms > 0 else math.nan,
+        worst_index=pair.index(found.worst),
     )
-    if name == "logits" and ref.ndim >= 1 and ref.shape[-1] > 1:
-        rows_ref, rows_cand = ref.reshape(-1, ref.shape[-1]), cand.reshape(-1, ref.shape[-1])
+    if pair.classes:
+        rows = pair.size // pair.classes
         result = dataclasses.replace(
-            result,
-            kl=float(kl_divergence(rows_ref, rows_cand).mean()),
-            top1_agreement=float((rows_ref.argmax(-1) == rows_cand.argmax(-1)).mean()),
+            result, kl=found.divergence / rows, top1_agreement=found.agreements / rows
         )
     reasons = _violations(result, tolerance, exact=not is_float)
     return dataclasses.replace(result, passed=not reasons, reason="; ".join(reasons))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Two tensors as rows that count, read in pieces: in double precision a decoder's logits are many.
+
+    Attributes:
+        reference: (rows, width).
+        candidate: (rows, width).
+        shape: What the tensors have.
+        leading: How many of their axes the rows are of.
+        chosen: The rows that count; all where None.
+        classes: The size of the last axis where it holds distributions; else 0.
+    """
+
+    reference: Array
+    candidate: Array
+    shape: tuple[int, ...]
+    leading: int
+    chosen: npt.NDArray[np.int64] | None
+    classes: int
+
+    @classmethod
+    def of(
+        cls, reference: Array, candidate: Array, mask: npt.NDArray[np.bool_] | None, *, distributions: bool
+    ) -> _Pair:
+        shape = reference.shape
+        leading = mask.ndim if mask is not None else max(len(shape) - 1, 0) if distributions else len(shape)
+        rows, width = math.prod(shape[:leading]), math.prod(shape[leading:])
+        return cls(
+            reference.reshape(rows, width),
+            candidate.reshape(rows, width),
+            shape,
+            leading,
+            None if mask is None else np.flatnonzero(mask),
+            shape[-1] if distributions and leading < len(shape) and shape[-1] > 1 else 0,
+        )
+
+    @property
+    def size(self) -> int:
+        """Elements that count."""
+        return self.reference.size if self.chosen is None else len(self.chosen) * self.reference.shape[1]
+
+    def pieces(self) -> Iterator[tuple[int, Array, Array]]:
+        """Pieces of whole rows, each with how many elements came before it."""
+        width = self.reference.shape[1]
+        step = max(1, _PIECE_ELEMENTS // width)
+        for begin in range(0, self.size // width, step):
+            part: Any = slice(begin, begin + step)
+            if self.chosen is not None:
+                part = self.chosen[part]
+            yield begin * width, self.reference[part], self.candidate[part]
+
+    def index(self, position: int) -> tuple[int, ...]:
+        """Where an element is in the tensors, of those that count the one of this number."""
+        row, column = divmod(position, self.reference.shape[1])
+        if self.chosen is not None:
+            row = int(self.chosen[row])
+        parts = (
+            *np.unravel_index(row, self.shape[: self.leading]),
+            *np.unravel_index(column, self.shape[self.leading :]),
+        )
+        return tuple(int(part) for part in parts)
+
+
+@dataclasses.dataclass
+class _Values:
+    """What is to know of two tensors before their differences.
+
+    Attributes:
+        scale: The largest finite magnitude of the reference.
+        reference_infinite: Values of the reference that are NaN or infinite.
+        candidate_infinite: Those of the candidate.
+        misplaced: Whether they are not at the same places.
+        special: Values of the candidate that differ from a NaN or an infinity of the reference.
+        not_a_number: NaN of the reference.
+    """
+
+    scale: float = 0.0
+    reference_infinite: int = 0
+    candidate_infinite: int = 0
+    misplaced: bool = False
+    special: int = 0
+    not_a_number: int = 0
+
+    @classmethod
+    def of(cls, pair: _Pair) -> _Values:
+        found = cls()
+        for _, reference, candidate in pair.pieces():
+            ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
+            finite, theirs = np.isfinite(ref), np.isfinite(cand)
+            found.scale = max(found.scale, float(np.where(finite, np.abs(ref), 0.0).max()))
+            found.reference_infinite += int(np.count_nonzero(~finite))
+            found.candidate_infinite += int(np.count_nonzero(~theirs))
+            found.misplaced |= not np.array_equal(finite, theirs)
+            found.special += int(np.count_nonzero(_unequal(reference, candidate, ref, cand) & ~finite))
+            found.not_a_number += int(np.count_nonzero(np.isnan(ref)))
+        return found
+
+
+@dataclasses.dataclass
+class _Differences:
+    """How far two tensors are from each other.
+
+    Attributes:
+        largest: The largest absolute difference.
+        largest_relative: The largest one relative to the reference's element.
+        worst: The first element with the largest difference, by its number among those that count.
+        dot: The sum of the products of both.
+        norms: The product of both Euclidean norms.
+        divergence: The sum of the rows' Kullback-Leibler divergences, in nats.
+        agreements: Rows whose argmax is the same.
+    """
+
+    largest: float = -1.0
+    largest_relative: float = 0.0
+    worst: int = 0
+    dot: float = 0.0
+    norms: float = 0.0
+    divergence: float = 0.0
+    agreements: int = 0
+
+    @classmethod
+    def of(cls, pair: _Pair, *, exact: bool, significant: float) -> _Differences:
+        found = cls()
+        ours = theirs = 0.0
+        for begin, reference, candidate in pair.pieces():
+            ref, cand = reference.astype(np.float64), candidate.astype(np.float64)
+            unequal = _unequal(reference, candidate, ref, cand)
+            # Equal infinities have no difference, though subtracting them gives NaN.
+            difference = np.zeros(ref.shape)
+            np.subtract(cand, ref, out=difference, where=unequal)
+            difference = np.abs(difference)
+            if exact:
+                # Two integers above 2**53 may be one float64.
+                difference[unequal] = np.maximum(difference[unequal], 1.0)
+            worst = int(np.argmax(difference))
+            if difference.flat[worst] > found.largest:
+                found.largest, found.worst = float(difference.flat[worst]), begin + worst
+            finite = np.isfinite(ref)
+            magnitude = np.where(finite, np.abs(ref), 0.0)
+            counted = magnitude > significant
+            relative = difference[counted] / magnitude[counted]
+            found.largest_relative = max(found.largest_relative, float(relative.max(initial=0.0)))
+            both = finite & np.isfinite(cand)
+            found.dot += float(np.dot(ref[both], cand[both]))
+            theirs = math.hypot(theirs, float(np.linalg.norm(magnitude)))
+            ours = math.hypot(ours, float(np.linalg.norm(np.where(np.isfinite(cand), cand, 0.0))))
+            if pair.classes:
+                rows = ref.reshape(-1, pair.classes), cand.reshape(-1, pair.classes)
+                found.divergence += float(kl_divergence(*rows).sum())
+                found.agreements += int((rows[0].argmax(-1) == rows[1].argmax(-1)).sum())
+        found.norms = theirs * ours
+        return found
+
+
+def _unequal(reference: Array, candidate: Array, ref: Array, cand: Array) -> npt.NDArray[np.bool_]:
+    """Where two tensors differ, the second pair being the same in double precision; NaN is as NaN."""
+    found: npt.NDArray[np.bool_] = (reference != candidate) & ~(np.isnan(ref) & np.isnan(cand))
+    return found
 
 
 def kl_divergence(reference: Array, candidate: Array) -> Array:
