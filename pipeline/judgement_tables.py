@@ -12,6 +12,7 @@ from onnxsmith.pipeline.console import print_table
 if TYPE_CHECKING:
     from onnxsmith.pipeline.evaluation import Evaluation
     from onnxsmith.runtime import Divergence
+    from onnxsmith.runtime.tensor_errors import TensorError
 
 __all__ = ["show_divergence", "show_evaluations"]
 
@@ -35,10 +36,10 @@ def show_divergence(result: Divergence) -> None:
         (
             blame.node,
             blame.operator,
-            ("~" if blame.estimated else "") + _error(blame.introduced.size),
+            ("~" if blame.estimated else "") + _error(blame.introduced),
             f"{blame.factor:.1f}x" if blame.typical and math.isfinite(blame.factor) else "",
-            _error(blame.inherited),
-            _error(blame.error.size),
+            _size(blame.inherited),
+            _error(blame.error),
             "!" if blame.stands_out else "",
         )
         for blame in result.blamed[:_ROWS]
@@ -91,5 +92,9 @@ def show_evaluations(results: Sequence[Evaluation]) -> None:
     sys.stdout.write(f"{', '.join(map(str, counts))} samples; intervals and tests by resampling them\n")
 
 
-def _error(value: float) -> str:
+def _error(error: TensorError) -> str:
+    return _size(error.size) if error.comparable else "not known"
+
+
+def _size(value: float) -> str:
     return "inf or NaN" if math.isinf(value) else f"{value:.2g}"

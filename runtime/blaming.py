@@ -114,11 +114,11 @@ def _made(trace: TensorTrace, inherited: float) -> TensorError:
         return trace.introduced
     error = trace.error
     if math.isinf(inherited):
-        return TensorError(count=error.count)
+        return TensorError(count=error.count, undefined=error.undefined)
     grown = max(max(error.channel, error.relative) - inherited, 0.0)
     return TensorError(
         min(error.relative, grown), grown, error.worst_channel, error.max_abs, error.scale, error.bad,
-        error.count,
+        error.count, error.undefined,
     )  # fmt: skip
 
 

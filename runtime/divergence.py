@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,20 @@ class Divergence:
         return tuple(blame for blame in self.blamed if blame.stands_out)
 
     @property
+    def undefined(self) -> tuple[TensorTrace, ...]:
+        """Tensors that hold NaN in the reference, where nothing could be compared."""
+        return tuple(trace for trace in self.tensors if trace.error.undefined)
+
+    @property
+    def incomparable(self) -> tuple[TensorTrace, ...]:
+        """Those of them that are NaN throughout: of these nothing is known."""
+        return tuple(trace for trace in self.undefined if not trace.error.comparable)
+
+    @property
     def passed(self) -> bool:
         """Whether everything was compared, nothing diverges and no node stands out."""
-        return self.first is None and not self.outputs and not self.suspects and not self.interrupted
+        found = self.first is not None or self.outputs or self.suspects
+        return not found and not self.incomparable and not self.interrupted
 
     @property
     def changed_by_tapping(self) -> bool:
@@ -180,7 +191,10 @@ class Divergence:
         if worst:
             parts.append(f"blame {_said(worst[0])}")
         if not parts:
-            parts.append(f"no divergence in {len(self.tensors)} tensors")
+            compared = len(self.tensors) - len(self.incomparable)
+            parts.append(f"no divergence in {compared} tensors" if compared else "nothing was compared")
+        if self.undefined:
+            parts.append(_said_of_nan(self.undefined, self.incomparable))
         if self.interrupted:
             parts.append(f"interrupted at {self.interrupted}: the tensors after these were not compared")
         if self.changed_by_tapping:
@@ -202,8 +216,20 @@ class Divergence:
         }
 
 
+def _said_of_nan(undefined: Sequence[TensorTrace], incomparable: Sequence[TensorTrace]) -> str:
+    count = sum(trace.error.undefined for trace in undefined)
+    if not incomparable:
+        return f"{count} elements of {len(undefined)} tensors are NaN in the reference and were not compared"
+    return (
+        f"{len(incomparable)} tensors could not be compared, because the reference gives only NaN for them, "
+        f"{incomparable[0].name!r} first: look for NaN in the inputs"
+    )
+
+
 def _said(blame: Blame) -> str:
     error = blame.introduced
+    if blame.detail and not error.comparable:
+        return f"{blame.node} ({blame.operator}): {blame.detail}"
     if blame.estimated and not error.bad:
         return (
             f"{blame.node} ({blame.operator}): its error is {error.size:.2g} larger than that of its inputs"

@@ -29,6 +29,7 @@ class TensorError:
         scale: Largest magnitude of the reference.
         bad: Elements that are NaN or infinite where the reference's are finite.
         count: Elements compared.
+        undefined: Elements that are NaN in the reference, with which nothing can be compared.
     """
 
     relative: float = 0.0
@@ -38,6 +39,12 @@ class TensorError:
     scale: float = 0.0
     bad: int = 0
     count: int = 0
+    undefined: int = 0
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there was anything to compare with, or nothing to compare at all."""
+        return self.count > 0 or not self.undefined
 
     @property
     def size(self) -> float:
@@ -53,7 +60,7 @@ class ErrorSum:
         self._difference: Floats = np.zeros(0)
         self._reference: Floats = np.zeros(0)
         self._max_abs = self._scale = 0.0
-        self._bad = self._count = 0
+        self._bad = self._count = self._undefined = 0
 
     def add(self, reference: Array, candidate: Array) -> None:
         """Takes one case. The shapes are equal. What a mask hides in both does not count."""
@@ -61,11 +68,13 @@ class ErrorSum:
         expected, got = (np.asarray(array, np.float64) for array in (reference, candidate))
         wrong = ~np.isfinite(got) & np.isfinite(expected)
         self._bad += int(np.count_nonzero(wrong))
+        undefined = int(np.count_nonzero(np.isnan(expected)))
+        self._undefined += undefined
         usable = np.isfinite(got) & np.isfinite(expected) & ~masked
         difference = np.zeros_like(expected)
         np.subtract(got, expected, out=difference, where=usable)
         expected = np.where(np.isfinite(expected) & ~masked, expected, 0.0)
-        self._count += expected.size
+        self._count += expected.size - undefined
         if not expected.size:
             return
         self._max_abs = max(self._max_abs, float(np.abs(difference).max()))
@@ -89,15 +98,16 @@ class ErrorSum:
     def total(self) -> TensorError:
         """The error over all cases so far."""
         if not self._difference.size:
-            return TensorError(bad=self._bad, count=self._count)
+            return TensorError(bad=self._bad, count=self._count, undefined=self._undefined)
         whole = float(self._reference.sum())
         relative = _ratio(float(self._difference.sum()), whole)
         floor = whole / len(self._reference)
         ratios = [_ratio(d, max(r, floor)) for d, r in zip(self._difference, self._reference, strict=True)]
         worst = int(np.argmax(ratios))
         return TensorError(
-            relative, float(ratios[worst]), worst, self._max_abs, self._scale, self._bad, self._count
-        )
+            relative, float(ratios[worst]), worst, self._max_abs, self._scale, self._bad, self._count,
+            self._undefined,
+        )  # fmt: skip
 
 
 def _ratio(difference: float, reference: float) -> float:
