@@ -26,6 +26,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "context": ("context",),
     "answers": ("answers", "answer"),
 }
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 _KINDS = "a .csv, .tsv, .jsonl, .json, .parquet or .txt file, or hf:NAME of a Hugging Face data set"
 
 
@@ -136,10 +137,11 @@ def load_dataset(
     """Reads labelled data.
 
     Args:
-        data: A file, ``pkg:package/file``, or ``hf:NAME`` or ``hf:NAME/CONFIG:...`` of a Hugging Face data
+        data: A file, ``pkg:package/file``, a directory with files of the split such as ``test.csv`` or
+            ``test-00000-of-00002.parquet``, or ``hf:NAME`` or ``hf:NAME/CONFIG:...`` of a Hugging Face data
             set, which may also be a directory that ``save_to_disk`` wrote.
         columns: What a column is for to its name, where that is not the usual one.
-        split: Of a Hugging Face data set.
+        split: Of a Hugging Face data set or a directory.
         limit: Rows to use, from the beginning; all where None.
         base: The directory that relative paths start from.
 
@@ -155,11 +157,43 @@ def load_dataset(
         rows, names = _hugging_face(data.removeprefix("hf:"), split, columns or {}, where)
     else:
         path = resolve_path(data, base=base)
-        if path.is_dir():
+        if path.is_dir() and not _is_saved(path):
+            rows = [
+                row for file in _files_of_split(path, split, where) for row in _rows(file, f"data {file}")
+            ]
+        elif path.is_dir():
             rows, names = _hugging_face(str(path), split, columns or {}, where)
         else:
             rows = _rows(path, where)
     return Dataset(where, rows[:limit], columns or {}, names)
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether ``save_to_disk`` of Hugging Face's datasets wrote a directory."""
+    return any((directory / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _files_of_split(directory: Path, split: str, where: str) -> list[Path]:
+    """The files of a directory that are called after a split, as they are on the Hugging Face hub.
+
+    Raises:
+        BadInputError: There are none, or they are of several kinds.
+    """
+    files = sorted(
+        path for path in directory.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file()
+    )
+    found = [path for path in files if path.stem == split or path.stem.startswith(f"{split}-")]
+    kinds = sorted({path.suffix.lower() for path in found})
+    if len(kinds) != 1:
+        names = ", ".join(path.name for path in (found or files)[:6])
+        raise BadInputError(
+            where,
+            got=f"a directory with {names or 'no file of data'}",
+            expected=f"files of one kind called after the split, such as {split}.csv or "
+            f"{split}-00000-of-00002.parquet, or what save_to_disk of datasets wrote",
+            remedy="Name one file with --data, or a split with --split",
+        )
+    return found
 
 
 def _rows(path: Path, where: str) -> list[Mapping[str, Any]]:

@@ -88,7 +88,7 @@ def evaluate_model(
         providers: Execution providers.
         reference: A source of a PyTorch model, or an ONNX model, that each difference is tested against.
         columns: What a column is for to its name.
-        split: Of a Hugging Face data set.
+        split: Of a Hugging Face data set or a directory.
         limit: Rows to use.
         resamples: Of intervals and tests.
         settings: How the model is run.

@@ -189,7 +189,10 @@ def evaluate(
     model: Model,
     task: Annotated[str, typer.Option(metavar="T", help="What the model does, such as text-classification.")],
     data: Annotated[
-        str, typer.Option(metavar="FILE|DATASET", help="Labelled rows: a file, or hf:NAME of a data set.")
+        str,
+        typer.Option(
+            metavar="FILE|DIR|DATASET", help="Labelled rows: a file, a directory, or hf:NAME of a data set."
+        ),
     ],
     metric: Annotated[
         list[str] | None, typer.Option(metavar="M", help="May be repeated; the task's usual ones by default.")
@@ -202,7 +205,7 @@ def evaluate(
     column: Annotated[
         list[str] | None, typer.Option(metavar="ROLE=NAME", help="Which column is what; may be repeated.")
     ] = None,
-    split: Annotated[str, typer.Option(metavar="S", help="Of a Hugging Face data set.")] = "test",
+    split: Annotated[str, typer.Option(metavar="S", help="Of a data set or a directory.")] = "test",
     limit: Annotated[int | None, typer.Option(metavar="N", help="Rows to use; all by default.")] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Rows at once.")] = 16,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens of a row, at most.")] = None,

@@ -216,7 +216,7 @@ class TaskSpec(_Model):
     columns: dict[str, str] = pydantic.Field(default={})
     """What a column is for to its name, where that is not the usual one."""
     split: str = "test"
-    """Of a Hugging Face data set."""
+    """Of a Hugging Face data set or a directory."""
     limit: int | None = pydantic.Field(default=None, ge=1)
     """Rows used, from the beginning; all where absent."""
     share: Share = (0.0, 1.0)
