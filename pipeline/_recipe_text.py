@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -14,6 +15,7 @@ from typing import Any, Self
 import pydantic
 
 from onnxsmith.errors import RecipeError
+from onnxsmith.pipeline._recipe_lines import line_of, line_of_toml, stands
 from onnxsmith.pipeline._yaml_values import compose_yaml, load_yaml
 from onnxsmith.pipeline.recipe_placeholders import PlaceholderError, fill_environment
 
@@ -53,6 +55,8 @@ class RecipeText:
         overrides: The places that ``--set`` gave, with what the user wrote.
         extended: The file that this one extends, and so on; what it has stands in ``data`` too.
         own: What stands in this file alone; empty where it extends none.
+        toml: The text, where it is TOML.
+        before: The content without overrides.
     """
 
     path: Path
@@ -61,6 +65,8 @@ class RecipeText:
     overrides: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
     extended: RecipeText | None = None
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    toml: str | None = None
+    before: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path, *, extends: bool = False, below: tuple[Path, ...] = ()) -> Self:
@@ -96,7 +102,8 @@ class RecipeText:
                 f"{where}: extends", got=f"{name}, which extends this file", expected="a recipe that ends"
             )
         base = cls.read(target, extends=True, below=chain)
-        return cls(path, _merged(base.data, found.data), found.tree, extended=base, own=found.data)
+        merged = _merged(base.data, found.data)
+        return cls(path, merged, found.tree, extended=base, own=found.data, toml=found.toml)
 
     @classmethod
     def _read_alone(cls, path: Path) -> Self:
@@ -104,7 +111,7 @@ class RecipeText:
 
         text = _content(path)
         if path.suffix.lower() == ".toml":
-            return cls(path, _toml(path, text), None)
+            return cls(path, _toml(path, text), None, toml=text)
         try:
             tree = compose_yaml(text)
             if tree is not None:
@@ -115,7 +122,7 @@ class RecipeText:
             found = _json_or_none(text)
             if not isinstance(found, dict):
                 raise _syntax_error(path, error) from error
-            tree, data = None, found
+            tree, data = _tree_without_tabs(text), found
         if not isinstance(data, dict):
             kind = "an empty file" if data is None else f"a {type(data).__name__}"
             raise RecipeError(str(path), got=kind, expected="a mapping of keys to values")
@@ -143,6 +150,8 @@ class RecipeText:
             raise _unfilled(error, where) from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise RecipeError(where, got=f"the value {value!r}", expected="a YAML value") from error
+        if self.before is None:
+            self.before = copy.deepcopy(self.data)
         target: Any = self.data
         place: list[str] = []
         for part in parts[:-1]:
@@ -198,13 +207,23 @@ class RecipeText:
         for place, text in reversed(self.overrides.items()):
             if parts[: len(place)] == place:
                 return f"--set {text}"
+        # What leads to the key of an override may stand nowhere else.
+        first = next((n for n in range(1, len(parts) + 1) if not self._written(location[:n])), 0)
+        for place, text in reversed(self.overrides.items()) if first else ():
+            if place[:first] == parts[:first]:
+                return f"--set {text}"
         # An extended file is to blame for what only it says.
-        if self.extended is not None and not _stands(self.own, location) and self.extended._says(location):
+        if self.extended is not None and not stands(self.own, location) and self.extended._says(location):
             return self.extended.where(location)
-        return str(self.path) if self.tree is None else f"{self.path}, line {_line_of(self.tree, location)}"
+        if self.toml is not None:
+            return f"{self.path}, line {line_of_toml(self.toml, location)}"
+        return str(self.path) if self.tree is None else f"{self.path}, line {line_of(self.tree, location)}"
+
+    def _written(self, location: Sequence[int | str]) -> bool:
+        return stands(self.data if self.before is None else self.before, location)
 
     def _says(self, location: Sequence[int | str]) -> bool:
-        return _stands(self.data, location)
+        return stands(self.data, location)
 
 
 def _unfilled(error: PlaceholderError, where: str) -> RecipeError:
@@ -223,15 +242,6 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = _merged(below, value)
         merged[key] = value
     return merged
-
-
-def _stands(data: Any, location: Sequence[int | str]) -> bool:
-    for part in location:
-        is_key = isinstance(data, Mapping) and part in data
-        if not is_key and not (isinstance(data, list) and isinstance(part, int) and part < len(data)):
-            return False
-        data = data[part]
-    return True
 
 
 def _toml(path: Path, text: str) -> dict[str, Any]:
@@ -328,6 +338,15 @@ def _json_or_none(text: str) -> Any:
         return None
 
 
+def _tree_without_tabs(text: str) -> Any:
+    import yaml
+
+    try:
+        return compose_yaml(text.replace("\t", " "))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return None
+
+
 def _syntax_error(path: Path, error: Exception) -> RecipeError:
     mark = getattr(error, "problem_mark", None)
     where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
@@ -412,25 +431,6 @@ def _shown(value: Any) -> str:
         return f"the date {value}, without quotes"
     text = json.dumps(value, default=str, skipkeys=True)
     return text if len(text) < 80 else f"{text[:77]}..."
-
-
-def _line_of(tree: Any, location: Sequence[int | str]) -> int:
-    """The line of a key in the YAML tree, or of the nearest mapping that encloses it."""
-    import yaml
-
-    node, line = tree, tree.start_mark.line + 1
-    for part in location:
-        found = None
-        if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if found is not None:
-                line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = node.value[part]
-            line, node = found.start_mark.line + 1, found
-        if found is None:
-            break
-    return int(line)
 
 
 def _keys_at(model: Any, location: Sequence[int | str]) -> list[str]:

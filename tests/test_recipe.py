@@ -237,6 +237,8 @@ def test_overrides_reach_every_key(tmp_path: Path) -> None:
         ("budgets", r"--set budgets: no key=value; expected for example budgets\.size_mb=100"),
         ("=3", "no key=value"),
         ("budgets.size_mb=[1", r"--set budgets\.size_mb=\[1: the value '\[1'; expected a YAML value"),
+        ("nokey.x=1", r"--set nokey\.x=1: nokey: unknown key 'nokey'"),
+        ("training.seed=3", r"--set training\.seed=3: training\.\w+: "),
         ("budgets.size_bm=3", r"--set budgets\.size_bm=3: budgets\.size_bm: unknown key.*'size_mb'"),
         ("variants.int9.preset=clean", r"unknown entry 'int9'; expected one of fp32, int8, 0, 1\. .*'int8'"),
         ("name.first=x", r"'first' is below the plain value \"toy\"; expected a mapping or a list"),
@@ -278,11 +280,63 @@ data = "text.txt"
     path = written(tmp_path, toml, "recipe.toml")
     assert load_recipe(path) == load_recipe(written(tmp_path, SMALL))
     written(tmp_path, toml.replace("size_mb", "size_bm"), "recipe.toml")
-    with pytest.raises(RecipeError, match=r"recipe\.toml: budgets\.size_bm: unknown key .*'size_mb'"):
+    with pytest.raises(RecipeError, match=r"recipe\.toml, line 9: budgets\.size_bm: unknown key .*'size_mb'"):
         load_recipe(path)
     written(tmp_path, "schema_version = \n", "recipe.toml")
     with pytest.raises(RecipeError, match=r"recipe\.toml, line 1, column \d+: Invalid value; expected TOML"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ('name = "int8"\n', 'nmae = "int8"\n', r"13: variants\.1\.nmae: unknown key"),
+        ("samples = 3", "samples = 'x'", r"22: evaluation\.comparison\.samples: \"x\""),
+        ('data = "text.txt"\n', "", r"18: evaluation\.perplexity\.data: it is missing"),
+        ('source = "m:make"\n', "", r"1: source: it is missing"),
+        ("  'cleanup',", "  'claenup',", r"1[45]: variants\.1\.passes\.0: unknown pass 'claenup'"),
+        ("size_mb = 10", "size_mb = 10\nsize_bm = 1", r"26: budgets\.size_bm: unknown key"),
+    ],
+)
+def test_an_error_in_toml_has_its_line(tmp_path: Path, old: str, new: str, line: str) -> None:
+    toml = """schema_version = 1
+name = "toy"  # the [name]
+source = "m:make"
+prompt = \'\'\'
+[budgets]
+size_bm = 1
+\'\'\'
+
+[[variants]]
+name = "fp32"
+preset = "clean"
+[[variants]]
+name = "int8"
+passes = [
+  'cleanup',
+  {quantize_weights = {bits = 8}},
+]
+[evaluation.perplexity]
+data = "text.txt"
+
+[evaluation]
+comparison.samples = 3
+
+[budgets]
+size_mb = 10
+"""
+    assert old in toml
+    path = written(tmp_path, toml, "recipe.toml")
+    load_recipe(path)
+    written(tmp_path, toml.replace(old, new), "recipe.toml")
+    with pytest.raises(RecipeError, match=rf"recipe\.toml, line {line}"):
+        load_recipe(path)
+
+
+def test_json_with_tabs_has_lines(tmp_path: Path) -> None:
+    text = '{\n\t"schema_version": 1,\n\t"nmae":\t"x"\n}\n'
+    with pytest.raises(RecipeError, match=r"recipe\.json, line 3: nmae: unknown key 'nmae'"):
+        load_recipe(written(tmp_path, text, "recipe.json"))
 
 
 def test_a_recipe_adds_to_the_one_that_it_extends(tmp_path: Path) -> None:
