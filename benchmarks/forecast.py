@@ -115,6 +115,8 @@ MODELS: Mapping[str, tuple[Callable[[Path], str], tuple[str, ...], dict[str, Any
     "T5, 60 M": (_saved("T5ForConditionalGeneration", num_layers=6), ALL, {}, True),
     "ViT, 86 M": (_saved("ViTForImageClassification"), ALL, {}, False),
     "GPT-2, 124 M": (_saved("GPT2LMHeadModel"), ALL, {}, False),
+    "Llama, 29 M": (_llama((256, 683, 6, 4, 2, 49152)), ALL, {}, False),
+    "GPT-2, 16 M": (_saved("GPT2LMHeadModel", n_embd=256, n_layer=4, n_head=4), ALL, {}, True),
     "LSTM factory, 34 M": (_factory, ALL, {}, True),
     "archive of 40 M (.pt2)": (_archive, ALL, {}, False),
     "BERT, 30 M, pruned and fine-tuned": (

@@ -198,7 +198,7 @@ def _expected_memory(recipe: Recipe, base: Path) -> int:
 
     try:
         source = ModelSource.parse(recipe.source, base=base)
-        found = forecast_run(recipe, source, cached=user_cache() is not None, base=base)
+        found = forecast_run(recipe, source, cache=user_cache(), base=base)
     except OnnxsmithError:
         # The run says what is wrong.
         return _UNKNOWN

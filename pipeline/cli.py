@@ -147,7 +147,7 @@ def run(
     if forecast:
         from onnxsmith.pipeline.forecast import foresee
 
-        told = foresee(loaded, destination, base=recipe.resolve().parent, cached=kept is not None)
+        told = foresee(loaded, destination, base=recipe.resolve().parent, cache=kept)
         if json_target:
             emit_json(json_target, "run", {"forecast": told.to_json()})
         if json_target != "-":

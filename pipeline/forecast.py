@@ -13,13 +13,14 @@ from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.model_size import ModelSize, loaded_size, model_size, why_unknown
 from onnxsmith.pipeline.recipe import Recipe
-from onnxsmith.pipeline.run_steps import cache_directory
+from onnxsmith.pipeline.run_steps import RunSteps, cache_directory, on_one_disk
 from onnxsmith.pipeline.staging import require_space
 from onnxsmith.pipeline.training_recipe import FitSpec, TrainingSpec
 from onnxsmith.source import ModelSource, SourceKind
 
 if TYPE_CHECKING:
     from onnxsmith.exporters import LoadedModel
+    from onnxsmith.pipeline.step_cache import StepCache
 
 __all__ = ["Forecast", "forecast_run", "foresee", "require_resources", "running_bytes"]
 
@@ -105,7 +106,7 @@ def forecast_run(
     recipe: Recipe,
     source: ModelSource,
     *,
-    cached: bool,
+    cache: StepCache | None,
     base: Path | None = None,
     loaded: LoadedModel | None = None,
 ) -> Forecast:
@@ -114,7 +115,7 @@ def forecast_run(
     Args:
         recipe: What is to be done.
         source: The model. Only headers of its files are read.
-        cached: Whether steps are kept.
+        cache: Where steps are kept.
         base: The directory that relative paths of the recipe start from.
         loaded: The model in memory, where the source does not say how large it is.
     """
@@ -123,6 +124,7 @@ def forecast_run(
         return Forecast(None, reason=why_unknown(source))
     width = 4 if recipe.export.dtype == "float32" or loaded is not None else 2
     exported = size.parameters * width
+    cached = RunSteps(cache, Path()).keeps(exported)
     # The state of a training: weights and two moments.
     states = 3 * size.parameters * 4 if recipe.training is not None else 0
     twice = _TWICE if size.pair else 1.0
@@ -288,27 +290,30 @@ def require_resources(forecast: Forecast, recipe: Recipe, destination: Path, *, 
             expected=f"about {forecast.together / 1e6:.0f} MB at the peak",
             remedy="Use a machine with more, or fewer variants or tokens, or --ignore-forecast to go on",
         )  # fmt: skip
-    places = {destination.resolve().parent: forecast.disk}
+    place, needed = destination.resolve().parent, forecast.disk
     if forecast.cache:
-        places[cache_directory()] = forecast.cache
-    disks: dict[int, tuple[Path, int]] = {}
-    for place, needed in places.items():
-        while not place.exists():
-            place = place.parent
-        device = place.stat().st_dev
-        disks[device] = (disks.get(device, (place, 0))[0], disks.get(device, (place, 0))[1] + needed)
-    for place, needed in disks.values():
-        require_space(place, needed, purpose=f"run of {recipe.name}")
+        kept = cache_directory()
+        try:
+            if not on_one_disk(place, kept):
+                require_space(kept, forecast.cache, purpose=f"run of {recipe.name}")
+            else:
+                needed += forecast.cache
+        except ResourceError:
+            # What the cache does not take is made beside the artifact.
+            needed += forecast.cache
+    require_space(place, needed, purpose=f"run of {recipe.name}")
 
 
-def foresee(recipe: Recipe, destination: Path, *, base: Path | None = None, cached: bool) -> Forecast:
+def foresee(
+    recipe: Recipe, destination: Path, *, base: Path | None = None, cache: StepCache | None
+) -> Forecast:
     """What a run would need, without running it; a factory is called for it.
 
     Args:
         recipe: What is to be done.
         destination: Where the artifact would be.
         base: The directory that relative paths of the recipe start from.
-        cached: Whether steps would be kept.
+        cache: Where steps would be kept.
 
     Raises:
         ResourceError: This machine has not as much.
@@ -316,12 +321,12 @@ def foresee(recipe: Recipe, destination: Path, *, base: Path | None = None, cach
     """
     source = ModelSource.parse(recipe.source, base=base)
     recipe = fit_context(recipe, source)
-    found = forecast_run(recipe, source, cached=cached, base=base)
+    found = forecast_run(recipe, source, cache=cache, base=base)
     if found.peak is None and source.kind is SourceKind.FACTORY:
         from onnxsmith.exporters import load_torch
 
         found = forecast_run(
-            recipe, source, cached=cached, base=base, loaded=load_torch(source, task=recipe.task)
+            recipe, source, cache=cache, base=base, loaded=load_torch(source, task=recipe.task)
         )
     require_resources(found, recipe, destination)
     return found

@@ -96,7 +96,7 @@ def run_recipe(
         report.tuning = tuning
 
         def expect(loaded: LoadedModel | None) -> Forecast:
-            told = forecast_run(recipe, source, cached=cache is not None, base=base, loaded=loaded)
+            told = forecast_run(recipe, source, cache=cache, base=base, loaded=loaded)
             report.forecast = told.to_json()
             require_resources(told, recipe, destination, force=ignore_forecast)
             return told

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from onnxsmith.errors import ResourceError
+from onnxsmith.pipeline.staging import is_full
 from onnxsmith.pipeline.step_cache import OpenStep, StepCache
 from onnxsmith.pipeline.step_keys import StepKey
 from onnxsmith.user_directories import cache_limit, given_home, system_caches
 
-__all__ = ["RunSteps", "cache_directory", "user_cache"]
+__all__ = ["RunSteps", "cache_directory", "on_one_disk", "user_cache"]
 
 # An entry that takes more of the cache than this would push everything else out.
 _LARGEST_SHARE = 0.5
@@ -62,6 +65,7 @@ class RunSteps:
         """
         self.cache = cache
         self._scratch = StepCache(scratch)
+        self._crowded = False
 
     def close(self) -> None:
         """Lets go of everything that is open."""
@@ -72,8 +76,10 @@ class RunSteps:
     def keeps(self, expected_bytes: int) -> bool:
         """Whether a result of this size outlives the run: the cache and its disk have room for it."""
         cache = self.cache
-        if cache is None or (
-            cache.max_bytes is not None and expected_bytes > cache.max_bytes * _LARGEST_SHARE
+        if (
+            cache is None
+            or self._crowded
+            or (cache.max_bytes is not None and expected_bytes > cache.max_bytes * _LARGEST_SHARE)
         ):
             return False
         with contextlib.suppress(OSError):
@@ -99,6 +105,8 @@ class RunSteps:
     ) -> OpenStep:
         """The result of a step, found or made; see ``StepCache.result``.
 
+        Where the disk of the cache is full, and the run's own is another one, it is made there.
+
         Args:
             key: Its address.
             make: Makes it.
@@ -106,9 +114,26 @@ class RunSteps:
             renew: Whether to make it even where it is found.
         """
         if self.cache is not None and (self.cache.has(key) or self.keeps(expected_bytes)):
-            return self.cache.result(key, make, renew=renew)
+            try:
+                return self.cache.result(key, make, renew=renew)
+            except (OSError, ResourceError) as error:
+                if not is_full(error) or on_one_disk(self.cache.root, self._scratch.root):
+                    raise
+                self._crowded = True
         return self._scratch.result(key, make, renew=renew)
 
     def is_ours(self, step: OpenStep) -> bool:
         """Whether a result goes with this run, so that its files may be moved away."""
         return step.directory.is_relative_to(self._scratch.root)
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two places, which need not be there yet, are on the same file system."""
+    return _device(one) == _device(other)
+
+
+def _device(place: Path) -> int:
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    return os.stat(place).st_dev

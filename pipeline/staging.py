@@ -26,6 +26,7 @@ __all__ = [
     "check_destination",
     "check_report_place",
     "destination_error",
+    "is_full",
     "require_space",
     "staged_directory",
     "write_beside",
@@ -140,7 +141,13 @@ def require_space(directory: Path, needed_bytes: int, *, purpose: str) -> None:
             got=f"{_megabytes(free)} MB free on the disk of {directory}",
             expected=f"about {_megabytes(needed_bytes)} MB",
             remedy="Free some space, or choose another -o",
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def is_full(error: OSError | ResourceError) -> bool:
+    """Whether it is the disk that was full."""
+    cause = error.__cause__ if isinstance(error, ResourceError) else error
+    return isinstance(cause, OSError) and cause.errno in _FULL
 
 
 def _megabytes(size: int) -> str:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Made", "VariantMaker", "error_text", "keep_package", "kept_package", "passes_of"]
 
-# What a pass made is worth its disk space if it took longer than this: the run may be killed, and another
-# variant begin in the same way.
-WORTH_KEEPING_S = 2.0
+# The run may be killed, and another variant begin in the same way: what a pass made is worth its disk space
+# if it took longer than this, and than to write, read and hash it, at so many bytes a second.
+WORTH_KEEPING_S, KEPT_BYTES_PER_S = 2.0, 100e6
 
 
 @dataclasses.dataclass
@@ -223,8 +223,7 @@ class VariantMaker:
         for number, one in enumerate(passes[done:], done + 1):
             package = run_passes(package, [one], context=self._context, verify=self._verify)
             if number < len(passes):
-                if package.steps[-1].seconds >= WORTH_KEEPING_S:
-                    package = self._kept_prefix(keys[number - 1], package)
+                package = self._kept_prefix(keys[number - 1], package)
                 self._prefixes[keys[number - 1].digest] = package
             step.advance(note=f"{name}: {one.name}")
         return package
@@ -244,7 +243,8 @@ class VariantMaker:
 
     def _kept_prefix(self, key: StepKey, package: ModelPackage) -> ModelPackage:
         size = _package_bytes(package)
-        if not self._steps.keeps(size):
+        worth = package.steps[-1].seconds >= max(WORTH_KEEPING_S, size / KEPT_BYTES_PER_S)
+        if not worth or not self._steps.keeps(size):
             return package
         found = self._steps.result(key, lambda place: keep_package(package, place), expected_bytes=size)
         return kept_package(found.directory, found.facts)

@@ -309,7 +309,7 @@ def test_the_expected_memory_is_what_the_run_forecasts(tiny_llama_dir: Path, wor
     jobs = write(work, job("a", set={"source": str(tiny_llama_dir)}), job("b", memory_gb=3))
     first, second = expand_jobs(load_batch(jobs), base=work, output=work / "out")
     recipe = load_recipe(first.recipe, overrides=first.settings)
-    told = forecast_run(recipe, ModelSource.parse(str(tiny_llama_dir)), cached=False)
+    told = forecast_run(recipe, ModelSource.parse(str(tiny_llama_dir)), cache=None)
     assert first.memory_bytes == told.together > 500_000_000
     assert second.memory_bytes == 3_000_000_000
 

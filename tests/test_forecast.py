@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from onnxsmith import Recipe, run_recipe
 from onnxsmith.errors import ResourceError
 from onnxsmith.free_memory import available_memory
 from onnxsmith.pipeline import forecast
-from onnxsmith.pipeline.forecast import forecast_run, foresee
+from onnxsmith.pipeline.forecast import forecast_run, foresee, require_resources
 from onnxsmith.pipeline.model_size import model_size
+from onnxsmith.pipeline.run_steps import on_one_disk
 from onnxsmith.source import ModelSource
 
 pytest.importorskip("torch")
@@ -52,7 +54,7 @@ def test_the_float_model_that_only_quantized_variants_are_timed_beside_counts(ti
         plain = recipe_of(tiny_llama_dir).model_dump(mode="json", exclude_unset=True)
         plain["variants"] = [{"name": one, "preset": one} for one in presets]
         recipe = Recipe.model_validate(plain | {"evaluation": evaluation})
-        return forecast_run(recipe, ModelSource.parse(recipe.source), cached=False)
+        return forecast_run(recipe, ModelSource.parse(recipe.source), cache=None)
 
     alone, both = told("cpu-int4"), told("cpu-int4", "cpu-fp32")
     assert (alone.workers, alone.disk) == (both.workers, both.disk)
@@ -61,6 +63,22 @@ def test_the_float_model_that_only_quantized_variants_are_timed_beside_counts(ti
     assert untimed.workers == 0 and untimed.disk < 0.5 * alone.disk
     # While it is checked, a decoder of few bits needs less than one of floats.
     assert alone.phases["check"] < both.phases["check"]
+
+
+def test_what_a_disk_of_its_own_does_not_take_for_the_cache_is_needed_beside_the_artifact(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or on_one_disk(memory, tmp_path):
+        pytest.skip("there is no second file system to be had")
+    monkeypatch.setenv("ONNXSMITH_HOME", str(memory / "not-there"))
+    recipe, room = recipe_of(tiny_llama_dir), shutil.disk_usage(tmp_path).free
+    require_resources(forecast.Forecast(1, disk=1000, cache=1000), recipe, tmp_path / "out")
+    too_much = shutil.disk_usage(memory).free + 10**9
+    if too_much < room:
+        require_resources(forecast.Forecast(1, disk=1000, cache=too_much), recipe, tmp_path / "out")
+    with pytest.raises(ResourceError, match=f"disk of {tmp_path}; .*choose another -o"):
+        require_resources(forecast.Forecast(1, cache=room + too_much), recipe, tmp_path / "out")
 
 
 FACTORY = """
@@ -88,7 +106,7 @@ def test_a_factory_is_called_before_its_size_is_known(
     import sized_factory  # type: ignore[import-not-found]
 
     assert sized_factory.CALLS == [1]
-    told = foresee(recipe, tmp_path / "other", cached=False)
+    told = foresee(recipe, tmp_path / "other", cache=None)
     assert told.peak is not None and told.to_json() == report.forecast
     monkeypatch.setattr(forecast, "available_memory", lambda: 100_000_000)
     with pytest.raises(ResourceError, match="100 MB of memory available"):
@@ -117,7 +135,7 @@ def test_what_is_not_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("someone/nothing", "cache of the hub"),
         ("package.module:factory", "before it is called"),
     ):
-        told = forecast_run(recipe_of(source), ModelSource.parse(source), cached=False)
+        told = forecast_run(recipe_of(source), ModelSource.parse(source), cache=None)
         assert told.peak is None and why in str(told) and why in told.to_json()["reason"]
 
 
@@ -152,7 +170,7 @@ def test_a_large_vocabulary_and_recurrent_layers_count(
     def told(**changed: Any) -> forecast.Forecast:
         made = dataclasses.replace(size, parameters=10_000_000, **changed)
         monkeypatch.setattr(forecast, "model_size", lambda *_, **__: made)
-        return forecast_run(recipe, source, cached=False)
+        return forecast_run(recipe, source, cache=None)
 
     few, many = told(vocabulary=1000), told(vocabulary=50_000)
     # 160 tokens, each of their logits several times in double precision.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -256,6 +257,12 @@ def test_it_makes_no_difference_what_was_kept_on_the_way(
     """Every pass is kept, and its result read again before the next one."""
     monkeypatch.setattr(variant_making, "WORTH_KEEPING_S", 0.0)
     recipe = Recipe.model_validate_json((work / "recipe.json").read_text())
+    # What takes longer to store than to make is not kept.
+    monkeypatch.setattr(variant_making, "KEPT_BYTES_PER_S", 1.0)
+    cache = StepCache(tmp_path / "dear")
+    run_recipe(recipe, tmp_path / "dear-out", base=work, cache=cache)
+    assert "passes" not in {entry.kind for entry in cache.entries()}
+    monkeypatch.setattr(variant_making, "KEPT_BYTES_PER_S", math.inf)
     cache = StepCache(tmp_path / "cache")
     run_recipe(recipe, tmp_path / "out", base=work, cache=cache)
     assert contents(tmp_path / "out") == whole

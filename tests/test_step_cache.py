@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.package import TensorSpec
 from onnxsmith.pipeline.recorded_reference import load_expected, save_expected
-from onnxsmith.pipeline.run_steps import RunSteps, cache_directory, user_cache
+from onnxsmith.pipeline.run_steps import RunSteps, cache_directory, on_one_disk, user_cache
 from onnxsmith.pipeline.step_cache import OpenStep, StepCache
 from onnxsmith.pipeline.step_keys import StepKey, file_identity, step_key
 from onnxsmith.runtime import cases_for, reference_outputs
@@ -240,6 +241,54 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("ONNXSMITH_CACHE_SIZE", "lots")
     with pytest.raises(BadInputError, match="ONNXSMITH_CACHE_SIZE: 'lots'; expected a size"):
         user_cache()
+
+
+def fill_the_disk(directory: Path) -> None:
+    """Writes where the system says that there is no space."""
+    with open("/dev/full", "wb") as full:
+        full.write(b"0")
+
+
+def test_where_the_disk_of_the_cache_is_full_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or on_one_disk(memory, tmp_path):
+        pytest.skip("there is no second file system to be had")
+    with tempfile.TemporaryDirectory(dir=memory) as text:
+        root = Path(text)
+        steps = RunSteps(StepCache(root / "cache"), tmp_path / "scratch")
+
+        def make(directory: Path) -> Mapping[str, Any]:
+            if directory.is_relative_to(root):
+                fill_the_disk(directory)
+            (directory / "data").write_bytes(b"x")
+            return {}
+
+        found = steps.result(KEY, make)
+        assert steps.is_ours(found) and (found.directory / "data").read_bytes() == b"x"
+        # It is not tried again and again.
+        assert not steps.keeps(1)
+        assert StepCache(root / "cache").entries() == []
+
+        def broken(directory: Path) -> Mapping[str, Any]:
+            raise PermissionError(13, "not a matter of space")
+
+        with pytest.raises(PermissionError):
+            RunSteps(StepCache(root / "cache"), tmp_path / "scratch").result(KEY, broken)
+        steps.close()
+
+
+def test_on_the_disk_of_the_run_itself_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    steps = RunSteps(StepCache(tmp_path / "cache"), tmp_path / "scratch")
+    calls = []
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        calls.append(directory)
+        fill_the_disk(directory)
+        return {}
+
+    with pytest.raises(OSError, match="No space left"):
+        steps.result(KEY, make)
+    assert len(calls) == 1
 
 
 def test_what_is_too_large_for_the_cache_goes_with_the_run(tmp_path: Path) -> None:
