@@ -77,9 +77,11 @@ class TuneResult:
             return f"interrupted after {len(self.tuning['trials'])} points; run it again and it goes on"
         if self.report is None or self.tuning["chosen"] is None:
             return str(self.tuning["why"])
+        evaluated = self.report["recipe"]["evaluation"]
+        on = " on held-out data" if evaluated["perplexity"] or evaluated["task"] else " when measured again"
         if self.passed:
-            return f"{self.tuning['why']}. It holds on held-out data"
-        return f"{self.tuning['why']}. It does not hold on held-out data: {self.report['verdict']}"
+            return f"{self.tuning['why']}. It holds{on}"
+        return f"{self.tuning['why']}. It does not hold{on}: {self.report['verdict']}"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""

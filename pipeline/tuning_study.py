@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxsmith.errors import require
+from onnxsmith.errors import DestinationError, require
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.tuning_space import (
     Choices,
@@ -64,11 +64,12 @@ class Study:
 
         Raises:
             MissingDependencyError: Optuna is not installed.
+            DestinationError: The file is there and is no study, or cannot be written; any call may say so.
         """
         optuna = require("optuna", purpose="onnxsmith tune")
         assert recipe.tune is not None
         self._optuna, self._spec, self._limits = optuna, recipe.tune, ["comparison", *limits]
-        self._objectives = objectives_of(recipe)
+        self._objectives, self._database = objectives_of(recipe), database
         self.sampler = chosen_sampler(recipe)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # Another space is another study; what was measured is used again all the same.
@@ -78,16 +79,16 @@ class Study:
             "recipe": recipe.model_dump(exclude={"tune"}),
         }
         name = f"{recipe.name}-{fingerprint(part)[:12]}"
-        with _quiet():
+        with self._asking():
             self._storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
             self._study = optuna.create_study(
                 study_name=name, storage=self._storage, load_if_exists=True,
                 directions=["minimize"] * len(self._objectives),
             )  # fmt: skip
-        done = self._study.get_trials(deepcopy=False)
+            done = self._study.get_trials(deepcopy=False)
         self._seen = {self._key_of(trial.params) for trial in done if trial.state.is_finished()}
         self._open: dict[int, Any] = {}
-        with _quiet():
+        with self._asking():
             self._sampler = self._sampler_of(recipe, len(done))
             self._random = optuna.samplers.RandomSampler(seed=(recipe.seed + len(done) + 1) % 2**32)
         self._all = list(enumerate_points(recipe.tune)) if self.sampler == "grid" else None
@@ -111,7 +112,7 @@ class Study:
         for repeated in range(_PATIENCE):
             if self._all is not None and not self._enqueue_next():
                 return None
-            with _quiet():
+            with self._asking():
                 # A sampler that is sure of its best point proposes it again and again.
                 self._study.sampler = self._sampler if not repeated else self._random
                 trial = self._study.ask()
@@ -121,7 +122,7 @@ class Study:
                 self._seen.add(key)
                 self._open[trial.number] = trial
                 return trial.number, point
-            with _quiet():
+            with self._asking():
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return None
 
@@ -129,7 +130,7 @@ class Study:
         """Says what came of a point."""
         opened = self._open.pop(number)
         broken = trial.broken or ({"comparison": 1.0} if trial.state == "failed" else {})
-        with _quiet():
+        with self._asking():
             self._study.sampler = self._sampler
             opened.set_user_attr("broken", [broken.get(name, 0.0) for name in self._limits])
             plain = dataclasses.asdict(trial)
@@ -139,7 +140,7 @@ class Study:
         self._end(number, trial.state, trial.values)
 
     def _end(self, number: int, state: str, values: Mapping[str, float]) -> None:
-        with _quiet():
+        with self._asking():
             self._study.sampler = self._sampler
             found = [values.get(name) for name in self._objectives]
             if state == "complete" and None not in found:
@@ -155,16 +156,33 @@ class Study:
             self._seen.add(self._key_of(trial.params))
             self._end(trial.number, known["state"], known["values"])
             return
-        with _quiet():
+        with self._asking():
             # It is tried again, and reuses what was measured.
             self._study.enqueue_trial(trial.params, skip_if_exists=False)
             self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
 
     def close(self) -> None:
         """Gives the file back; points that are open are tried again by the next process."""
-        with _quiet():
+        with self._asking():
             self._storage.remove_session()
             self._storage.engine.dispose()
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Without Optuna's warnings that something may change in a later version, and with our errors."""
+        import sqlalchemy.exc
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except (sqlalchemy.exc.SQLAlchemyError, self._optuna.exceptions.StorageInternalError) as error:
+            cause = getattr(error, "orig", None) or error.__cause__ or error
+            raise DestinationError(
+                str(self._database), got=f"SQLite says: {getattr(cause, 'orig', None) or cause}",
+                expected="a study of an earlier search, or no such file, and a disk with room",
+                remedy="Remove the file: what was measured is kept beside it, and used again",
+            ) from error  # fmt: skip
 
     def _enqueue_next(self) -> bool:
         """Has the next point of a grid tried, if there is one that was not and none waits already."""
@@ -174,7 +192,7 @@ class Study:
         for parameters in self._all:
             plain = {name: _plain(value) for name, value in parameters.items()}
             if self._key_of(plain) not in self._seen:
-                with _quiet():
+                with self._asking():
                     self._study.enqueue_trial(plain)
                 return True
         return False
@@ -228,11 +246,3 @@ def _plain(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     return json.dumps(_plain(value))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's warnings that something may change in a later version."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

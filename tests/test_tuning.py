@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -208,6 +209,21 @@ def test_a_point_that_is_no_smaller_than_the_best_ends_early(
     assert trials["blocks 4 32"]["chosen"] and trials["blocks 8 16"]["state"] == "stopped"
     best = trials["blocks 4 32"]["values"]["size_mb"]
     assert f"a point that keeps the budgets has {best:.4g}" in trials["blocks 8 16"]["reason"]
+
+
+def test_a_damaged_study_is_named_and_what_was_measured_stays(known: Path, tiny_llama_dir: Path) -> None:
+    (known / "out.tune" / "study.db").write_bytes(b"no database" * 100)
+    with pytest.raises(DestinationError, match=r"study\.db: SQLite says: file is not a database; .*Remove"):
+        tuned(plain_recipe(tiny_llama_dir), known)
+    (known / "out.tune" / "study.db").unlink()
+    assert tuned(plain_recipe(tiny_llama_dir), known).passed
+
+
+def test_without_data_nothing_is_said_to_be_held_out(first: tuple[TuneResult, Path]) -> None:
+    result, _ = first
+    assert result.verdict.endswith("It holds on held-out data") and result.report is not None
+    unscored = dict(result.report) | {"recipe": {"evaluation": {"perplexity": None, "task": None}}}
+    assert dataclasses.replace(result, report=unscored).verdict.endswith("It holds when measured again")
 
 
 def test_budgets_that_no_point_keeps_are_a_failure_with_reasons(known: Path, tiny_llama_dir: Path) -> None:
