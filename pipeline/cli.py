@@ -170,7 +170,9 @@ def run(
         progress=progress_for(),
     )
     if mlflow is not None:
-        place = destination if report.passed else destination.with_name(f"{destination.name}.failed")
+        from onnxsmith.pipeline.staging import beside
+
+        place = destination if report.passed else beside(destination, ".failed")
         log_to_mlflow(report, place, uri=mlflow)
     if json_target:
         emit_json(json_target, "run", {"report": report.to_json()})

@@ -17,7 +17,7 @@ from onnxsmith.pipeline.forecast import Forecast, forecast_run, require_resource
 from onnxsmith.pipeline.recipe import Recipe
 from onnxsmith.pipeline.records import created_at
 from onnxsmith.pipeline.report import Report, StepTiming, write_report
-from onnxsmith.pipeline.staging import check_destination, check_report_place, staged_directory
+from onnxsmith.pipeline.staging import beside, check_destination, check_report_place, staged_directory
 from onnxsmith.pipeline.step_cache import StepCache
 from onnxsmith.pipeline.training_run import checkpoint_directory
 from onnxsmith.pipeline.variant_making import Made, passes_of
@@ -76,7 +76,7 @@ def run_recipe(
             f"recipe {recipe.name}: variants", got="none", expected="at least one",
             remedy="`onnxsmith tune` finds one for recipes with a key tune",
         )  # fmt: skip
-    failed = destination.with_name(f"{destination.name or destination.resolve().name}.failed")
+    failed = beside(destination, ".failed")
     # The last thing that a run did before it was ended may have been to put its artifact there.
     check_destination(destination, force=force or resume)
     check_report_place(failed)
@@ -146,7 +146,7 @@ def report_nothing(
     report = _new_report(recipe, source, [], command)
     report.tuning, report.verdict = tuning, verdict
     report.reference = {"name": "torch", **_UNMEASURED, **(tuning["reference"] or {})}
-    _write_failed(report, destination.with_name(f"{destination.name}.failed"))
+    _write_failed(report, beside(destination, ".failed"))
     return report
 
 

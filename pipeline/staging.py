@@ -23,6 +23,7 @@ except ImportError:  # pragma: no cover - Windows: no locks, so nothing that may
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "beside",
     "check_destination",
     "check_report_place",
     "destination_error",
@@ -40,6 +41,19 @@ _REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.EBUSY, errno.ENOENT, errno.EINVAL,
 )  # fmt: skip
+
+
+def beside(destination: Path, suffix: str) -> Path:
+    """A place beside an output, with its name and a suffix. A path may have no name: ``.`` has none.
+
+    Raises:
+        DestinationError: It is the root of a file system, which nothing is beside.
+    """
+    if destination.name in ("", ".."):
+        destination = destination.resolve()
+    if not destination.name:
+        raise DestinationError(str(destination), got="the root", expected="a path that does not exist")
+    return destination.with_name(f"{destination.name}{suffix}")
 
 
 def check_destination(destination: Path, *, force: bool) -> None:

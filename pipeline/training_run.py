@@ -17,6 +17,7 @@ import numpy as np
 
 from onnxsmith.errors import BadInputError, require
 from onnxsmith.package import StepRecord
+from onnxsmith.pipeline.staging import beside
 from onnxsmith.pipeline.training_data import Lessons, TrainingData
 from onnxsmith.pipeline.training_metrics import held_out_metrics
 from onnxsmith.pipeline.training_recipe import (
@@ -46,7 +47,7 @@ _ROUNDED = 128
 
 def checkpoint_directory(destination: Path) -> Path:
     """Where the trainings of a run keep their states: beside the artifact, until it is there."""
-    return destination.with_name(f"{destination.name or destination.resolve().name}.training")
+    return beside(destination, ".training")
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.recipe import Recipe, load_recipe
 from onnxsmith.pipeline.run import report_nothing, run_recipe
-from onnxsmith.pipeline.staging import check_destination, write_beside
+from onnxsmith.pipeline.staging import beside, check_destination, write_beside
 from onnxsmith.pipeline.texts import load_text, text_sha256
 from onnxsmith.pipeline.tuning_choice import choose_trial, plain_tuning
 from onnxsmith.pipeline.tuning_recipe import plain_recipe
@@ -130,8 +130,8 @@ def tune_recipe(
         )  # fmt: skip
     require("optuna", purpose="onnxsmith tune")
     recipe = fit_context(recipe, ModelSource.parse(recipe.source, base=base))
-    name = destination.name or destination.resolve().name
-    directory = (store or destination.with_name(f"{name}.tune")).absolute()
+    directory = (store or beside(destination, ".tune")).absolute()
+    check_destination(destination, force=True)
     directory.mkdir(parents=True, exist_ok=True)
     with alone_in(directory):
         search = _Search(recipe, directory, base, progress or Progress(), on_trial)

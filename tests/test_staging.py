@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from onnxsmith import Recipe, run_recipe, tune_recipe
 from onnxsmith.errors import DestinationError, ResourceError
 from onnxsmith.pipeline.staging import (
+    beside,
     check_destination,
     check_report_place,
     require_space,
@@ -153,6 +155,32 @@ def test_files_links_and_the_ground_under_our_feet_are_refused(
         check_destination(real, force=True)
     with pytest.raises(DestinationError, match="mount point"):
         check_destination(Path("/proc"), force=True)
+
+
+def test_what_is_beside_an_output_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    assert beside(Path("out"), ".failed") == Path("out.failed")
+    assert beside(Path("."), ".failed") == tmp_path / "inner.failed"
+    assert beside(Path(".."), ".failed") == tmp_path.with_name(f"{tmp_path.name}.failed")
+    with pytest.raises(DestinationError, match="the root"):
+        beside(Path("/"), ".failed")
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+@pytest.mark.parametrize("command", ["run", "tune"])
+def test_an_output_without_a_name_is_refused(
+    output: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    recipe = Recipe.model_validate(
+        {"schema_version": 1, "name": "toy", "source": "module:make",
+         "variants": [{"name": "a", "preset": "clean"}], "tune": {"passes": ["cleanup"]}}
+    )  # fmt: skip
+    with pytest.raises(DestinationError, match=r"current or the home directory|the root"):
+        (run_recipe if command == "run" else tune_recipe)(recipe, Path(output))
+    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once() -> None:
