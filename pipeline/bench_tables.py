@@ -10,7 +10,7 @@ from onnxsmith.pipeline.console import print_table
 
 if TYPE_CHECKING:
     from onnxsmith.runtime import BenchResult
-    from onnxsmith.runtime.bench_result import Spread
+    from onnxsmith.runtime.bench_result import Ratio, Spread
 
 __all__ = ["fallback_of", "shares_on", "show_bench", "show_profiles", "show_providers"]
 
@@ -35,6 +35,7 @@ def show_bench(results: Sequence[BenchResult]) -> None:
                 str(r.settings.thread_count) if many else "",
                 _short(r.provider) + _share_of(r),
                 *(speed if r.latency_ms else ("failed", "", "")),
+                _ratio(r.to_first),
                 *(_digits(getattr(r.latency_ms, name, None)) for name in ("p90", "p99")),
                 "" if r.load_s is None else f"{r.load_s:.2f}",
                 "" if r.peak_rss_mb is None else f"{r.peak_rss_mb:.0f}",
@@ -44,8 +45,8 @@ def show_bench(results: Sequence[BenchResult]) -> None:
         )
     speeds = ("prefill tok/s", "decode tok/s", "first token ms") if decoder else ("latency ms", "rows/s", "")
     headers = (
-        "model", "batch x length", "threads", "ran on", *speeds, "p90 ms", "p99 ms", "load s", "peak MB",
-        "GPU MB", "MB",
+        "model", "batch x length", "threads", "ran on", *speeds, "time / first's", "p90 ms", "p99 ms",
+        "load s", "peak MB", "GPU MB", "MB",
     )  # fmt: skip
     print_table(
         "", headers, rows, spare=("load s", "p99 ms", "p90 ms", "first token ms", "rows/s", "MB"),
@@ -54,6 +55,8 @@ def show_bench(results: Sequence[BenchResult]) -> None:
     runs = max((r.latency_ms.runs for r in results if r.latency_ms), default=0)
     what = "p90 and p99 of one decoded token" if decoder else "p90 and p99 of one call"
     sys.stdout.write(f"median [95 % interval] of {runs} rounds in turn; {what}\n")
+    if any(r.to_first for r in results):
+        sys.stdout.write("time / first's: round by round, so that what slows both down does not count\n")
     for r in results:
         if r.tokens_per_call:
             sys.stdout.write(f"GUESSES    {r.name}: {r.tokens_per_call.p50:.2f} tokens for each call\n")
@@ -181,6 +184,10 @@ def _digits(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    return "" if ratio is None else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def _spread(spread: Spread | None) -> str:

@@ -28,8 +28,8 @@ class Gain:
         before_ms: Medians: ``latency``, or for a decoder ``token`` and ``prompt``.
         after_ms: Likewise.
         ratios: Before by after: above 1 it became faster.
-        certain: Whether the 95 % intervals of all of them lie apart to the same side, or one does and the
-            others overlap.
+        certain: Whether the 95 % intervals of all ratios, round by round, are on the same side of 1, or one
+            is and the others hold 1.
         before_mb: Size of the files; None where unknown.
         after_mb: Likewise.
         noise: What says that the machine was busy, or an empty string.
@@ -108,6 +108,11 @@ def _spreads(before: BenchResult, after: BenchResult) -> Iterator[tuple[str, Spr
 
 def _side(before: Spread, after: Spread) -> int:
     """1 where after is faster for certain, -1 where it is slower, else 0."""
+    from onnxsmith.runtime.bench_result import Ratio
+
+    ratio = Ratio.of(after, before)
+    if ratio is not None:
+        return 1 if ratio.high < 1 else -1 if ratio.low > 1 else 0
     (low, high), (other_low, other_high) = (
         spread.ci95.get("p50", (spread.low, spread.high)) for spread in (before, after)
     )

@@ -13,14 +13,14 @@ from typing import Any
 from onnxsmith.errors import BadInputError, CheckFailedError, OnnxsmithError
 from onnxsmith.package_io import load_package
 from onnxsmith.program import TorchProgram
-from onnxsmith.runtime.bench_result import BenchResult, BenchSettings, Spread
+from onnxsmith.runtime.bench_result import BenchResult, BenchSettings, Spread, with_ratios
 from onnxsmith.runtime.graph_file import GraphFile
 from onnxsmith.runtime.machine_load import MachineLoad
 from onnxsmith.runtime.placement import Placement, Requirement, check_requirements
 from onnxsmith.runtime.profiling import RunProfile, placement_of
 from onnxsmith.runtime.providers import ProviderChoice, choose_provider
-from onnxsmith.runtime.roofline import Roofs, describe_profile, node_cost, weight_bytes_of_nodes
-from onnxsmith.runtime.roofs import measure_roofs
+from onnxsmith.runtime.roofline import describe_profile, node_cost, weight_bytes_of_nodes
+from onnxsmith.runtime.roofs import RoofBook
 from onnxsmith.runtime.rounds import Round, round_of
 from onnxsmith.runtime.torch_session import TorchSession
 from onnxsmith.runtime.worker_process import WorkerProcess
@@ -109,7 +109,7 @@ def benchmark(
     if not points:
         raise BadInputError("bench", got="no settings", expected="at least one")
     results: list[BenchResult] = []
-    roofs = _RoofBook() if profile else None
+    roofs = RoofBook() if profile else None
     for _, group in itertools.groupby(points, key=_opening):
         shared = list(group)
         with contextlib.ExitStack() as stack:
@@ -131,7 +131,7 @@ def _opening(settings: BenchSettings) -> tuple[Any, ...]:
 def _measure(
     runners: Sequence[_Runner],
     point: BenchSettings,
-    roofs: _RoofBook | None,
+    roofs: RoofBook | None,
     requirements: Sequence[Requirement],
     on_round: Callable[[str, int], None] | None,
     on_results: Callable[[list[BenchResult]], None] | None,
@@ -153,10 +153,12 @@ def _measure(
         _check_placement(runners, requirements)
     except KeyboardInterrupt as error:
         interrupt = error
-    results = [
-        dataclasses.replace(runner.result(), other_load_pct=busy, interrupted=interrupt is not None)
-        for runner in runners
-    ]
+    results = with_ratios(
+        [
+            dataclasses.replace(runner.result(), other_load_pct=busy, interrupted=interrupt is not None)
+            for runner in runners
+        ]
+    )
     if interrupt is not None:
         if on_results is not None:
             on_results([result for result in results if result.latency_ms or result.error])
@@ -183,23 +185,6 @@ def _check_placement(runners: Sequence[_Runner], requirements: Sequence[Requirem
             runner.check(whole if part is not None else runner.placed, requirements)
 
 
-class _RoofBook:
-    """The roofs of each provider, measured once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int], Roofs | None] = {}
-
-    def of(self, choice: ProviderChoice, threads: int) -> Roofs | None:
-        key = (choice.ort_name, threads)
-        if key not in self._known:
-            self._known[key] = None
-            # A provider that does not run a plain product of matrices has no roofs, and a profile all the
-            # same.
-            with contextlib.suppress(OnnxsmithError):
-                self._known[key] = measure_roofs(choice, threads=threads)
-        return self._known[key]
-
-
 class _Runner:
     """One candidate, from opening to result."""
 
@@ -224,7 +209,7 @@ class _Runner:
     def close(self) -> None:
         """Frees what it holds."""
 
-    def look(self, roofs: _RoofBook | None) -> None:
+    def look(self, roofs: RoofBook | None) -> None:
         """Finds out where it ran, once it was measured."""
 
     def check(self, placement: Placement | None, requirements: Sequence[Requirement]) -> None:
@@ -407,7 +392,7 @@ class _ProcessRunner(_Runner):
         times: Mapping[str, list[float]] = answer["times"]
         return times
 
-    def look(self, roofs: _RoofBook | None) -> None:
+    def look(self, roofs: RoofBook | None) -> None:
         if self._choice is None or self.failure is not None:
             return
 
@@ -434,7 +419,7 @@ class _ProcessRunner(_Runner):
             )
         )
 
-    def _placement(self, *, profile: bool, roofs: _RoofBook | None) -> Placement:
+    def _placement(self, *, profile: bool, roofs: RoofBook | None) -> Placement:
         choice = self._choice
         assert choice is not None
         assigned = Placement.from_json(self._ask({"do": "placement"})["placement"])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from onnxsmith.errors import OnnxsmithError
 from onnxsmith.package import TensorSpec
 from onnxsmith.runtime.graph_file import GraphFile
 from onnxsmith.runtime.providers import ProviderChoice
 from onnxsmith.runtime.roofline import Roofs
 from onnxsmith.runtime.worker_process import WorkerProcess
 
-__all__ = ["measure_roofs"]
+__all__ = ["RoofBook", "measure_roofs"]
 
 # 134 MB in float32: no last-level cache of a usual machine holds it whole.
 _ROW = (1, 4096, 8192)
@@ -63,3 +65,21 @@ def _write(path: Path, inner: int, columns: int) -> None:
             y = MatMul(x, weight)
         }}""")
     path.write_bytes(model.SerializeToString())
+
+
+class RoofBook:
+    """The roofs of each provider, measured once."""
+
+    def __init__(self) -> None:
+        """Knows none."""
+        self._known: dict[tuple[str, int], Roofs | None] = {}
+
+    def of(self, choice: ProviderChoice, threads: int) -> Roofs | None:
+        """Those of a provider with so many threads; None where it runs no plain MatMul."""
+        key = (choice.ort_name, threads)
+        if key not in self._known:
+            self._known[key] = None
+            # Without roofs there is a profile all the same.
+            with contextlib.suppress(OnnxsmithError):
+                self._known[key] = measure_roofs(choice, threads=threads)
+        return self._known[key]
