@@ -73,13 +73,14 @@ def bisect_models(
         raise BadInputError("bisect: --samples", got=str(samples), expected="at least 1")
     if output is not None:
         check_destination(output, force=False)
-    backend = OrtBackend(provider, threads=threads)
+    backend = OrtBackend(provider, threads=threads, record=True)
     package = load_package(candidate)
     package = _one_graph(package, component, candidate)
     with progress.step("bisect") as step, open_traceable(reference, task, component) as (right, limits):
         _require_inputs(right, package, candidate, reference)
         lengths = right.session.reads_lengths or reads_lengths(package.main.model)
         cases = _cases(right, limits, samples or _SAMPLES, inputs, seed, lengths=lengths)
+        right.release()
 
         def run(directory: Path | None) -> Divergence:
             return find_divergence(

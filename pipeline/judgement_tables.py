@@ -51,6 +51,12 @@ def show_divergence(result: Divergence) -> None:
             sys.stdout.write(f"\n{blame.node}: {blame.detail}\n")
     for name, reason in list(result.outputs.items())[:3]:
         sys.stdout.write(f"\noutput {name} differs: {reason}\n")
+    if result.kernels:
+        changed = ", ".join(f"{name} {one} -> {two}" for name, (one, two) in result.kernels.items())
+        sys.stdout.write(
+            "\nOther kernels ran to read intermediate tensors, in the untouched model -> in pieces: "
+            f"{changed}\n"
+        )
     if result.changed_by_tapping:
         sys.stdout.write(
             f"\nReading intermediate tensors changed an output by {result.tapping_change:.2g}: in the "

@@ -72,6 +72,7 @@ class OrtBackend(Backend[ModelPackage]):
         threads: Threads of an operator (intra-op); all physical cores where None.
         optimize: Whether ONNX Runtime may optimise the graph.
         apart: Whether it runs in a process of its own even where it could run in this one.
+        record: Whether sessions note which kernels run; see ``OrtSession.kernels``.
 
     Raises:
         UnknownNameError: No such provider or option.
@@ -82,6 +83,7 @@ class OrtBackend(Backend[ModelPackage]):
     threads: int | None = None
     optimize: bool = True
     apart: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         """Finds out at once whether the provider is there."""
@@ -103,9 +105,10 @@ class OrtBackend(Backend[ModelPackage]):
         choice = choose_provider(self.provider)
         if choice.apart or self.apart:
             return WorkerSession(
-                model, choice, component=component, threads=self.threads, optimize=self.optimize, name=name
-            )
+                model, choice, component=component, threads=self.threads, optimize=self.optimize,
+                record=self.record, name=name,
+            )  # fmt: skip
         return OrtSession(
             model, component=component, provider=choice, threads=self.threads, optimize=self.optimize,
-            name=name,
+            record=self.record, name=name,
         )  # fmt: skip

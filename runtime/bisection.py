@@ -19,7 +19,14 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.backend import Backend
 from onnxsmith.runtime.blaming import blame_nodes
-from onnxsmith.runtime.divergence import ROUNDING, Blame, Divergence, Reproduction, TensorTrace
+from onnxsmith.runtime.divergence import (
+    ROUNDING,
+    Blame,
+    Divergence,
+    Reproduction,
+    TensorTrace,
+    changed_kernels,
+)
 from onnxsmith.runtime.graph_parts import GIVEN_SUFFIX, GivenValue, GraphValues, build_part
 from onnxsmith.runtime.matching import (
     Match,
@@ -117,6 +124,8 @@ class _Search:
         self.scaled: dict[str, float] = {}
         # What is known where the search is interrupted.
         self.weighted: Mapping[str, Weighted] = {}
+        # Of the pieces, and of the untouched model.
+        self.kernels: tuple[dict[str, str], dict[str, str]] = ({}, {})
         self.matches: dict[str, Match] = {}
         self.introduced: dict[str, TensorError] = {}
         self.found: Divergence | None = None
@@ -136,7 +145,7 @@ class _Search:
         self.say("reference")
         self.weighted = self.reference.trace(self.cases, self.expected)
         self.say("candidate")
-        self._on_pieces("candidate", self.natural, None)
+        self._on_pieces("candidate", self.natural, None, self.kernels[0])
         matches, introduced, bad = self._matched()
         if not matches:
             raise BadInputError(
@@ -156,6 +165,7 @@ class _Search:
         result = dataclasses.replace(
             self._divergence(name, traces, blamed, matches),
             outputs=outputs, tapping_change=tapping, optimizer_change=optimizer,
+            kernels=changed_kernels(*self.kernels, named=self.values.all_named),
         )  # fmt: skip
         self.found = result
         if reproduce_in is None or result.passed or not blamed or not blamed[0].introduced.size:
@@ -224,10 +234,16 @@ class _Search:
                 break
         return write_reproduction(directory, part, self.backend, cases, blame)
 
-    def _on_pieces(self, what: str, store: TensorStore, forced: Mapping[str, Forced] | None) -> None:
+    def _on_pieces(
+        self,
+        what: str,
+        store: TensorStore,
+        forced: Mapping[str, Forced] | None,
+        kernels: dict[str, str] | None = None,
+    ) -> None:
         trace_graph(
-            self.values, self.backend, self.cases, store, forced=forced,
-            on_piece=lambda done, total: self.say(f"{what}: piece {done} of {total}"),
+            self.values, self.backend, self.cases, store, forced=forced, kernels=kernels,
+            on_piece=lambda done, total: self.say(f"{what}: tensor {done} of {total}"),
         )  # fmt: skip
 
     def _small_cases(
@@ -410,6 +426,7 @@ class _Search:
                     result = compare_tensors(right, got, name=key, case=case.name, tolerance=self.tolerance)
                     if not result.passed:
                         found.setdefault(key, f"{result.reason} in '{case.name}'")
+            self.kernels[1].update(session.kernels())
         return found, change, whole
 
     def _change(self, backend: Backend[ModelPackage], whole: list[dict[str, Array]]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from onnxsmith.comparison import Tolerance
 from onnxsmith.runtime.tensor_errors import TensorError
 
-__all__ = ["ROUNDING", "Blame", "Divergence", "Reproduction", "TensorTrace"]
+__all__ = ["ROUNDING", "Blame", "Divergence", "Reproduction", "TensorTrace", "changed_kernels"]
 
 # Relative error of one operator in float32 that needs no explanation.
 ROUNDING = 1e-4
@@ -125,6 +126,9 @@ class Divergence:
         outputs: Outputs of the untouched candidate out of the tolerance: name to reason.
         tapping_change: Largest relative difference that reading intermediate tensors made to an output.
             Above rounding, other kernels ran than in the untouched model.
+        kernels: Operators of which reading intermediate tensors changed the kernels that ran, with how many
+            ran in the untouched model and in the pieces; see ``changed_kernels``. Empty where the backend
+            does not record them.
         optimizer_change: The same for turning ONNX Runtime's own optimisation off; None where not looked at.
         bytes_traced: Bytes of tensors that were looked at.
         reproduction: The smallest model and inputs that show the worst node's error; None where no node is
@@ -144,6 +148,7 @@ class Divergence:
     blamed: tuple[Blame, ...]
     outputs: Mapping[str, str]
     tapping_change: float
+    kernels: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     optimizer_change: float | None = None
     bytes_traced: int = 0
     reproduction: Reproduction | None = None
@@ -214,6 +219,33 @@ class Divergence:
             "verdict": self.verdict,
             "changed_by_tapping": self.changed_by_tapping,
         }
+
+
+def changed_kernels(
+    pieces: Mapping[str, str], whole: Mapping[str, str], *, named: bool
+) -> dict[str, tuple[int, int]]:
+    """Operators of which other kernels ran in pieces of a model than in the whole.
+
+    Fewer in pieces are fusions that a tensor which was read cut, more are what they were made of. What a
+    provider compiled is always among them, because what is fused inside of it nobody knows.
+
+    Args:
+        pieces: Node to operator of what ran in all pieces together.
+        whole: The same of the untouched model; nothing is said where it is empty.
+        named: Whether all nodes have names. Pieces share nodes that compute shapes and masks; where these
+            have no names, more of an operator in pieces says nothing unless the whole has none.
+
+    Returns:
+        Operator to kernels in the whole and in pieces.
+    """
+    one, other = Counter(whole.values()), Counter(pieces.values())
+    return {
+        name: (one[name], other[name])
+        for name in sorted({*one, *other} if whole else ())
+        if one[name] > other[name]
+        or (one[name] < other[name] and (named or not one[name]))
+        or name.startswith("compiled by ")
+    }
 
 
 def _said_of_nan(undefined: Sequence[TensorTrace], incomparable: Sequence[TensorTrace]) -> str:

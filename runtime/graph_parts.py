@@ -55,6 +55,7 @@ class GraphValues:
                     self.producers[value.name] = node
                     self.names.append(value.name)
         self._dependent = frozenset(dependent)
+        self.all_named = all(node.name for node in graph)
         self.order: Mapping[str, int] = {name: number for number, name in enumerate(self.names)}
 
     def segment(self, name: str, cut: Collection[str]) -> list[ir.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -53,6 +54,7 @@ class OrtSession(Session):
         provider_options: Mapping[str, str] | None = None,
         threads: int | None = None,
         optimize: bool = True,
+        record: bool = False,
         name: str = "model",
     ) -> None:
         """Opens a graph.
@@ -65,6 +67,7 @@ class OrtSession(Session):
             provider_options: Passed to the provider, besides those of ``provider``.
             threads: Threads of an operator (intra-op); all physical cores where None.
             optimize: Whether ONNX Runtime may optimise the graph.
+            record: Whether it notes which kernels run; see ``kernels``.
             name: For messages and reports.
 
         Raises:
@@ -97,8 +100,9 @@ class OrtSession(Session):
             else GraphFile.of(package, component=component, name=name)
         )
         self._session: Any = None
+        self._record = Path(tempfile.mkdtemp(prefix="onnxsmith-kernels-")) if record else None
         try:
-            self._session = self._open()
+            self._session = self._open(profile=self._record / "profile" if self._record else None)
         except BaseException:
             self.close()
             raise
@@ -221,6 +225,21 @@ class OrtSession(Session):
             del session
             return read_profile(path, skip_runs=1)
 
+    def kernels(self) -> dict[str, str]:
+        """Nodes that ran until now, after ONNX Runtime's fusions, with their operators.
+
+        The operator of what a provider compiled is ``compiled by PROVIDER``. Recording ends here; without it
+        nothing is known, and the result is empty.
+        """
+        if self._record is None:
+            return {}
+        path = Path(self.ort_session.end_profiling())
+        nodes = read_profile(path, skip_runs=0).nodes if path.is_file() else []
+        return {
+            node.name: f"compiled by {node.provider}" if node.name.startswith(node.provider) else node.op_type
+            for node in nodes
+        }
+
     def _made_up(self) -> dict[str, Array]:
         from onnxsmith.runtime.samples import cases_for
 
@@ -269,6 +288,8 @@ class OrtSession(Session):
         """Frees the graph, and its file where this session wrote one."""
         self._session = None
         self._graph.close()
+        if self._record is not None:
+            shutil.rmtree(self._record, ignore_errors=True)
 
     def _open(self, *, profile: Path | None = None) -> Any:
         ort = self._ort

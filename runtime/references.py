@@ -38,6 +38,9 @@ class Reference(abc.ABC):
     def trace(self, cases: Sequence[Case], store: TensorStore) -> dict[str, Weighted]:
         """Runs the cases, keeps every tensor, and says what is computed with which weight."""
 
+    def release(self) -> None:  # noqa: B027 - a reference may need it all
+        """Frees what is only needed to make inputs; ``trace`` and ``weight`` go on to work."""
+
     @abc.abstractmethod
     def weight(self, name: str) -> Array | None:
         """The weight that a candidate's weight of this name was made of; None where there is none."""
@@ -76,6 +79,10 @@ class GraphReference(Reference):
         """Runs it piece by piece."""
         trace_graph(self.values, self._backend, cases, store)
         return weighted_nodes(self.values)
+
+    def release(self) -> None:
+        """Closes the whole graph: its pieces are opened one by one."""
+        self.session.close()
 
     def weight(self, name: str) -> Array | None:
         """From the graph's initializers."""

@@ -90,6 +90,10 @@ class Session(abc.ABC):
         """Which provider got which nodes, as a ``Placement``; None where there is but one that could."""
         return None
 
+    def kernels(self) -> dict[str, str]:
+        """Nodes that ran, with their operators; nothing for a backend that does not record them."""
+        return {}
+
     @abc.abstractmethod
     def _run(self, feeds: dict[str, Array], outputs: list[str]) -> dict[str, Array]:
         """Runs feeds that are known to fit."""

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Forced", "Weighted", "trace_graph", "trace_torch", "weighted_nodes", "without_wrappers"]
 
-# Outputs that are tapped at once. They are held in memory together, and each piece costs a session.
+# Outputs that are tapped at once, at most. They are held in memory together, and each piece costs a session.
 _GROUP = 64
+_GROUP_BYTES = 256e6
+# Of the first piece, before anything is known of how large outputs are.
+_FIRST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,9 @@ def trace_graph(
     *,
     forced: Mapping[str, Forced] | None = None,
     group: int = _GROUP,
+    group_bytes: float = _GROUP_BYTES,
     on_piece: Callable[[int, int], None] | None = None,
+    kernels: dict[str, str] | None = None,
 ) -> None:
     """Runs a graph piece by piece and keeps every floating-point value.
 
@@ -73,14 +78,18 @@ def trace_graph(
         store: Takes the tensors.
         forced: Values that each node which reads one is given in place of what was computed. Without, every
             piece goes on with what the pieces before it computed.
-        group: Values that a piece computes.
-        on_piece: Called with the pieces done and their number, for progress.
+        group: Values that a piece computes, at most.
+        group_bytes: About the most bytes that they have together, judged by the piece before.
+        on_piece: Called with the values done and their number, for progress.
+        kernels: Takes the nodes that ran in the pieces, where the backend records them; see
+            ``OrtSession.kernels``.
     """
-    pieces = [values.names[begin : begin + group] for begin in range(0, len(values.names), group)]
     given: dict[str, Forced] = dict(forced or {})
-    for number, wanted in enumerate(pieces):
+    done, count = 0, min(group, _FIRST)
+    while wanted := values.names[done : done + count]:
         part = build_part(values.model, given={n: f.value for n, f in given.items()}, outputs=wanted)
         taken = {spec.name for spec in part.main.inputs}
+        largest = 1
         with backend.open(part, name="a part of the graph") as session:
             for index, case in enumerate(cases):
                 feeds = {name: array for name, array in case.feeds.items() if name in taken}
@@ -88,12 +97,19 @@ def trace_graph(
                     key = f"{name}{GIVEN_SUFFIX}"
                     if key in taken:
                         feeds[key] = source.array(index).astype(numpy_dtype(source.value.dtype), copy=False)
-                for name, array in session.run(feeds).items():
+                results = session.run(feeds)
+                largest = max(largest, sum(array.nbytes for array in results.values()))
+                for name, array in results.items():
                     store.put(name, index, array, case)
+                del results
+            if kernels is not None:
+                kernels.update(session.kernels())
         if forced is None:
             given |= {name: _as_computed(store, name) for name in wanted if name in store}
+        done += len(wanted)
+        count = max(1, min(group, int(group_bytes * len(wanted) / largest)))
         if on_piece is not None:
-            on_piece(number + 1, len(pieces))
+            on_piece(done, len(values.names))
 
 
 def _as_computed(store: TensorStore, name: str) -> Forced:

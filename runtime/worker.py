@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,8 @@ class _Worker:
             placement = self._session.placement(measured=request.get("measured", False))
             plain = {"copies": placement.copies, "copied_bytes": placement.copied_bytes}
             return {"placement": placement.to_json(), **plain}
+        if what == "kernels":
+            return {"kernels": self._session.kernels()}
         if what == "names":
             return {"names": self._session.assigned_names()}
         if what == "profile":
@@ -157,12 +160,15 @@ class _Worker:
             os.sched_setaffinity(0, request["affinity"])
         directories = tuple(Path(p) for p in request["directories"])
         self._writer = TensorWriter(directories, f"{request['prefix']}-out")
+        # This process is killed in the end; what it leaves goes with the directory, which its parent removes.
+        tempfile.tempdir = str(directories[-1])
         began = time.perf_counter()
         self._session = OrtSession(
             GraphFile.from_json(request["graph"]),
             provider=ProviderChoice(**request["provider"]),
             threads=request["threads"],
             optimize=request["optimize"],
+            record=request["record"],
             name=request["name"],
         )
         loaded = time.perf_counter() - began

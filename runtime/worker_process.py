@@ -116,6 +116,7 @@ class WorkerProcess:
         *,
         threads: int | None,
         optimize: bool = True,
+        record: bool = False,
         name: str,
         affinity: Sequence[int] = (),
     ) -> dict[str, Any]:
@@ -131,6 +132,7 @@ class WorkerProcess:
                 "provider": {**dataclasses.asdict(choice), "environment": None},
                 "threads": threads,
                 "optimize": optimize,
+                "record": record,
                 "name": name,
                 "affinity": list(affinity),
                 "directories": [str(d) for d in self._directories],

@@ -33,6 +33,7 @@ class WorkerSession(Session):
         component: str | None = None,
         threads: int | None = None,
         optimize: bool = True,
+        record: bool = False,
         name: str = "model",
     ) -> None:
         """Starts a worker and opens a graph in it; see ``OrtSession``.
@@ -57,7 +58,9 @@ class WorkerSession(Session):
         self._worker: WorkerProcess | None = None
         try:
             self._worker = WorkerProcess(choice.environment, where=f"{name} on {choice.ort_name}")
-            answer = self._worker.open(self._graph, choice, threads=threads, optimize=optimize, name=name)
+            answer = self._worker.open(
+                self._graph, choice, threads=threads, optimize=optimize, record=record, name=name
+            )
         except BaseException:
             self.close()
             raise
@@ -89,6 +92,11 @@ class WorkerSession(Session):
     def profile(self, *, runs: int = 5) -> RunProfile:
         """Runs the graph under ONNX Runtime's profiler, on made-up inputs."""
         return RunProfile.from_json(self.worker.ask({"do": "profile", "runs": runs}))
+
+    def kernels(self) -> dict[str, str]:
+        """Nodes that ran, with their operators; see ``OrtSession.kernels``."""
+        found: dict[str, str] = self.worker.ask({"do": "kernels"})["kernels"]
+        return found
 
     def decoder(self, *, capacity: int = 0) -> WorkerDecoder:
         """A decoder whose cache stays in the worker; see ``open_decoder``."""

@@ -90,8 +90,8 @@ def deep_model(path: Path, layers: int, wrong: int | None = None) -> None:
 @pytest.mark.parametrize(
     ("at", "group", "estimated"),
     [
-        ("candidate: piece 3", True, True),
-        pytest.param("inputs, turn 1: piece", False, None, marks=pytest.mark.slow),
+        ("candidate: tensor 144", True, True),
+        pytest.param("inputs, turn 1: tensor", False, None, marks=pytest.mark.slow),
     ],
 )
 def test_bisect_ranks_what_was_compared(tmp_path: Path, at: str, group: bool, estimated: bool | None) -> None:
@@ -107,7 +107,7 @@ def test_bisect_ranks_what_was_compared(tmp_path: Path, at: str, group: bool, es
     assert found["first"]["name"] == "m20"
     assert found["blamed"][0]["node"] == "product20"
     if estimated:
-        # Pieces of 64 values, and it was not let to the end of them.
+        # Pieces of 16, 64 and 64 values, and it was not let to the end of them.
         assert 64 <= len(found["tensors"]) < 1200
         assert found["blamed"][0]["estimated"]
     assert not (tmp_path / "fault").exists()
