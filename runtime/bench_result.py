@@ -19,9 +19,9 @@ __all__ = ["BenchResult", "BenchSettings", "Ratio", "Spread", "with_ratios"]
 _NOISY_PCT = 15.0
 _BUSY_PCT = 10.0
 _RESAMPLES = 500
-_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_QUANTILES: Mapping[str, float] = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 # Student's t for 95 %, by degrees of freedom; from five on its expansion is right to 0.2 %.
-_STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+_STUDENT_T: Mapping[int, float] = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @dataclasses.dataclass(frozen=True)
