@@ -114,7 +114,9 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
         "",
         "The comparison is with PyTorch in float32, on made-up inputs of so many shapes; `worst` is the "
         "largest difference of any output, relative to the largest magnitude of that output. Times are of "
-        "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first.",
+        "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first. "
+        "`time / first's` is that of the first row of the same shape and graph, round by round, so that what "
+        "slows the machine down does not count.",
         "",
         "What does not agree is explained in [providers.md](providers.md#known-differences).",
         "",
@@ -134,8 +136,9 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
         what = "first token ms | one token ms" if decoder else "one call ms"
         lines += [
             "",
-            f"| | provider | batch x length | {what} | p90 | p99 | load s | peak MB | package | noise |",
-            f"|---|---|---|---|{'---|' if decoder else ''}---|---|---|---|---|---|",
+            f"| | provider | batch x length | {what} | time / first's | p90 | p99 | load s | peak MB "
+            "| package | noise |",
+            f"|---|---|---|---|{'---|' if decoder else ''}---|---|---|---|---|---|---|",
         ]
         lines += [_bench_row(measured, decoder=decoder) for measured in bench]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
@@ -179,11 +182,13 @@ def _bench_row(measured: Mapping[str, Any], *, decoder: bool) -> str:
         name += f", {measured['graph']}"
     if measured["error"] or not measured["latency_ms"]:
         return f"| {name} | {provider} | {shape} | failed: {measured['error']} |" + " |" * (
-            7 if decoder else 6
+            8 if decoder else 7
         )
     latency = measured["latency_ms"]
     speeds = [_spread(measured["first_token_ms"])] if decoder else []
     speeds.append(_spread(latency))
+    ratio = measured.get("to_first")
+    speeds.append(f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "")
     cells = " | ".join(speeds)
     return (
         f"| {name} | {provider} | {shape} | {cells} | {latency['p90']:.3g} "
