@@ -54,7 +54,10 @@ def show_bench(results: Sequence[BenchResult]) -> None:
     )  # fmt: skip
     runs = max((r.latency_ms.runs for r in results if r.latency_ms), default=0)
     what = "p90 and p99 of one decoded token" if decoder else "p90 and p99 of one call"
-    sys.stdout.write(f"median [95 % interval] of {runs} rounds in turn; {what}\n")
+    if runs == 1:
+        sys.stdout.write(f"median of one round, without an interval: use more --runs; {what}\n")
+    elif runs:
+        sys.stdout.write(f"median [95 % interval] of {runs} rounds in turn; {what}\n")
     if any(r.to_first for r in results):
         sys.stdout.write("time / first's: round by round, so that what slows both down does not count\n")
     for r in results:
@@ -193,5 +196,7 @@ def _ratio(ratio: Ratio | None) -> str:
 def _spread(spread: Spread | None) -> str:
     if spread is None:
         return ""
-    low, high = spread.ci95.get("p50", (spread.low, spread.high))
+    if "p50" not in spread.ci95:
+        return _digits(spread.p50)
+    low, high = spread.ci95["p50"]
     return f"{_digits(spread.p50)} [{_digits(low)}, {_digits(high)}]"

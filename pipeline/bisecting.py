@@ -206,6 +206,8 @@ def _cases(
     if inputs is None:
         return decisive_cases(reference, limits, samples, seed, left_padding=not lengths)
     cases = load_cases(inputs, reference.session.inputs)
+    for case in cases:
+        reference.session.check(case.feeds)
     for case in cases if lengths else ():
         mask, ids = case.feeds.get("attention_mask"), case.feeds.get("input_ids")
         if mask is not None and ids is not None and not fits_lengths(mask.astype(bool), ids.shape[1]):

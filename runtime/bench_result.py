@@ -266,7 +266,8 @@ class BenchResult:
     @property
     def spread_pct(self) -> float | None:
         """The widest spread of what was measured, in percent of its median."""
-        spreads = [s.spread_pct for s in (self.latency_ms, self.first_token_ms) if s is not None]
+        measured = (self.latency_ms, self.first_token_ms, self.throughput)
+        spreads = [spread.spread_pct for spread in measured if spread is not None]
         return max(spreads, default=None)
 
     @property

@@ -93,7 +93,7 @@ def find_divergence(
     """
     if not cases:
         raise BadInputError("bisect", got="no inputs", expected="at least one case")
-    search = _Search(reference, candidate, backend, cases, tolerance, on_progress or _say_nothing)
+    search = _Search(reference, candidate, backend, cases, tolerance, on_progress or _say_nothing, name)
     with search.expected, search.natural:
         try:
             return search.run(name, unoptimized, reproduce_in)
@@ -113,7 +113,9 @@ class _Search:
         cases: Sequence[Case],
         tolerance: Tolerance | None,
         say: Callable[[str], None],
+        name: str,
     ) -> None:
+        self.name = name
         self.reference, self.candidate, self.backend = reference, candidate, backend
         self.cases, self._listener = cases, say
         self.doing = ""
@@ -150,7 +152,7 @@ class _Search:
         if not matches:
             raise BadInputError(
                 f"bisect: {name}",
-                got="no tensor that the reference has too",
+                got="no floating-point tensor that the reference has too",
                 expected="two forms of one model",
                 remedy="Compare their outputs with `onnxsmith compare`",
             )
@@ -242,7 +244,7 @@ class _Search:
         kernels: dict[str, str] | None = None,
     ) -> None:
         trace_graph(
-            self.values, self.backend, self.cases, store, forced=forced, kernels=kernels,
+            self.values, self.backend, self.cases, store, forced=forced, kernels=kernels, of=self.name,
             on_piece=lambda done, total: self.say(f"{what}: tensor {done} of {total}"),
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxsmith._onnx_slots import weight_slots
-from onnxsmith.errors import UnknownNameError
+from onnxsmith.errors import ModelFileError, UnknownNameError
 from onnxsmith.known_graphs import recall, remember
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable, reads_lengths
 from onnxsmith.package_io import load_package, sole_graph
@@ -74,6 +74,7 @@ class GraphFile:
 
         Raises:
             UnknownNameError: No such component.
+            ModelFileError: An input or output is no tensor.
             DestinationError: The graph cannot be written.
         """
         from onnxsmith.onnx_file import save_model
@@ -82,6 +83,7 @@ class GraphFile:
         if component is not None and component not in package.components:
             raise UnknownNameError(name, name=component, known=package.components, kind="component")
         chosen = package.components[component] if component else package.main
+        _require_tensors(chosen.model.graph, name)
         graph = cls(
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
@@ -194,6 +196,20 @@ class GraphFile:
             plain["rows_interact"],
             plain["reads_lengths"],
         )
+
+
+def _require_tensors(graph: ir.Graph, name: str) -> None:
+    import onnx_ir as ir
+
+    for kind, values in (("input", graph.inputs), ("output", graph.outputs)):
+        for value in values:
+            if value.type is not None and not isinstance(value.type, ir.TensorType):
+                raise ModelFileError(
+                    f"{name}: {kind} {value.name!r}",
+                    got=f"a {type(value.type).__name__.removesuffix('Type').lower()}",
+                    expected="a tensor",
+                    remedy="Export it with tensors only, or cut the graph before it",
+                )
 
 
 def cache_scales_of(model: ir.Model) -> dict[str, Array]:

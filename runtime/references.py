@@ -77,7 +77,7 @@ class GraphReference(Reference):
 
     def trace(self, cases: Sequence[Case], store: TensorStore) -> dict[str, Weighted]:
         """Runs it piece by piece."""
-        trace_graph(self.values, self._backend, cases, store)
+        trace_graph(self.values, self._backend, cases, store, of=self.session.name)
         return weighted_nodes(self.values)
 
     def release(self) -> None:

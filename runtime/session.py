@@ -90,6 +90,15 @@ class Session(abc.ABC):
         """Which provider got which nodes, as a ``Placement``; None where there is but one that could."""
         return None
 
+    def check(self, feeds: Feeds) -> None:
+        """Refuses what ``run`` would refuse, without running.
+
+        Raises:
+            FeedError: An input is missing, or of another type or shape.
+            UnknownNameError: An input that there is not.
+        """
+        self._check(feeds)
+
     def kernels(self) -> dict[str, str]:
         """Nodes that ran, with their operators; nothing for a backend that does not record them."""
         return {}

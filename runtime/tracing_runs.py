@@ -66,6 +66,7 @@ def trace_graph(
     group_bytes: float = _GROUP_BYTES,
     on_piece: Callable[[int, int], None] | None = None,
     kernels: dict[str, str] | None = None,
+    of: str = "the graph",
 ) -> None:
     """Runs a graph piece by piece and keeps every floating-point value.
 
@@ -83,6 +84,7 @@ def trace_graph(
         on_piece: Called with the values done and their number, for progress.
         kernels: Takes the nodes that ran in the pieces, where the backend records them; see
             ``OrtSession.kernels``.
+        of: What the graph is called in messages.
     """
     given: dict[str, Forced] = dict(forced or {})
     done, count = 0, min(group, _FIRST)
@@ -90,7 +92,7 @@ def trace_graph(
         part = build_part(values.model, given={n: f.value for n, f in given.items()}, outputs=wanted)
         taken = {spec.name for spec in part.main.inputs}
         largest = 1
-        with backend.open(part, name="a part of the graph") as session:
+        with backend.open(part, name=f"a part of {of}") as session:
             for index, case in enumerate(cases):
                 feeds = {name: array for name, array in case.feeds.items() if name in taken}
                 for name, source in given.items():

@@ -79,3 +79,12 @@ def test_results_are_compared_with_the_first_of_their_graph() -> None:
     assert found[3].to_first.value == pytest.approx(2.0)
     assert found[3].to_json()["to_first"] == pytest.approx({"value": 2.0, "low": 2.0, "high": 2.0})
     assert dataclasses.replace(found[3], to_first=None) == made[3]
+
+
+def test_one_slow_call_of_a_round_is_noise() -> None:
+    """The median of such a round is that of the others, and its rate is not."""
+    latency = Spread.of([[1.0, 1.0, 1.0, 30.0], [1.0] * 4, [1.0] * 4])
+    result = BenchResult("x", "cpu", BenchSettings(), latency_ms=latency)
+    assert not result.noisy
+    rates = Spread.of([4 / 33, 1.0, 1.0])
+    assert dataclasses.replace(result, throughput=rates).noise == "spread 88 %"

@@ -59,3 +59,20 @@ def test_elements_of_nan_are_left_out_and_counted(models: tuple[str, str], tmp_p
     assert "no divergence in 3 tensors; 6 elements of 3 tensors are NaN in the reference" in done.output
     done = CliRunner().invoke(app, ["bisect", right, wrong, "--inputs", str(inputs)])
     assert (done.exit_code, "first divergence at 'y' (MatMul)" in done.output) == (1, True), done.output
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"z": np.ones((2, 4), np.float32)}, "right: unknown input 'z'; expected one of x"),
+        ({"x": np.ones((2, 5), np.float32)}, "right: input 'x': 5 on axis 1 of shape (2, 5)"),
+        ({"x": np.ones((2, 4))}, "right: input 'x': element type float64; expected float32"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_by_the_models_name(
+    models: tuple[str, str], tmp_path: Path, arrays: dict[str, np.ndarray], message: str
+) -> None:
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, **arrays)
+    done = CliRunner().invoke(app, ["bisect", *models, "--inputs", str(inputs)])
+    assert (done.exit_code, message in " ".join(done.output.split())) == (2, True), done.output

@@ -364,3 +364,9 @@ def test_both_backends_show_the_same_signature(
         assert torch_session.outputs == ort_session.outputs
         assert len(ort_session.cache) == 4
         assert torch_session.cache == ort_session.cache
+
+
+def test_what_is_no_tensor_is_refused(onnx_package: Make) -> None:
+    package = onnx_package("g (float[n, 4] x) => (seq(float[n, 1]) y) { y = SplitToSequence<axis = 1>(x) }")
+    with pytest.raises(ModelFileError, match=r"model: output 'y': a sequence; expected a tensor. Export it"):
+        OrtSession(package)

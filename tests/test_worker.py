@@ -181,7 +181,7 @@ def test_a_cache_stays_in_the_worker(tiny_package: ModelPackage) -> None:
             theirs.reset()
 
 
-def test_a_worker_needs_nothing_but_numpy_and_onnxruntime(onnx_package: Make) -> None:
+def test_a_worker_needs_nothing_but_numpy_and_onnxruntime(onnx_package: Make, tmp_path: Path) -> None:
     """It must run in an environment that has only a provider's package."""
     source = Path(__file__).resolve().parents[1] / "src"
     code = """
@@ -202,8 +202,8 @@ sys.exit(main())
     requests = [
         {"do": "hello"},
         {
-            "do": "open", "graph": graph, "provider": provider, "threads": 1, "optimize": True, "name": "m",
-            "directories": [], "prefix": "x",
+            "do": "open", "graph": graph, "provider": provider, "threads": 1, "optimize": True,
+            "record": False, "name": "m", "directories": [str(tmp_path)], "prefix": "x",
         },
         {"do": "prepare", "settings": {"seed": 0, "batch": 2, "prompt_tokens": 3}},
         {"do": "round"},
