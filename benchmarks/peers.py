@@ -150,7 +150,8 @@ QUANTIZERS = (
     Candidate("ONNX Runtime int4 HQQ", "ort_quantizers", "hqq", "onnxsmith cpu-fp32"),
     Candidate("ONNX Runtime int4 k-quant", "ort_quantizers", "k_quant", "onnxsmith cpu-fp32"),
     Candidate("ONNX Runtime dynamic int8", "ort_quantizers", "dynamic", "onnxsmith cpu-fp32"),
-    Candidate("onnxsim int4", "simplifiers", "int4", "onnxsmith cpu-fp32"),
+    Candidate("onnxsim int4", "simplifiers", "int4", "onnxsmith cpu-fp32",
+              note="our graph, its operator set raised to 21, without which it does nothing"),
     Candidate("mobius Q4_1", "mobius", "gguf", "gguf", note="blocks of the file, kept"),
     Candidate("llama.cpp Q4_1", "llamacpp", "q4_1", "gguf", False, note="compiled here for this processor"),
 )  # fmt: skip

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxsmith.graph_passes.block_operators import SharedWeight
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["Scaling", "best_exponent", "divide_activation", "divide_rows", "scale_weight"]
+__all__ = ["Scaling", "best_exponent", "can_fold", "divide_activation", "divide_rows", "scale_weight"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -100,6 +100,22 @@ def scale_weight(model: ir.Model, weight: SharedWeight, factors: Floats) -> None
     weight.value = value
 
 
+def can_fold(activation: ir.Value, users: Sequence[ir.Node]) -> bool:
+    """Whether a normalisation makes an activation, for these nodes alone, and its gains can be divided."""
+    producer = activation.producer()
+    if producer is None or activation is not producer.outputs[0] or activation.is_graph_output():
+        return False
+    present = _gains_of(producer)
+    readers = {node for node, _ in activation.uses()}
+    known = all(constant_of(producer.inputs[index]) is not None for index in present)
+    return bool(present) and known and readers <= set(users)
+
+
+def _gains_of(producer: ir.Node) -> list[int]:
+    gains = _GAINS.get(producer.op_type, ())
+    return [index for index in gains if index < len(producer.inputs) and producer.inputs[index] is not None]
+
+
 def divide_activation(
     model: ir.Model, activation: ir.Value, users: Sequence[ir.Node], factors: Floats
 ) -> str:
@@ -110,20 +126,8 @@ def divide_activation(
     """
     graph, name = model.graph, activation.name or "activation"
     producer = activation.producer()
-    gains = _GAINS.get(producer.op_type, ()) if producer is not None else ()
-    readers = {node for node, _ in activation.uses()}
-    tensors = [constant_of(producer.inputs[i]) for i in gains if i < len(producer.inputs)] if producer else []
-    present = [i for i in gains if producer is not None and i < len(producer.inputs) and producer.inputs[i]]
-    own = (
-        producer is not None
-        and bool(gains)
-        and activation is producer.outputs[0]
-        and readers <= set(users)
-        and not activation.is_graph_output()
-        and all(t is not None for t in tensors[: len(present)])
-    )
-    if own and producer is not None:
-        for index in present:
+    if can_fold(activation, users) and producer is not None:
+        for index in _gains_of(producer):
             old = producer.inputs[index]
             tensor = constant_of(old)
             assert old is not None and tensor is not None

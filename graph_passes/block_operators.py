@@ -30,7 +30,13 @@ from onnxsmith.graph_passes.block_nodes import (
     unused,
 )
 from onnxsmith.graph_passes.blocks import BlocksOnce, QuantizedBlocks
-from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, turned
+from onnxsmith.graph_passes.weights import (
+    MatMulWeight,
+    constant_of,
+    find_matmul_weights,
+    is_transpose,
+    turned,
+)
 
 __all__ = ["BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
 
@@ -97,6 +103,16 @@ class SharedWeight:
     def gathers(self) -> bool:
         """Whether it is an embedding, too."""
         return any(isinstance(user, ir.Node) for user in self.users)
+
+    @property
+    def read_elsewhere(self) -> bool:
+        """Whether something else reads it, which must find it as it is."""
+        known = {user.node if isinstance(user, MatMulWeight) else user for user in self.users}
+        readers = {node for node, _ in self.value.uses()}
+        for node in [node for node in readers if is_transpose(node)]:
+            readers |= {user for user, _ in node.outputs[0].uses()}
+            readers.discard(node)
+        return self.value.is_graph_output() or not readers <= known
 
     @property
     def activations(self) -> list[ir.Value]:

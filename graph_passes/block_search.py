@@ -9,6 +9,7 @@ scalar, for which numpy has no vector loops, are not used on them.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ __all__ = ["SEARCH_STEPS", "fit_grid", "fit_minimums", "half_quadratic", "round_
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-SEARCH_STEPS = 7
+SEARCH_STEPS = 6
 """Grids tried for each block where nothing else is asked for."""
 
 _SCRATCH = threading.local()
 _SMALLEST = np.float32(np.finfo(np.float32).smallest_normal)
+_LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
@@ -89,33 +91,36 @@ def fit_grid(
         return plain_scale, plain_zero
     weights = _weights(table, counts)
     weighted = np.multiply(weights, table, out=scratch("weighted", table.shape))
-    product, codes = scratch("product", table.shape), scratch("codes", table.shape)
+    codes = scratch("codes", table.shape)
     levels = np.float32((1 << bits) - 1)
-    best_scale, best_zero = plain_scale, plain_zero.astype(np.float32)
-    best_gain = np.full(low.shape, -np.inf, np.float32)
-    for shift in _shifts(bits, steps, minimums=False):
-        scale, whole = _grid(low, high, bits, symmetric, scale_type, shift=shift)
-        zero = whole.astype(np.float32)
+    shifts = _shifts(bits, steps, minimums=False)
+    covariance, squares, zeros = scratch("sums", (3, len(shifts), *low.shape))
+    for number, shift in enumerate(shifts):
+        scale, zero = _grid(low, high, bits, symmetric, scale_type, shift=shift)
+        zeros[number] = zero
         np.multiply(table, 1 / scale, out=codes)
         np.rint(codes, out=codes)
-        np.clip(codes, -zero, levels - zero, out=codes)
-        covariance = _sums(np.multiply(weighted, codes, out=product))
-        np.multiply(weights, codes, out=product)
-        product *= codes
-        squares = _sums(product)
-        # Least squares: what the error falls by follows from sums, so that no error has to be summed itself.
-        fitted = _stored(covariance / np.maximum(squares, _SMALLEST), scale_type)
-        gain = 2 * fitted * covariance - np.square(fitted) * squares
-        better = (gain > best_gain) & (squares > 0) & (np.abs(fitted) >= _SMALLEST)
-        best_scale = _chosen(better, fitted, best_scale)
-        best_zero = _chosen(better, zero, best_zero)
-        best_gain = _chosen(better, gain, best_gain)
-    found_zero = best_zero.astype(np.uint8)
-    # Sums in float32 do not tell close grids apart for certain, and codes are those of the fitted grid.
-    kept = _loss(table, weights, best_scale, found_zero, bits) < _loss(
-        table, weights, plain_scale, plain_zero, bits
-    )
-    return _chosen(kept, best_scale, plain_scale), np.where(kept, found_zero, plain_zero)
+        np.clip(codes, -zeros[number], levels - zeros[number], out=codes)
+        _dots(weighted, codes, covariance[number])
+        codes *= codes
+        _dots(weights, codes, squares[number])
+    fitted, gain, usable = _slopes(covariance, squares, scale_type)
+    found = _best(gain, usable, (fitted, zeros), (plain_scale, plain_zero.astype(np.float32)))
+    best_scale, best_zero = found[0], found[1].astype(np.uint8)
+    # Once more, with the codes that the fitted grid gives.
+    _nearest(table, best_scale, best_zero, bits)
+    codes -= found[1]
+    slope = _dots(weighted, codes)
+    spread = _dots(weights, np.multiply(codes, codes, out=weighted))
+    codes *= best_scale
+    loss = _squared(codes, table, weights)
+    refined, _, usable = _slopes(slope, spread, scale_type)
+    refined = _chosen(usable, refined, best_scale)
+    better = _loss(table, weights, refined, best_zero, bits) < loss
+    best_scale = _chosen(better, refined, best_scale)
+    # Sums in float32 do not tell close grids apart for certain.
+    kept = loss < _loss(table, weights, plain_scale, plain_zero, bits)
+    return _chosen(kept, best_scale, plain_scale), np.where(kept, best_zero, plain_zero)
 
 
 def fit_minimums(
@@ -140,41 +145,75 @@ def fit_minimums(
         return plain_scale, plain_low
     weights = _weights(table, counts)
     total = np.maximum(_sums(weights), _SMALLEST)
-    product, codes = scratch("product", table.shape), scratch("codes", table.shape)
-    mean = _sums(np.multiply(weights, table, out=product)) / total
+    codes = scratch("codes", table.shape)
+    mean = np.asarray(_dots(weights, table) / total, np.float32)
     weighted = np.subtract(table, mean, out=scratch("weighted", table.shape))
     weighted *= weights
     # Where a number lies between the lowest and the highest, 0 to 1.
     width = _usable(high - low)
     place = np.subtract(table, low, out=scratch("place", table.shape))
     place *= 1 / width
-    best_gain = np.full(low.shape, -np.inf, np.float32)
-    best_scale, best_low = plain_scale, plain_low
-    for shift in _shifts(bits, steps, minimums=True):
+    shifts = _shifts(bits, steps, minimums=True)
+    covariance, middle, squares = scratch("sums", (3, len(shifts), *low.shape))
+    for number, shift in enumerate(shifts):
         np.multiply(place, levels + np.float32(shift), out=codes)
         np.rint(codes, out=codes)
         if shift > 0:
             np.clip(codes, 0, levels, out=codes)
-        covariance = _sums(np.multiply(weighted, codes, out=product))
-        middle = _sums(np.multiply(weights, codes, out=product)) / total
-        product *= codes
-        # Least squares: what the error falls by follows from sums, so that no error has to be summed itself.
-        squares = _sums(product) - total * np.square(middle)
-        usual = squares > np.float32(1e-6) * total
-        scale = _stored(covariance / np.maximum(squares, np.float32(1e-6) * total), scale_type)
-        minimum = _stored(mean - scale * middle, scale_type)
-        # Of what is stored: rounding the slope and the minimum costs what it moves them.
-        moved = scale * middle + minimum - mean
-        gain = 2 * scale * covariance - np.square(scale) * squares - total * np.square(moved)
-        better = (gain > best_gain) & usual & (np.abs(scale) >= _SMALLEST) & np.isfinite(minimum)
-        best_scale = _chosen(better, scale, best_scale)
-        best_low = _chosen(better, minimum, best_low)
-        best_gain = _chosen(better, gain, best_gain)
-    # Sums in float32 do not tell close grids apart for certain, and codes are those of the fitted grid.
-    kept = _loss(table, weights, best_scale, best_low, bits) < _loss(
-        table, weights, plain_scale, plain_low, bits
-    )
+        _dots(weighted, codes, covariance[number])
+        _dots(weights, codes, middle[number])
+        codes *= codes
+        _dots(weights, codes, squares[number])
+    # Of all grids at a time: numbers of each block are few, and calls on them cost as much as the numbers.
+    middle /= total
+    squares -= total * np.square(middle)
+    scale, minimum, gain, usable = _lines(covariance, middle, squares, total, mean, scale_type)
+    best_scale, best_low = _best(gain, usable, (scale, minimum), (plain_scale, plain_low))
+    # Once more, with the codes that the fitted grid gives.
+    _nearest(table, best_scale, best_low, bits)
+    slope, average = _dots(weighted, codes), np.asarray(_dots(weights, codes) / total, np.float32)
+    spread = _dots(weights, np.multiply(codes, codes, out=place)) - total * np.square(average)
+    codes *= best_scale
+    codes += best_low
+    loss = _squared(codes, table, weights)
+    scale, minimum, _, usable = _lines(slope, average, spread, total, mean, scale_type)
+    scale, minimum = _chosen(usable, scale, best_scale), _chosen(usable, minimum, best_low)
+    better = _loss(table, weights, scale, minimum, bits) < loss
+    best_scale, best_low = _chosen(better, scale, best_scale), _chosen(better, minimum, best_low)
+    # Sums in float32 do not tell close grids apart for certain.
+    kept = loss < _loss(table, weights, plain_scale, plain_low, bits)
     return _chosen(kept, best_scale, plain_scale), _chosen(kept, best_low, plain_low)
+
+
+def _slopes(
+    covariance: Floats, squares: Floats, scale_type: npt.DTypeLike
+) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """Least squares through zero, of several grids at a time: scale, gain, and whether it can be used.
+
+    What the error falls by follows from sums, so that no error has to be summed itself.
+    """
+    scale = _stored(covariance / np.maximum(squares, _SMALLEST), scale_type)
+    gain = np.asarray(2 * scale * covariance - np.square(scale) * squares, np.float32)
+    return scale, gain, (squares > 0) & (np.abs(scale) >= _SMALLEST)
+
+
+def _lines(
+    covariance: Floats,
+    middle: Floats,
+    squares: Floats,
+    total: Floats,
+    mean: Floats,
+    scale_type: npt.DTypeLike,
+) -> tuple[Floats, Floats, Floats, npt.NDArray[np.bool_]]:
+    """Least squares with a minimum: ``_slopes`` of numbers and codes from which their means are taken."""
+    least = np.float32(1e-6) * total
+    scale = _stored(covariance / np.maximum(squares, least), scale_type)
+    minimum = _stored(mean - scale * middle, scale_type)
+    # Of what is stored: rounding the slope and the minimum costs what it moves them.
+    moved = scale * middle
+    moved += minimum - mean
+    gain = 2 * scale * covariance - np.square(scale) * squares - total * np.square(moved)
+    return scale, minimum, gain, (squares > least) & (np.abs(scale) >= _SMALLEST) & np.isfinite(minimum)
 
 
 def half_quadratic(
@@ -223,11 +262,14 @@ def half_quadratic(
 def _shifts(bits: int, steps: int, *, minimums: bool) -> list[float]:
     """By how many codes more than there are the grids cover the range: fewer ones mean coarser steps.
 
-    Of normally distributed weights and of those of language models, seven of these lose as little with 4
-    bits as nine from -1 to 1, and with 8 bits 3 % less; grids of 2 bits have few codes to give away.
+    Of normally distributed weights, of heavier tails and of those of language models, six of these and the
+    step that follows lose less than nine from -1 to 1; grids of 2 bits have few codes to give away.
     """
-    first, last = (-1.75, 0.5) if bits > 2 else (-1.0, 0.75) if minimums else (-0.5, 1.0)
-    return [float(shift) for shift in np.linspace(first, last, steps)]
+    if bits == 2:
+        first, last = (-0.75, 0.5) if minimums else (-0.5, 1.0)
+    else:
+        first, last = (-1.75, 0.5) if bits == 4 else (-2.25, 0.25)
+    return [first + (last - first) * number / max(steps - 1, 1) for number in range(steps)]
 
 
 def _grid(
@@ -266,10 +308,31 @@ def _loss(table: Floats, weights: Floats, scale: Floats, zero: npt.NDArray[Any],
     else:
         difference -= zero.astype(np.float32)
         difference *= scale
-    difference -= table
-    difference *= difference
-    difference *= weights
-    return _sums(difference)
+    return _squared(difference, table, weights)
+
+
+def _squared(found: Floats, table: Floats, weights: Floats) -> Floats:
+    """The error of each column; what was found makes room for it."""
+    found -= table
+    found *= found
+    return _dots(found, weights)
+
+
+def _best(
+    gain: Floats, usable: npt.NDArray[np.bool_], found: Sequence[Floats], otherwise: Sequence[Floats]
+) -> list[Floats]:
+    """Of each column the numbers of the grid, a row, that gains most; without one, what there was."""
+    best, most = list(otherwise), np.full(gain.shape[1:], -np.inf, np.float32)
+    for number, gained in enumerate(gain):
+        better = (gained > most) & usable[number]
+        best = [_chosen(better, rows[number], old) for rows, old in zip(found, best, strict=True)]
+        most = _chosen(better, gained, most)
+    return best
+
+
+def _dots(left: Floats, right: Floats, out: Floats | None = None) -> Floats:
+    """Products of two tables summed over each column: added up as they are made, without a table of them."""
+    return np.asarray(np.einsum("ij,ij->j", left, right, out=out), np.float32)
 
 
 def _sums(table: Floats) -> Floats:
@@ -278,7 +341,22 @@ def _sums(table: Floats) -> Floats:
 
 
 def _stored(array: npt.NDArray[Any], scale_type: npt.DTypeLike) -> Floats:
-    return np.asarray(array.astype(scale_type), np.float32)
+    """Numbers as they are after they were stored.
+
+    numpy rounds to float16 one number at a time. Here it is done in float32: beside one and a half times
+    2 ** 13 of its own power of two, or of the smallest normal one, a number keeps float16's bits.
+    """
+    if np.dtype(scale_type) != np.float16:
+        return np.asarray(array.astype(scale_type), np.float32)
+    beside = array.view(np.int32) & np.int32(0x7F800000)
+    np.maximum(beside, np.int32(113 << 23), out=beside)
+    beside += np.int32((13 << 23) | (1 << 22))
+    rounded = np.add(array, beside.view(np.float32))
+    rounded -= beside.view(np.float32)
+    beyond = np.abs(rounded) > _LARGEST_HALF
+    if beyond.any():
+        rounded[beyond] = np.copysign(np.float32(np.inf), rounded[beyond])
+    return np.asarray(rounded, np.float32)
 
 
 def _usable(scale: Floats) -> Floats:

@@ -6,9 +6,7 @@ The formats are those of the operators' definitions
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxsmith.errors import BadInputError
+from onnxsmith.graph_passes.array_threads import in_threads, thread_count
 from onnxsmith.graph_passes.block_search import fit_grid, fit_minimums, half_quadratic, round_table, scratch
 
 __all__ = [
@@ -210,7 +209,7 @@ def _over_rows(
     """Calls ``work`` with the blocks of some rows at a time as the columns of a table, in threads."""
     rows, columns = matrix.shape
     blocks = -(-columns // block_size)
-    threads = os.cpu_count() or 1
+    threads = thread_count()
     # As many parts for each thread, so that none waits for another at the end of a small matrix.
     parts = threads * -(-rows * blocks * block_size // (threads * _CHUNK_ELEMENTS))
     step = max(1, -(-rows // max(parts, 1)))
@@ -227,10 +226,8 @@ def _over_rows(
             np.copyto(table, blocked)
             work(slice(begin, begin + step), table)
 
-    # numpy releases the interpreter lock in these loops, so threads are enough.
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, range(0, rows, step)):
-            pass
+    for _ in in_threads(one, range(0, rows, step)):
+        pass
 
 
 def packed_blocks(

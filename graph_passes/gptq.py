@@ -7,9 +7,7 @@ data is the second moment of the activations, one K x K matrix for each of them.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.array_threads import in_threads
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, block_grid, pack_codes, packed_blocks
 from onnxsmith.graph_passes.context import Activations
 from onnxsmith.graph_passes.weights import turned
@@ -175,9 +174,8 @@ def gptq_blocks(
         part = slice(begin, begin + _ROWS)
         codes[part] = _rounded(matrix[part], scales[part], zeros[part], order, upper, bits, block_size)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(work, range(0, rows, _ROWS)):
-            pass
+    for _ in in_threads(work, range(0, rows, _ROWS)):
+        pass
     packed = pack_codes(codes.reshape(rows, blocks, block_size), bits)
     return packed_blocks(
         packed, scales, zeros, bits=bits, block_size=block_size, columns=columns, symmetric=symmetric

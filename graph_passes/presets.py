@@ -40,6 +40,8 @@ _INT8: PassSpec = (
     "quantize_weights",
     {"bits": 8, "block_size": 32, "symmetric": True, "half_scales": True},
 )
+# The same, after columns of activations and weights have shared their spread.
+_INT8_CALIBRATED: PassSpec = (_INT8[0], {**_INT8[1], "balance": True})
 # Integer zero points have kernels everywhere; scales take the type of the activations, float16.
 # 4 bits wherever they are cheap, 8 elsewhere: at most 1 % worse, measured on calibration data.
 _MIXED: PassSpec = ("quantize_mixed", {"max_loss_pct": 1.0})
@@ -59,6 +61,7 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "clean": (("transpose_weights", {}), ("cleanup", {}), *_FINISH),
     "cpu-fp32": (*_ON_CPU, *_FINISH),
     "cpu-int8": (*_ON_CPU, _INT8, *_FINISH),
+    "cpu-int8-calibrated": (*_ON_CPU, _INT8_CALIBRATED, *_FINISH),
     "cpu-int4": (*_ON_CPU, _INT4, *_FINISH),
     "cpu-int4-calibrated": (*_ON_CPU, _INT4_CALIBRATED, *_FINISH),
     "cpu-int4-1pct": (*_ON_CPU, _MIXED, *_FINISH),
@@ -81,6 +84,7 @@ PURPOSES: Mapping[str, str] = {
     "clean": "Nothing that changes a result by more than rounding; ONNX operators only, for any runtime.",
     "cpu-fp32": "The reference for everything else: fused for ONNX Runtime, full precision.",
     "cpu-int8": "8 bit weights, int8 arithmetic: the loss is hardly measurable, a quarter of the size.",
+    "cpu-int8-calibrated": "As cpu-int8, activations and weights balanced: half the loss; needs calibration.",
     "cpu-int4": "4 bit weights, int8 arithmetic: smallest and fastest in decode; the loss must be measured.",
     "cpu-int4-calibrated": "As cpu-int4, by GPTQ, the embedding finer: half the loss; needs calibration.",
     "cpu-int4-1pct": "4 bits where they cost little, 8 elsewhere: at most 1 % worse; needs calibration data.",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.array_threads import in_threads
 from onnxsmith.graph_passes.awq import (
     Scaling,
     best_exponent,
@@ -198,13 +199,18 @@ def _scale_type(choice: Choice) -> npt.DTypeLike:
 
 def relative_error(rows: Floats, blocks: QuantizedBlocks) -> float:
     """The squared error of a weight, relative to its square; looked at some rows at a time."""
-    error = square = 0.0
     step = max(1, (1 << 17) // max(1, rows.shape[1]))
-    for begin in range(0, len(rows), step):
+
+    def squares(begin: int) -> tuple[float, float]:
         part = rows[begin : begin + step]
         difference = (dequantize_blocks(blocks.rows(begin, begin + step)) - part).ravel()
-        error += float(np.dot(difference, difference))
-        square += float(np.dot(part.ravel(), part.ravel()))
+        return float(np.dot(difference, difference)), float(np.dot(part.ravel(), part.ravel()))
+
+    error = square = 0.0
+    # In order, so that the sums are the same with any number of threads.
+    for lost, whole in in_threads(squares, range(0, len(rows), step)):
+        error += lost
+        square += whole
     return error / square if square else 0.0
 
 
@@ -216,4 +222,6 @@ def method_for(weight: SharedWeight, method: str) -> tuple[str, str]:
         return "rtn", f"{method} needs activations, and an embedding has none"
     if method == "awq" and len(dict.fromkeys(weight.activations)) > 1:
         return "rtn", "awq cannot scale two activations for one weight"
+    if method == "awq" and weight.read_elsewhere:
+        return "rtn", "awq cannot scale a weight that stays in float elsewhere"
     return method, ""

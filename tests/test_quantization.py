@@ -149,6 +149,32 @@ def test_search_never_increases_the_error(weights: Array, bits: int, symmetric: 
     assert np.isfinite(round_trip(weights, **options, search_steps=steps)).all()
 
 
+def test_rounding_to_float16_is_that_of_numpy() -> None:
+    from onnxsmith.graph_passes.block_search import _stored
+
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = halves[~np.isnan(halves)]
+    # Numbers, what lies in the middle between two, and what lies beside that.
+    with np.errstate(over="ignore"):
+        above = np.nextafter(halves.astype(np.float16), np.float16(np.inf)).astype(np.float32)
+    middle = (halves + above) / 2
+    middle = middle[np.isfinite(middle)]
+    random = np.exp2(RANDOM.uniform(-40, 40, 100_000)).astype(np.float32)
+    values = np.concatenate(
+        [
+            halves,
+            middle,
+            np.nextafter(middle, np.float32(0)),
+            np.nextafter(middle, np.float32(np.inf)),
+            random,
+        ]
+    )
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(_stored(values, np.float16), expected)
+    assert np.isnan(_stored(np.full(3, np.nan, np.float32), np.float16)).all()
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_search_finds_something(symmetric: bool) -> None:
     weights = matrix(16, 64)

@@ -34,6 +34,8 @@ class OrtQuantizers(Adapter):
         import onnx
         from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
+        model = onnx.load(graph)
+
         algorithms: dict[str, Any] = {
             "default": lambda: None,
             "rtn": nbits.RTNWeightOnlyQuantConfig,
@@ -41,8 +43,8 @@ class OrtQuantizers(Adapter):
             "k_quant": nbits.KQuantWeightOnlyQuantConfig,
         }
         quantizer = nbits.MatMulNBitsQuantizer(
-            onnx.load(graph), bits=4, block_size=_BLOCK, is_symmetric=False, accuracy_level=4,
-            algo_config=algorithms[variant](),
+            model, bits=4, block_size=_BLOCK, is_symmetric=False, accuracy_level=4,
+            nodes_to_exclude=_outer_products(model), algo_config=algorithms[variant](),
         )  # fmt: skip
         quantizer.process()
         kinds = {node.op_type for node in quantizer.model.model.graph.node}
@@ -51,6 +53,16 @@ class OrtQuantizers(Adapter):
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
         return ours.ADAPTER.open_decoder(variant, path, threads)
+
+
+def _outer_products(model: Any) -> list[str]:
+    """The MatMul of positions with the rotary frequencies: rows of 1, which ours leaves alone, too.
+
+    RTN and k-quant fail on it, as on any weight with an odd number of blocks: they pack the zero points of
+    all rows two to a byte, and not those of each row.
+    """
+    single = {tensor.name for tensor in model.graph.initializer if list(tensor.dims[:1]) == [1]}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in single]
 
 
 ADAPTER = OrtQuantizers()
