@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxsmith.runtime.integer_weights import integer_weights
 from onnxsmith.runtime.session import Array
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = ["audit_weights"]
 # at most half a step, and a scale that was searched for may cut the largest off by some more.
 _MAX_ROUNDING: Mapping[int, float] = {2: 0.9, 4: 0.5, 8: 0.1}
 _MAX_FLOAT = 0.02
+# Factors of channels that differ by less are one factor, which no pass puts into weights.
+_SAME_FACTOR = 0.05
 # Of what the graph computes from constants: a cast, a product and a sum.
 _MAX_DEPTH = 4
 # Rows that are unpacked at a time.
@@ -28,7 +31,8 @@ def audit_weights(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
     """Says which weight of a node is wrong.
 
     Args:
-        node: MatMulNBits or GatherBlockQuantized, or any node with a floating-point weight.
+        node: MatMulNBits or GatherBlockQuantized, or any node with a floating-point weight or one of integers
+            with a scale; see ``integer_weights``.
         weight: Gives the reference's weight for the name of one of the candidate's; None where it has none.
 
     Returns:
@@ -44,10 +48,21 @@ def audit_weights(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
         found = _audit_floats(value.name, np.asarray(value.const_value.numpy()), weight(value.name))
         if found:
             return found
+    for stored in integer_weights(node, _computed):
+        found = _audit_values(
+            stored.name, stored.values, weight(stored.name), _MAX_ROUNDING[stored.bits], stored.axis
+        )
+        if found:
+            return found
     return ""
 
 
 def _audit_floats(name: str, got: Array, expected: Array | None) -> str:
+    return _audit_values(name, got, expected, _MAX_FLOAT, None)
+
+
+def _audit_values(name: str, got: Array, expected: Array | None, share: float, axis: int | None) -> str:
+    """What is off by more than a share of the largest value, or of the largest at its place on an axis."""
     if expected is None:
         return ""
     if got.shape != expected.shape:
@@ -59,12 +74,37 @@ def _audit_floats(name: str, got: Array, expected: Array | None) -> str:
         # A square matrix may be turned.
         expected = expected.T
     difference = np.abs(got.astype(np.float32) - expected.astype(np.float32))
-    largest = float(np.abs(expected).max(initial=0.0))
-    if not difference.size or not float(difference.max()) > _MAX_FLOAT * largest:
+    others = None if axis is None else tuple(n for n in range(got.ndim) if n != axis)
+    bound = share * np.abs(expected).max(axis=others, keepdims=True, initial=0.0)
+    beyond = difference > bound
+    wrong = int(np.count_nonzero(beyond))
+    if not wrong or any(_is_rescaled(got, expected, one, share) for one in range(got.ndim)):
         return ""
-    at = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    wrong = int(np.count_nonzero(difference > _MAX_FLOAT * largest))
+    worst = np.where(beyond, difference / np.maximum(bound, 1e-12), 0.0)
+    at = tuple(int(i) for i in np.unravel_index(int(worst.argmax()), worst.shape))
     return _sentence(name, wrong, at, float(got[at]), float(expected[at]))
+
+
+def _is_rescaled(got: Array, expected: Array, axis: int, share: float) -> bool:
+    """Whether a weight is the reference's with a factor of its own for each place on an axis.
+
+    That is what moves range from activations to weights (SmoothQuant; Xiao et al., 2023, section 4): what is
+    before the node is divided by the factors. One place that is off by a factor, or all by the same, is a
+    fault.
+    """
+    others = tuple(n for n in range(got.ndim) if n != axis)
+    if got.ndim != 2 or got.shape[axis] < 3:
+        return False
+    one, two = got.astype(np.float64), expected.astype(np.float64)
+    factors = (one * two).sum(axis=others) / np.maximum((two * two).sum(axis=others), 1e-30)
+    if np.any(factors <= 0):
+        return False
+    usual = np.median(factors)
+    if np.count_nonzero(np.abs(factors / usual - 1) > _SAME_FACTOR) < max(2, len(factors) // 4):
+        return False
+    shaped = np.expand_dims(factors, others)
+    bound = share * np.abs(shaped * two).max(axis=others, keepdims=True)
+    return bool(np.all(np.abs(one - shaped * two) <= bound))
 
 
 def _far(one: Array, two: Array) -> float:
