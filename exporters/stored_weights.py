@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import math
 import re
@@ -296,11 +297,14 @@ def gguf_weights(gguf: GgufFile, module: Any) -> StoredWeights | None:
     reading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
     try:
-        with quick_gguf():
-            names = reading.get_gguf_hf_weights_map(module)
         architecture = gguf.metadata.get("general.architecture")
         kind = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)
         processor = kind(config=module.config.to_dict())
+        map_names = reading.get_gguf_hf_weights_map
+        # transformers 5 lets the processor of an architecture have a say in the names.
+        takes_processor = "processor" in inspect.signature(map_names).parameters
+        with quick_gguf():
+            names = map_names(module, processor) if takes_processor else map_names(module)
     except (AttributeError, TypeError, NotImplementedError):
         return None
     if kind.__name__ not in _PLAIN_PROCESSORS:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ def write_manifest(
     measurements: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
     records: Collection[str] = (),
+    hashes: Mapping[Path, str] | None = None,
 ) -> Manifest:
     """Writes ``manifest.json`` for everything that stands in a directory. Comes last.
 
@@ -80,6 +81,7 @@ def write_manifest(
         measurements: What was measured of it.
         recipe: What it was made by.
         records: Names of ``RECORD_NAMES`` that are there or will be.
+        hashes: The SHA-256 of files that it is known of, because they were just written; others are read.
     """
     components = {}
     for name, component in package.components.items():
@@ -100,7 +102,7 @@ def write_manifest(
         environment=describe_versions(),
         measurements=_rounded(to_plain(measurements or {})),
         recipe=to_plain(recipe),
-        files=file_entries(directory),
+        files=file_entries(directory, hashes),
         records=sorted(records),
     )
     manifest = manifest.model_copy(update={"content_sha256": _content_sha256(manifest)})
@@ -109,13 +111,17 @@ def write_manifest(
     return manifest
 
 
-def file_entries(directory: Path) -> dict[str, FileEntry]:
-    """Size and hash of each file in a directory but the manifest and what is of one run alone, by name."""
+def file_entries(directory: Path, hashes: Mapping[Path, str] | None = None) -> dict[str, FileEntry]:
+    """Size and hash of each file in a directory but the manifest and what is of one run alone, by name.
+
+    ``hashes`` has those that are known already.
+    """
+    known = hashes or {}
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in {MANIFEST_NAME, SIGNATURE_NAME, *RECORD_NAMES}:
-            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path))
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=known.get(path) or file_sha256(path))
     return entries
 
 

@@ -120,7 +120,8 @@ def export_model(
         package = cleanup.finish(package)
     comparison = None
     with staged_directory(destination, force=force) as staging:
-        save_package(package, staging)
+        hashes: dict[Path, str] = {}
+        save_package(package, staging, hashes=hashes)
         _check_structure(package)
         noisy = draws_numbers(package)
         if verify:
@@ -150,7 +151,7 @@ def export_model(
         summary = _summary(comparison)
         if noisy:
             summary["random_numbers"] = "compared with their means in their place"
-        write_manifest(package, staging, measurements={"comparison": summary})
+        write_manifest(package, staging, measurements={"comparison": summary}, hashes=hashes)
     return package, comparison
 
 
@@ -171,7 +172,8 @@ def _adopt_onnx(
     package.source = package.source or {"kind": str(source.kind), "text": source.text}
     comparison = None
     with staged_directory(destination, force=force) as staging:
-        save_package(package, staging)
+        hashes: dict[Path, str] = {}
+        save_package(package, staging, hashes=hashes)
         _check_structure(package)
         if verify:
             with progress.step("compare"), open_reference(str(source.path)) as reference:
@@ -189,7 +191,8 @@ def _adopt_onnx(
                     got=comparison.reason,
                     expected="what the given model computes",
                 )
-        write_manifest(package, staging, measurements={"comparison": _summary(comparison)})
+        summary = _summary(comparison)
+        write_manifest(package, staging, measurements={"comparison": summary}, hashes=hashes)
     return package, comparison
 
 

@@ -81,8 +81,9 @@ def optimize_model(
     if not after.source:
         after.source = {"kind": "onnx", "text": str(model)}
     with staged_directory(destination, force=force) as staging:
-        save_package(after, staging)
-        write_manifest(after, staging)
+        hashes: dict[Path, str] = {}
+        save_package(after, staging, hashes=hashes)
+        write_manifest(after, staging, hashes=hashes)
     return before, after
 
 

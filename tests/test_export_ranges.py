@@ -133,12 +133,13 @@ def doge(window: int) -> LoadedModel:
 
 
 def test_a_mask_of_the_models_own_is_causal_too() -> None:
-    """transformers makes no mask for sdpa, which is causal without one; with the model's own it is not."""
+    """transformers 4 makes no mask for sdpa, which is causal without one; with the model's own it is not."""
     model = doge(256)
     ids = torch.arange(1, 13)[None]
     with torch.no_grad():
         seen = [model.module(ids[:, :length]).logits[:, :5] for length in (8, 12)]
-    assert not torch.allclose(*seen, atol=1e-3), "transformers looks into the future no more"
+    blind = int(transformers.__version__.partition(".")[0]) >= 5
+    assert torch.allclose(*seen, atol=1e-3) is blind, "transformers looks into the future no more, or again"
     program = torch_program(model)
     assert model.module.config._attn_implementation == "eager"
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -663,3 +664,29 @@ def test_a_real_gguf_file() -> None:
     with torch.no_grad():
         top = int(loaded.module(ids).logits[0, -1].argmax())
     assert json.loads(loaded.files["tokenizer.json"])["model"]["vocab"]["\u0120Paris"] == top
+
+
+def test_the_models_of_transformers_are_read_once() -> None:
+    """In processes of their own, because here they were read long ago; in one as transformers does it."""
+    code = """
+import sys
+import transformers
+from transformers.utils import import_utils
+from onnxsmith.exporters import transformers_import
+
+read = []
+fetch = import_utils.fetch__all__
+import_utils.fetch__all__ = lambda text: read.append(1) or fetch(text)
+if sys.argv[1] == "ours":
+    transformers_import.import_transformers(purpose="a test")
+found = sys.modules["transformers"].models._class_to_module
+print(len(read), found["LlamaForCausalLM"], len(found))
+"""
+    ours, theirs = (
+        subprocess.run(
+            [sys.executable, "-c", code, who], capture_output=True, text=True, check=True, timeout=300
+        ).stdout.split()
+        for who in ("ours", "theirs")
+    )
+    assert ours[1:] == theirs[1:]
+    assert int(ours[0]) < 20 < int(theirs[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -223,6 +224,28 @@ def test_few_lazy_weights_are_in_memory_at_a_time(
     for i, v in enumerate(load_model(tmp_path / "m.onnx").graph.initializers.values()):
         assert v.const_value is not None
         assert v.const_value.numpy()[7] == i
+
+
+def test_the_hash_of_the_data_file_is_known_once_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Above that size a tensor is hashed before the next is computed; some are above it, some below.
+    monkeypatch.setattr("onnxsmith._onnx_write._AHEAD_BYTES", 5000)
+
+    def lazy(count: int) -> ir.LazyTensor:
+        return ir.LazyTensor(lambda: float_tensor(count, start=count), ir.DataType.FLOAT, ir.Shape([count]))
+
+    model = model_of(**{f"w{i}": lazy(900 + 137 * i) for i in range(9)}, plain=float_tensor(5000))
+    hashes: dict[Path, str] = {}
+    save_model(model, tmp_path / "m.onnx", inline_limit_bytes=0, hashes=hashes)
+    data = tmp_path / "m.onnx.data"
+    assert hashes == {data: hashlib.sha256(data.read_bytes()).hexdigest()}
+
+    # What is only copied from another file is not read; and what has no data file has no hash.
+    for source, limit in ((load_model(tmp_path / "m.onnx"), 0), (model, 2**30)):
+        hashes = {}
+        save_model(source, tmp_path / "other.onnx", inline_limit_bytes=limit, hashes=hashes)
+        assert hashes == {}
 
 
 @pytest.mark.parametrize("inline_limit_bytes", [0, 2**30])

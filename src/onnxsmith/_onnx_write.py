@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import sys
@@ -41,12 +42,18 @@ _AHEAD_BYTES = 32 * 1024 * 1024
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 
-def write_data(slots: Sequence[Slot], external: bool, staged_data: Path, data_path: Path) -> list[Substitute]:
-    """Writes the data file, and gives what has to stand in the slots for the graph file to be right."""
+def write_data(
+    slots: Sequence[Slot], external: bool, staged_data: Path, data_path: Path, *, hashed: bool
+) -> tuple[list[Substitute], str | None]:
+    """Writes the data file, and gives what has to stand in the slots for the graph file to be right.
+
+    Returns:
+        The substitutes; and the SHA-256 of the data file where it is wanted and all of it was in memory.
+    """
     import onnx_ir
 
     outside = [slot.tensor for slot in slots if external and _goes_outside(slot.tensor)]
-    placed = _write_tensors(outside, staged_data) if outside else {}
+    placed, digest = _write_tensors(outside, staged_data, hashed=hashed) if outside else ({}, None)
     directory = os.path.realpath(data_path.parent)
     substitutes: list[Substitute] = []
     for slot in slots:
@@ -68,7 +75,7 @@ def write_data(slots: Sequence[Slot], external: bool, staged_data: Path, data_pa
         else:
             continue
         substitutes.append(Substitute(slot, new))
-    return substitutes
+    return substitutes, digest
 
 
 def _goes_outside(tensor: Any) -> bool:
@@ -77,43 +84,62 @@ def _goes_outside(tensor: Any) -> bool:
     return bool(tensor.dtype != onnx_ir.DataType.STRING and tensor.nbytes > _ALWAYS_INLINE_BYTES)
 
 
-def _write_tensors(tensors: Sequence[Any], path: Path) -> dict[tuple[Any, ...], int]:
-    """Writes each tensor once, at the next aligned place; gives the offsets.
+def _write_tensors(
+    tensors: Sequence[Any], path: Path, *, hashed: bool
+) -> tuple[dict[tuple[Any, ...], int], str | None]:
+    """Writes each tensor once, at the next aligned place; gives the offsets, and perhaps the file's SHA-256.
 
     While one is written, a thread computes the next, one after the other: computing (reading, transposing,
-    rounding) and writing take about as long.
+    rounding) and writing take about as long, and so does hashing, in another thread.
     """
     import onnx_ir
 
     once = list({identity(tensor): tensor for tensor in tensors}.values())
+    # What is mapped from a file is copied from there, and not seen here.
+    hashed = hashed and not any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in once)
+    state = hashlib.sha256()
     offsets: dict[tuple[Any, ...], int] = {}
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as thread:
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as computing, ThreadPoolExecutor(1) as hashing:
 
         def begin(index: int) -> Future[bytes | memoryview] | None:
-            # What is mapped from a file is copied from there.
             if isinstance(once[index], onnx_ir.ExternalTensor):
                 return None
-            return thread.submit(_bytes_of, once[index])
+            return computing.submit(_bytes_of, once[index])
 
         ahead: Future[bytes | memoryview] | None = None
+        behind: Future[None] | None = None
         for index, tensor in enumerate(once):
-            offset = -(-file.tell() // _DATA_ALIGNMENT_BYTES) * _DATA_ALIGNMENT_BYTES
+            end = file.tell()
+            offset = -(-end // _DATA_ALIGNMENT_BYTES) * _DATA_ALIGNMENT_BYTES
             file.seek(offset)
             computed, ahead = ahead or begin(index), None
             if computed is None:
                 _copy_external(tensor, file)
             else:
                 content = computed.result()
+                if behind is not None:
+                    behind.result()
+                if hashed:
+                    behind = hashing.submit(_hash, state, offset - end, content)
                 # Two large tensors at a time would take the memory of a larger model.
                 following = once[index + 1 : index + 2]
-                if following and max(len(content), following[0].nbytes) <= _AHEAD_BYTES:
+                small = bool(following) and max(len(content), following[0].nbytes) <= _AHEAD_BYTES
+                if small:
                     ahead = begin(index + 1)
                 # Not tofile(), because numpy reports a full disk by an OSError without a number.
                 file.write(content)
+                if behind is not None and not small:
+                    behind.result()
+                    behind = None
                 computed = content = None  # type: ignore[assignment]  # lets the memory go
             _require_length(tensor, file.tell() - offset)
             offsets[identity(tensor)] = offset
-    return offsets
+    return offsets, state.hexdigest() if hashed else None
+
+
+def _hash(state: Any, padding: int, content: bytes | memoryview) -> None:
+    state.update(bytes(padding))
+    state.update(content)
 
 
 def _copy_external(tensor: ir.ExternalTensor, file: Any) -> None:

@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -84,6 +84,7 @@ def save_model(
     *,
     external_data_name: str | None = None,
     inline_limit_bytes: int = 64 * 1024 * 1024,
+    hashes: MutableMapping[Path, str] | None = None,
 ) -> int:
     """Writes a model, with its weights in one data file beside it where they are large.
 
@@ -108,6 +109,8 @@ def save_model(
         path: The ``.onnx`` file, in a directory that exists.
         external_data_name: File name of the data file; ``<name of path>.data`` by default.
         inline_limit_bytes: Total bytes of weights up to which there is no data file.
+        hashes: Takes the SHA-256 of the data file, where one is written and none of it was only copied from
+            another file: while it is written the hash costs less.
 
     Returns:
         The number of bytes written, both files together.
@@ -136,7 +139,11 @@ def save_model(
             new.mkdir()
             old.mkdir()
             staged_model, staged_data = new / path.name, new / data_name
-            substitutes = write_data(places, external, staged_data, data_path)
+            substitutes, digest = write_data(
+                places, external, staged_data, data_path, hashed=hashes is not None
+            )
+            if digest is not None and hashes is not None:
+                hashes[data_path] = digest
             content = serialize(model, substitutes, path)
             needed = len(content) + (needed if external else 0)
             staged_model.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import MutableMapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,10 +53,17 @@ _NOT_PACKAGE_FILES = frozenset(
 )
 
 
-def save_package(package: ModelPackage, directory: Path) -> None:
+def save_package(
+    package: ModelPackage, directory: Path, *, hashes: MutableMapping[Path, str] | None = None
+) -> None:
     """Writes the graphs and files of a package to a directory that exists.
 
     Afterwards the package's components know where they are, and its weights are mapped from there.
+
+    Args:
+        package: What to write.
+        directory: Where to.
+        hashes: Takes the SHA-256 of the files with weights; see ``save_model``.
 
     Raises:
         DestinationError: A file cannot be written.
@@ -63,7 +71,7 @@ def save_package(package: ModelPackage, directory: Path) -> None:
     """
     for name, component in package.components.items():
         path = directory / f"{name}.onnx"
-        save_model(component.model, path)
+        save_model(component.model, path, hashes=hashes)
         component.model, component.path = load_model(path), path
     for name, content in package.files.items():
         (directory / name).write_bytes(content)
