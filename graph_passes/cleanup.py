@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -15,6 +13,7 @@ from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
 from onnxsmith.graph_passes.folding import constants_as_tensors, fold_constants, local_rules
+from onnxsmith.graph_passes.names import doubled_names, left_out_stay_so
 from onnxsmith.graph_passes.rule_dispatch import rules_by_operator
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
@@ -26,7 +25,7 @@ from onnxsmith.graph_passes.structure import (
     without_passed_through,
 )
 
-__all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts", "with_unique_names"]
+__all__ = ["Cleanup", "StripMetadata", "folds_anything", "operator_counts"]
 
 # Folding uncovers rewrites and rewrites uncover folding. Two rounds have been seen to be enough.
 _ROUNDS = 8
@@ -94,12 +93,12 @@ class Cleanup(GraphPass):
         before, initializers = operator_counts(model), len(model.graph.initializers)
         interface = signature(model)
         rules = local_rules(model.opset_imports.get("", 0))
-        renamed = _doubled_names(model)
+        renamed = doubled_names(model)
         rounds = 0
         with without_passed_through(model.graph):
             state = Fingerprint(model)
             for _ in range(_ROUNDS):
-                with _left_out_stay_so(model):
+                with left_out_stay_so(model):
                     self._round(model, rules)
                 last, state = state, Fingerprint(model)
                 if state == last:
@@ -170,43 +169,6 @@ class Cleanup(GraphPass):
         if any(size is not None and size > self.max_output_elements for size in sizes):
             return False
         return False if None in sizes and node.op_type in _GROWING else None
-
-
-def with_unique_names(model: ir.Model) -> int:
-    """Gives nodes that share a name names of their own, and says how many there were."""
-    doubled = _doubled_names(model)
-    if doubled:
-        with _left_out_stay_so(model):
-            common.NameFixPass()(model)
-    return doubled
-
-
-@contextlib.contextmanager
-def _left_out_stay_so(model: ir.Model) -> Iterator[None]:
-    """While open, passes may give names to what has none; outputs that are left out lose them again.
-
-    ONNX Runtime computes each optional output that has a name.
-    """
-    left_out = [
-        value
-        for graph in (*model.graphs(), *model.functions.values())
-        for node in graph
-        for value in node.outputs
-        if value.name == "" and not value.uses() and not value.is_graph_output()
-    ]
-    yield
-    for value in left_out:
-        if not value.uses() and not value.is_graph_output():
-            value.name = ""
-
-
-def _doubled_names(model: ir.Model) -> int:
-    """How many nodes need a new name: ONNX Runtime refuses two of one name in one graph."""
-    doubled = 0
-    for graph in model.graphs():
-        names = [node.name for node in graph if node.name]
-        doubled += len(names) - len(set(names))
-    return doubled
 
 
 def _static_size(value: ir.Value) -> int | None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnx_ir.passes
 
 from onnxsmith.errors import BadInputError, OnnxsmithError, PassError, ResourceError, UnknownNameError
+from onnxsmith.graph_passes.names import doubled_names, with_unique_names
 
 __all__ = ["Changes", "GraphPass", "Outcome", "PreconditionError"]
 
@@ -139,6 +140,9 @@ class GraphPass(ir.passes.InPlacePass):
             with _without_garbage_collection(), _quiet():
                 trial = _copy(model)
                 changes = self.apply(trial)
+                # A pass names nodes without knowing what an earlier one, or an earlier run of it, has named.
+                if changes.count and doubled_names(trial) > doubled_names(model):
+                    with_unique_names(trial)
             if changes.count:
                 _commit(model, trial)
                 committed = True

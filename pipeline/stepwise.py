@@ -43,7 +43,7 @@ class StepVerifier:
         Raises:
             CheckFailedError: The pass broke the model; the message names it.
         """
-        from onnxsmith.graph_passes.cleanup import with_unique_names
+        from onnxsmith.graph_passes.names import with_unique_names
         from onnxsmith.onnx_file import check_model
         from onnxsmith.package_io import save_package
 

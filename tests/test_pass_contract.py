@@ -144,6 +144,40 @@ def test_success_keeps_the_model_object_and_the_tensors() -> None:
     assert one.graph.initializers["w"].const_value is tensor
 
 
+class NodeOfFixedName(GraphPass):
+    """Puts a node of one name before the first, as passes do that add a few nodes."""
+
+    name: ClassVar[str] = "node_of_fixed_name"
+    summary: ClassVar[str] = "add a node"
+
+    def apply(self, model: ir.Model) -> Changes:
+        given = model.graph.inputs[1]
+        node = ir.node("Neg", [given], name="lengths_of_rows")
+        node.outputs[0].type, node.outputs[0].shape = given.type, given.shape
+        given.replace_all_uses_with(node.outputs[0])
+        node.replace_input_with(0, given)
+        model.graph.insert_before(model.graph[0], node)
+        return Changes(1)
+
+
+def test_nodes_that_passes_name_alike_get_names_of_their_own() -> None:
+    """ONNX Runtime does not load two nodes of one name."""
+    changed = model()
+    for _ in range(2):
+        NodeOfFixedName()(changed)
+    names = [node.name for node in changed.graph]
+    assert len(set(names)) == len(names)
+    assert "lengths_of_rows" in names and {"first", "call", "branch", "last"} < set(names)
+
+
+def test_names_that_came_doubled_stay_for_cleanup_to_change() -> None:
+    """Patterns of names, as in skip_nodes, are about the model as it came."""
+    changed = model()
+    changed.graph[1].name = "first"
+    NodeOfFixedName()(changed)
+    assert [node.name for node in changed.graph].count("first") == 2
+
+
 def test_no_change_claimed_means_no_change_kept() -> None:
     one = model()
     main, before = one.graph, serialized(one)
