@@ -14,6 +14,7 @@ from onnxsmith.graph_passes.integer_operators import (
     GraphWriter,
     IntegerWeight,
     LinearNode,
+    biases_to_products,
     find_linear_nodes,
     integer_weight,
 )
@@ -65,8 +66,9 @@ class QuantizeDynamic(GraphPass):
         Raises:
             PreconditionError: There is nothing to quantize.
         """
-        kept = open_attention(model)
+        kept = open_attention(model, apart=True)
         linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        biases_to_products(model, linear)
         skipped |= kept
         refuse_nothing(self.name, linear, skipped)
         writer = GraphWriter(model)

@@ -16,7 +16,14 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.weights import constant_of, find_matmul_weights
 
-__all__ = ["GraphWriter", "IntegerWeight", "LinearNode", "find_linear_nodes", "integer_weight"]
+__all__ = [
+    "GraphWriter",
+    "IntegerWeight",
+    "LinearNode",
+    "biases_to_products",
+    "find_linear_nodes",
+    "integer_weight",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -122,6 +129,59 @@ def _gemm(node: ir.Node) -> Iterator[LinearNode | tuple[ir.Node, str]]:
         turned = bool(flags.get("transB"))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         yield LinearNode(node, right, turned, (first, second) if turned else (second, first), bias)
+
+
+def biases_to_products(model: ir.Model, linear: Sequence[LinearNode]) -> int:
+    """Brings biases that the next operator adds to the products that they belong to.
+
+    An integer MatMul of ONNX Runtime adds a bias at no cost while it scales its sums. In operators after it,
+    a bias is one more operand to read: BiasGelu takes 1.7 times as long as Gelu without one.
+
+    Returns:
+        How many biases were moved.
+    """
+    writer = GraphWriter(model)
+    moved = 0
+    for one in linear:
+        product = one.node.outputs[0]
+        uses = list(product.uses())
+        if one.bias is not None or len(uses) != 1 or product.is_graph_output():
+            continue
+        user = uses[0].node
+        bias = _bias_in(user, product, one.shape[0])
+        if bias is None:
+            continue
+        (added,) = writer.add(user, "Add", [product, bias], f"{one.label}_bias", (product.dtype or _FLOAT,))
+        added.shape = product.shape
+        left = [added if value is product else value for value in user.inputs if value is not bias]
+        plain = "Gelu" if user.op_type == "BiasGelu" else user.op_type
+        attributes = {key: attribute.value for key, attribute in user.attributes.items()}
+        (result,) = writer.add(
+            user, plain, left, f"{user.name or plain}_without_bias", (user.outputs[0].dtype or _FLOAT,),
+            attributes=attributes, domain=user.domain,
+        )  # fmt: skip
+        writer.replace(user, result)
+        moved += 1
+    return moved
+
+
+def _bias_in(node: ir.Node, product: ir.Value, size: int) -> ir.Value | None:
+    """The vector of ``size`` numbers that an operator adds to a product, where it can do without."""
+    if (node.domain, node.op_type) in (("com.microsoft", "BiasGelu"), ("com.microsoft", "FastGelu")):
+        operands = node.inputs[1:2] if node.inputs[0] is product else ()
+    elif (node.domain, node.op_type) == ("", "Sum") and len(node.inputs) > 2:
+        operands = node.inputs
+    else:
+        return None
+    vectors = [
+        value
+        for value in operands
+        if value is not None
+        and value.is_initializer()
+        and (tensor := constant_of(value)) is not None
+        and (tensor.dtype, list(tensor.shape.numpy())) == (_FLOAT, [size])
+    ]
+    return vectors[0] if len(vectors) == 1 and list(node.inputs).count(vectors[0]) == 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

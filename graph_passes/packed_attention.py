@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.integer_operators import GraphWriter
-from onnxsmith.graph_passes.weights import constant_of
+from onnxsmith.graph_passes.weights import PACKED_FROM, constant_of
+from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["open_attention"]
 
@@ -14,19 +18,23 @@ _DOMAIN = "com.microsoft"
 _ATTRIBUTES = ("num_heads", "mask_filter_value", "scale", "unidirectional")
 
 
-def open_attention(model: ir.Model) -> dict[str, str]:
-    """Writes each Attention as MatMul, Split and MultiHeadAttention, which compute the same.
+def open_attention(model: ir.Model, *, apart: bool = False) -> dict[str, str]:
+    """Writes each Attention as MatMul and MultiHeadAttention, which compute the same.
 
     ONNX Runtime's Attention multiplies with a packed weight of its own, in float. As a MatMul that weight can
     be quantized.
+
+    Args:
+        model: Changed in place.
+        apart: A MatMul and an Add for each of query, key and value, whose bias an integer MatMul takes in;
+            else one MatMul with a Split, and the bias stays with the attention. On eight rows of 128 tokens
+            of MiniLM with integer weights, the Split took 3 % of the whole.
 
     Returns:
         For each Attention that stays, why.
     """
     kept: dict[str, str] = {}
     writer = GraphWriter(model)
-    # Before opset 18, three outputs of equal size were what Split did by itself.
-    split = {"axis": -1} | ({"num_outputs": 3} if model.opset_imports.get("", 0) >= 18 else {})
     for node in list(model.graph):
         if (node.domain, node.op_type) != (_DOMAIN, "Attention"):
             continue
@@ -35,21 +43,80 @@ def open_attention(model: ir.Model) -> dict[str, str]:
             kept[node.name or f"Attention of {node.outputs[0].name!r}"] = reason
             continue
         inputs = [*node.inputs, *[None] * 6]
-        x, weight, bias, mask, _, attention_bias = inputs[:6]
-        dtype = node.outputs[0].dtype or ir.DataType.FLOAT
-        name = node.name or node.outputs[0].name or "attention"
-        (packed,) = writer.add(node, "MatMul", [x, weight], f"{name}_projection", (dtype,))
-        rank = x.shape if x is not None else None
-        if rank is not None and weight is not None and weight.shape is not None:
-            packed.shape = ir.Shape([*list(rank)[:-1], weight.shape[1]])
-        parts = writer.add(node, "Split", [packed], f"{name}_split", (dtype,) * 3, attributes=split)
+        _, _, bias, mask, _, attention_bias = inputs[:6]
+        parts = (_apart if apart else _in_one)(writer, node)
+        if apart and constant_of(bias) is not None:
+            bias = None
         attributes = {key: node.attributes[key].value for key in _ATTRIBUTES if key in node.attributes}
         (result,) = writer.add(
-            node, "MultiHeadAttention", [*parts, bias, mask, attention_bias], f"{name}_heads", (dtype,),
-            attributes=attributes, domain=_DOMAIN,
+            node, "MultiHeadAttention", [*parts, bias, mask, attention_bias], f"{_name(node)}_heads",
+            (_type(node),), attributes=attributes, domain=_DOMAIN,
         )  # fmt: skip
         writer.replace(node, result)
     return kept
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.outputs[0].name or "attention"
+
+
+def _type(node: ir.Node) -> ir.DataType:
+    return node.outputs[0].dtype or ir.DataType.FLOAT
+
+
+def _shape(x: ir.Value | None, columns: int) -> ir.Shape | None:
+    return None if x is None or x.shape is None else ir.Shape([*list(x.shape)[:-1], columns])
+
+
+def _in_one(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:
+    """Query, key and value, without the bias, as a MatMul and a Split."""
+    x, weight = node.inputs[:2]
+    tensor = constant_of(weight)
+    assert tensor is not None
+    (packed,) = writer.add(node, "MatMul", [x, weight], f"{_name(node)}_projection", (_type(node),))
+    packed.shape = _shape(x, int(tensor.shape.numpy()[1]))
+    # Before opset 18, three outputs of equal size were what Split did by itself.
+    split = {"axis": -1} | ({"num_outputs": 3} if writer.graph.opset_imports.get("", 0) >= 18 else {})
+    return writer.add(node, "Split", [packed], f"{_name(node)}_split", (_type(node),) * 3, attributes=split)
+
+
+def _apart(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:
+    """Query, key and value, each as a MatMul with its part of the weight, and an Add of that of the bias."""
+    x, weight, bias = (*node.inputs, None)[:3]
+    tensor = constant_of(weight)
+    assert weight is not None and tensor is not None
+    given, columns = constant_of(bias), int(tensor.shape.numpy()[1]) // 3
+    origins = json.loads(weight.metadata_props.get(PACKED_FROM, "[]"))
+    names = origins if len(origins) == 3 else [f"{weight.name}_{part}" for part in ("query", "key", "value")]
+    results = []
+    for number, (part, name) in enumerate(zip(("query", "key", "value"), names, strict=True)):
+        piece = _columns_of(writer, tensor, slice(number * columns, (number + 1) * columns), name)
+        base = f"{_name(node)}_{part}"
+        (result,) = writer.add(node, "MatMul", [x, piece], base, (_type(node),))
+        result.shape = _shape(x, columns)
+        if given is not None:
+            numbers = given.numpy()[number * columns : (number + 1) * columns]
+            added = writer.constant(numbers, f"{name.removesuffix('.weight')}.bias")
+            (result,) = writer.add(node, "Add", [result, added], f"{base}_bias", (_type(node),))
+            result.shape = _shape(x, columns)
+        results.append(result)
+    return results
+
+
+def _columns_of(writer: GraphWriter, tensor: ir.TensorProtocol, columns: slice, wanted: str) -> ir.Value:
+    """A new initializer with some columns of a weight, read when they are asked for."""
+    name = writer.name(wanted)
+    shape = ir.Shape([int(tensor.shape.numpy()[0]), columns.stop - columns.start])
+
+    def compute() -> ir.TensorProtocol:
+        part = np.ascontiguousarray(tensor.numpy()[:, columns])
+        drop_pages(tensor)
+        return ir.Tensor(part, dtype=tensor.dtype, name=name)
+
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
+    value.const_value = ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
+    writer.graph.register_initializer(value)
+    return value
 
 
 def _reason(node: ir.Node) -> str:

@@ -25,6 +25,7 @@ from onnxsmith.graph_passes.convolutions import (
 from onnxsmith.graph_passes.dynamic import quantize_embeddings, refuse_nothing, weight_error
 from onnxsmith.graph_passes.integer_operators import (
     LinearNode,
+    biases_to_products,
     find_linear_nodes,
     integer_weight,
 )
@@ -137,8 +138,9 @@ class QuantizeStatic(GraphPass):
             PreconditionError: There is nothing to quantize, or neither data nor a table.
             BadInputError: The table cannot be read, or has no range for an activation.
         """
-        kept = open_attention(model)
+        kept = open_attention(model, apart=True)
         linear, skipped = find_linear_nodes(model, self.skip_nodes)
+        biases_to_products(model, linear)
         convolutions = self._convolutions(model, skipped)
         skipped |= kept
         if not any(one.is_conv for one in convolutions):

@@ -343,7 +343,12 @@ def test_the_projection_inside_attention_is_quantized(one: GraphPass) -> None:
     model = attention()
     expected = run(model, feeds)
     one(model)
-    assert "Attention" not in {node.op_type for node in model.graph}
+    kinds = [node.op_type for node in model.graph]
+    assert "Attention" not in kinds
+    # Integer products have the biases, so that nothing is split and no operand has to be read.
+    heads = [node for node in model.graph if node.op_type == "MultiHeadAttention"]
+    inside = [len(node.inputs) > 3 and node.inputs[3] is not None for node in heads]
+    assert inside == [kinds.count("Split") > 0] * 2 == [not isinstance(one, QuantizeDynamic)] * 2
     assert not any(
         v.dtype == ir.DataType.FLOAT and v.const_value.nbytes > 32 * 96 for v in initializers(model)
     )
@@ -355,6 +360,67 @@ def test_the_projection_inside_attention_is_quantized(one: GraphPass) -> None:
         scale = np.abs(expected[name]).max()
         assert np.abs(got[name] - expected[name])[shown].max() < bound * scale
     assert np.abs(run(attention(5), feeds)["y"] - got["y"]).max() > 0.5 * np.abs(expected["y"]).max()
+
+
+BIASES = """<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+g (float[b, s, 32] x) => (float[b, s, 32] y) {
+  [first] a = MatMul(x, w1)
+  h = com.microsoft.BiasGelu(a, b1)
+  [second] c = MatMul(h, w2)
+  d = Sum(b2, c, x)
+  [third] e = MatMul(d, w3)
+  f = com.microsoft.FastGelu(e, b1)
+  [last] y = MatMul(f, w2)
+}"""
+
+
+def with_biases(**others: Array) -> ir.Model:
+    random = np.random.default_rng(0)
+    shapes = {"w1": (32, 48), "b1": (48,), "w2": (48, 32), "b2": (32,), "w3": (32, 48)}
+    made = {name: (random.standard_normal(shape) * 0.5).astype(np.float32) for name, shape in shapes.items()}
+    return graph(BIASES, **(made | others))
+
+
+@pytest.mark.parametrize("form", ["dynamic", "integer", "qdq"])
+def test_biases_of_later_operators_are_added_by_the_products(form: Any) -> None:
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, 9, 32)).astype(np.float32)}
+    model, other = with_biases(), with_biases(b1=np.ones(48, np.float32))
+    expected = run(model, feeds)["y"]
+
+    def batches(given: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        copy = given.clone()
+        values = {v.name: v for node in copy.graph for v in node.outputs}
+        copy.graph.outputs[:] = [values[n] for n in names if n != "x"]
+        for value in copy.graph.outputs:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        yield run(copy, feeds) | feeds
+
+    in_context(model, PassContext(activations=batches))
+    (QuantizeDynamic() if form == "dynamic" else QuantizeStatic(form=form))(model)
+    kinds = [node.op_type for node in model.graph]
+    assert "BiasGelu" not in kinds and {"Gelu", "FastGelu", "Sum"} < set(kinds)
+    assert all(len(node.inputs) == 1 for node in model.graph if node.op_type == "FastGelu")
+    assert all(len(node.inputs) == 2 for node in model.graph if node.op_type == "Sum")
+    got = run(model, feeds)["y"]
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+    # Control: the biases matter that much.
+    assert np.abs(run(other, feeds)["y"] - expected).max() > 0.2 * np.abs(expected).max()
+
+
+def test_a_bias_stays_where_its_product_is_needed_without_it() -> None:
+    model = with_biases()
+    product = model.graph.node("first").outputs[0]
+    product.shape = ir.Shape(["b", "s", 48])
+    model.graph.outputs.append(product)
+    QuantizeDynamic()(model)
+    assert "BiasGelu" in {node.op_type for node in model.graph}
+
+
+def test_products_that_stay_in_float_keep_their_biases_where_they_are() -> None:
+    model = with_biases()
+    QuantizeDynamic(skip_nodes=("first", "third"))(model)
+    kinds = [node.op_type for node in model.graph]
+    assert "BiasGelu" in kinds and [len(n.inputs) for n in model.graph if n.op_type == "FastGelu"] == [2]
 
 
 def initializers(model: ir.Model) -> list[Any]:
