@@ -89,6 +89,8 @@ DECODERS = (
               note="prompts on 8 bit integers, kept beside the blocks"),
     Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
               note="from float weights, as genai's builder"),
+    Candidate("onnxsmith int4 symmetric", "onnxsmith", "symmetric", "checkpoint",
+              note="one scale to a block and nothing else, as genai's builder"),
     Candidate("genai fp32", "genai", "fp32", "checkpoint"),
     Candidate("genai int4", "genai", "int4", "checkpoint", note="the builder's default"),
     Candidate("llama.cpp Q4_1", "llamacpp", "q4_1", "gguf", False, note="compiled here for this processor"),

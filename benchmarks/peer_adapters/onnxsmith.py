@@ -17,6 +17,7 @@ _VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "hqq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "hqq"}),
     "awq": ("cpu-int4", "quantize_weights", {**_MINIMUMS, "method": "awq"}),
     "zero-points": ("cpu-int4", "quantize_weights", {"bits": 4}),
+    "symmetric": ("cpu-int4-newest", "quantize_weights", {"bits": 4, "symmetric": True, "half_scales": True}),
     "mixed-115mb": ("cpu-int4", "quantize_mixed", {"size_mb": 113.0}),
 }
 _NEEDS_DATA = frozenset({"cpu-int4-calibrated", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"})
