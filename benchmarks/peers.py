@@ -127,6 +127,8 @@ QUANTIZERS = (
     Candidate("onnxsmith cpu-gguf, floats", "onnxsmith", "gguf-floats", "gguf",
               note="the same, accuracy_level 1"),
     Candidate("onnxsmith cpu-int8", "onnxsmith", "cpu-int8", "checkpoint"),
+    Candidate("onnxsmith cpu-int8-calibrated", "onnxsmith", "cpu-int8-calibrated", "checkpoint",
+              note="balanced on 8 pieces of 512 tokens"),
     Candidate("onnxsmith cpu-int4", "onnxsmith", "cpu-int4", "checkpoint", note=_FROM_FLOATS),
     Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
               note=f"{_FROM_FLOATS}, ONNX Runtime 1.32"),

@@ -20,7 +20,9 @@ _VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "symmetric": ("cpu-int4-newest", "quantize_weights", {"bits": 4, "symmetric": True, "half_scales": True}),
     "mixed-115mb": ("cpu-int4", "quantize_mixed", {"size_mb": 113.0}),
 }
-_NEEDS_DATA = frozenset({"cpu-int4-calibrated", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"})
+_NEEDS_DATA = frozenset(
+    {"cpu-int8-calibrated", "cpu-int4-calibrated", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"}
+)
 _TOPICS = "pydoc_data.topics:topics"
 
 
