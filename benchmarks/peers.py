@@ -476,16 +476,21 @@ def _scores(
 ) -> dict[str, Any]:
     losses, divergences, agreed = [], [], []
     for ids, reference in zip(parts, expected, strict=True):
-        file = reference if is_reference else folder / "candidate.npy"
+        file = folder / "candidate.npy"
         answer = process.ask("logits", ids=ids, file=str(file))
         if "error" in answer:
             return answer
-        found, want = _log_softmax(np.load(file)), _log_softmax(np.load(reference))
-        losses.append(-found[np.arange(len(ids) - 1), ids[1:]])
-        # Some rows at a time: a window's logits in float64 are 200 MB.
-        for begin in range(0, len(ids), 64):
-            some = slice(begin, begin + 64)
-            divergences.append((np.exp(want[some]) * (want[some] - found[some])).sum(-1))
+        found = _log_softmax(np.load(file))
+        if is_reference:
+            np.save(reference, found)
+        want = np.load(reference, mmap_mode="r")
+        losses.append(-found[np.arange(len(ids) - 1), ids[1:]].astype(np.float64))
+        # Some rows at a time: they stay in the processor's cache.
+        for begin in range(0, len(ids), 16):
+            some = slice(begin, begin + 16)
+            parted = np.exp(want[some])
+            parted *= want[some] - found[some]
+            divergences.append(parted.sum(-1, dtype=np.float64))
         agreed.append(found.argmax(-1) == want.argmax(-1))
     return {
         "perplexity": float(np.exp(np.concatenate(losses).mean())),
@@ -494,12 +499,12 @@ def _scores(
     }  # fmt: skip
 
 
-def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    found = np.empty(logits.shape, np.float64)
-    for begin in range(0, len(logits), 64):
-        some = slice(begin, begin + 64)
-        shifted = logits[some].astype(np.float64) - logits[some].max(-1, keepdims=True)
-        found[some] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+def _log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    found = np.empty(logits.shape, np.float32)
+    for begin in range(0, len(logits), 16):
+        some = slice(begin, begin + 16)
+        shifted = np.subtract(logits[some], logits[some].max(-1, keepdims=True), out=found[some])
+        shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return found
 
 
