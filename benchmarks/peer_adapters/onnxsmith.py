@@ -10,7 +10,7 @@ import numpy as np
 
 from peer_adapters.contract import Adapter, Decoder, Encoder, Floats, Tokens, mean_pooled
 
-_MINIMUMS = {"bits": 4, "minimums": True, "half_scales": True}
+_MINIMUMS = {"bits": 4, "minimums": True, "half_scales": True, "embedding_block_size": 16}
 # Name to preset, the pass that quantizes instead of the preset's own, and its parameters.
 _VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "gguf-floats": ("cpu-gguf", "keep_gguf_blocks", {"accuracy_level": 1}),
