@@ -63,31 +63,43 @@ def add_warnings(
         twin = source_among(entry, variants)
         bench = twin.bench if twin is not None and twin.bench else source
         name = twin.name if twin is not None and twin.bench else "its float source"
-        entry.warnings = [*_slower(entry, bench, name), *_far_off(entry), *entry.suspicions]
+        slower, entry.notes = _slower(entry, bench, name)
+        entry.warnings = [*slower, *_far_off(entry), *entry.suspicions]
         entry.warnings_fail = strict
 
 
-def _slower(entry: VariantReport, source: Mapping[str, Any] | None, name: str) -> list[str]:
+def _slower(entry: VariantReport, source: Mapping[str, Any] | None, name: str) -> tuple[list[str], list[str]]:
+    """What of a variant is slower than its source: as a whole, and in part only."""
     bench, other = entry.bench or {}, source or {}
-    found = _slower_graph(bench, other, name)
+    found, in_part = _slower_graph(bench, other, name)
     # A model of several graphs has the numbers of each.
     for graph, own in (bench.get("graphs") or {}).items():
         theirs = (other.get("graphs") or {}).get(graph) or {}
-        found += [f"{graph}: {said}" for said in _slower_graph(own, theirs, name)]
-    return found
+        for said, more in zip((found, in_part), _slower_graph(own, theirs, name), strict=True):
+            said += [f"{graph}: {text}" for text in more]
+    return found, in_part
 
 
-def _slower_graph(bench: Mapping[str, Any], source: Mapping[str, Any], name: str) -> list[str]:
-    found = []
+def _slower_graph(
+    bench: Mapping[str, Any], source: Mapping[str, Any], name: str
+) -> tuple[list[str], list[str]]:
+    """A decoder is as slow as a prompt of the recipe and its new tokens together."""
+    parts = []
     for key, what in _NAMES.items():
         ours, theirs = bench.get(key), source.get(key)
-        if not ours or not theirs:
-            continue
-        if _low(ours) > _high(theirs):
+        if ours and theirs and _low(ours) > _high(theirs):
             factor = ours["p50"] / theirs["p50"]
             times = f"{factor:.2f} times as long as {name} ({theirs['p50']:.3g} ms)"
-            found.append(f"{what} takes {ours['p50']:.3g} ms, {times}")
-    return found
+            parts.append(f"{what} takes {ours['p50']:.3g} ms, {times}")
+    ours, theirs = bench.get("throughput"), source.get("throughput")
+    if not bench.get("first_token_ms") or not ours or not theirs:
+        return parts, []
+    settings = bench.get("settings") or {}
+    whole = f"a prompt of {settings.get('prompt_tokens')} tokens and {settings.get('new_tokens')} new ones"
+    factor = theirs["p50"] / ours["p50"]
+    if _high(ours) < _low(theirs):
+        return [f"{whole} take {factor:.2f} times as long as with {name}", *parts], []
+    return [], [f"{part}; {whole} take {factor:.2f} times as long" for part in parts]
 
 
 def _low(spread: Mapping[str, Any]) -> float:

@@ -51,6 +51,7 @@ class Budget:
 class VariantReport:
     """One variant: what was done to it and what came of it. Sizes in MB are 10**6 bytes.
 
+    ``warnings`` are what a quantized variant has to own up to; ``notes`` too, but never make it fail.
     ``from_cache`` has which of ``made``, ``checked`` and ``timed`` an earlier run had done.
     """
 
@@ -77,6 +78,7 @@ class VariantReport:
     suspicions: list[str] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
     warnings_fail: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
     weights: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     layer_errors: dict[str, Any] | None = None
     from_cache: list[str] = dataclasses.field(default_factory=list)

@@ -232,7 +232,7 @@ def _compared(ratio: float, above: str, below: str) -> tuple[str, str]:
 
 def _reasons(variant: Mapping[str, Any]) -> list[str]:
     """Why a variant failed, and what a quantized one that passed has to own up to."""
-    warnings = [f"warning: {text}" for text in variant.get("warnings") or []]
+    warnings = [f"{kind}: {text}" for kind in ("warning", "note") for text in variant.get(f"{kind}s") or []]
     if variant["passed"]:
         return warnings
     found: list[str] = [variant["error"]] if variant["error"] else []

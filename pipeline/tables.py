@@ -77,6 +77,8 @@ def show_report(report: Report, destination: Path) -> None:
     for variant in report.variants:
         for warning in variant.warnings:
             sys.stdout.write(red(f"WARNING  {variant.name}: {warning}") + "\n")
+        for note in variant.notes:
+            sys.stdout.write(f"note     {variant.name}: {note}\n")
     sys.stdout.write(f"\n{report.verdict}\n")
     if report.passed:
         sys.stdout.write(f"artifact  {destination}\nreport    {destination / 'report.html'}\n")

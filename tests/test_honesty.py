@@ -70,6 +70,36 @@ def test_slower_than_the_float_variant_is_said() -> None:
     assert not fast.warnings and not near.warnings
 
 
+def decoder(step_ms: float, prompt_ms: float, *, new_tokens: int = 32) -> dict[str, Any]:
+    """A benchmark of a prompt of 128 tokens."""
+    whole_s = (prompt_ms + (new_tokens - 1) * step_ms) / 1e3
+    return {
+        "latency_ms": spread(step_ms), "first_token_ms": spread(prompt_ms),
+        "throughput": spread(new_tokens / whole_s),
+        "settings": {"prompt_tokens": 128, "new_tokens": new_tokens},
+    }  # fmt: skip
+
+
+def test_a_decoder_is_judged_by_prompt_and_new_tokens_together(tmp_path: Path) -> None:
+    """A prompt that takes a third longer is no fault where a text is there sooner."""
+    source = variant("float", 0.0, bench=decoder(16.0, 300.0))
+    mixed = variant("small", 0.0, passes=("quantize_weights",), bench=decoder(7.0, 400.0), size_mb=1.0)
+    chosen, _ = choose([source, mixed], recipe_of(tmp_path, {"size_mb": 100.0}))
+    assert chosen is mixed and mixed.passed and not mixed.warnings
+    assert mixed.notes == [
+        "a prompt takes 400 ms, 1.33 times as long as float (300 ms); a prompt of 128 tokens and 32 new ones "
+        "take 0.78 times as long"
+    ]
+    # With few new tokens the prompt is most of it.
+    source.bench, mixed.bench = decoder(16.0, 300.0, new_tokens=4), decoder(7.0, 400.0, new_tokens=4)
+    chosen, _ = choose([source, mixed], recipe_of(tmp_path, {"size_mb": 100.0}))
+    assert chosen is source and not mixed.passed and not mixed.notes
+    assert mixed.warnings == [
+        "a prompt of 128 tokens and 4 new ones take 1.21 times as long as with float",
+        "a prompt takes 400 ms, 1.33 times as long as float (300 ms)",
+    ]
+
+
 def test_the_source_is_the_float_variant_with_the_same_other_passes() -> None:
     quantized = variant("small", 30.0, passes=("fuse_attention", "quantize_weights"))
     plain, alike = variant("plain", 40.0), variant("alike", 20.0, passes=("fuse_attention",))
@@ -154,8 +184,12 @@ def test_it_is_red_in_the_report() -> None:
 
     slow = variant("small", 30.0, passes=("quantize_weights",))
     add_warnings([variant("float", 20.0), slow])
+    slow.notes.append("its prompts take longer")
     plain = dataclasses.asdict(slow) | {"passed": slow.passed, "reason": slow.reason}
-    assert _reasons(plain) == ["warning: a step takes 30 ms, 1.50 times as long as float (20 ms)"]
+    assert _reasons(plain) == [
+        "warning: a step takes 30 ms, 1.50 times as long as float (20 ms)",
+        "note: its prompts take longer",
+    ]
 
 
 @pytest.mark.slow
