@@ -24,8 +24,9 @@ _COST_KEYS: Mapping[str, str] = {"time": "time_us", "bytes": "bytes_moved"}
 class Placement:
     """Which provider got which nodes, and what they cost.
 
-    Nodes are those of ONNX Runtime's own assignment, after its graph optimisation. A provider that is
-    missing there, as WebGPU is in 1.27, is counted from the profile of a run.
+    Nodes are those of ONNX Runtime's own assignment: after what it folds and removes for every provider,
+    before it fuses what each has got. A provider that is missing there, as WebGPU is in 1.27, is counted from
+    the profile of a run.
 
     Attributes:
         nodes: Provider name to number of nodes.
