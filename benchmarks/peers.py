@@ -135,7 +135,8 @@ QUANTIZERS = (
     Candidate("onnxsmith int4 HQQ", "onnxsmith", "hqq", "checkpoint", note=_FROM_FLOATS),
     Candidate("onnxsmith cpu-int4-calibrated", "onnxsmith", "cpu-int4-calibrated", "checkpoint",
               note="GPTQ, calibrated on 128 pieces of 512 tokens"),
-    Candidate("onnxsmith int4 AWQ", "onnxsmith", "awq", "checkpoint", note="the same"),
+    Candidate("onnxsmith int4 AWQ", "onnxsmith", "awq", "checkpoint",
+              note="calibrated on 16 pieces of 512 tokens"),
     Candidate("onnxsmith int4 zero points", "onnxsmith", "zero-points", "checkpoint",
               note="integer zero points, as the others' formats"),
     Candidate("onnxsmith cpu-int4-1pct", "onnxsmith", "cpu-int4-1pct", "checkpoint",
@@ -714,7 +715,8 @@ def main() -> None:
                 decoder_quality(bench, kind, part, ids, arguments.windows)
     settings = {
         "environment": describe_environment(), "threads": arguments.threads, "rounds": arguments.rounds,
-        "prompt_tokens": PROMPT, "new_tokens": NEW, "window": WINDOW, "shapes": SHAPES,
+        "prompt_tokens": PROMPT, "new_tokens": NEW, "window": WINDOW, "windows": arguments.windows,
+        "shapes": SHAPES,
         "load_average": os.getloadavg()[0], "seconds": time.monotonic() - began,
     }  # fmt: skip
     beside = [kind for kind in arguments.kinds if kind != "quantizers"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,16 @@ from onnxsmith.graph_passes.weights import (
     turned,
 )
 
-__all__ = ["BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
+__all__ = ["ARITHMETIC", "BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
+
+ARITHMETIC: Mapping[int, str] = {
+    0: "float, as the activations",
+    1: "float32",
+    2: "float16",
+    3: "bfloat16",
+    4: "int8, activations rounded to 8 bits in blocks",
+}
+"""What MatMulNBits may compute in, by its accuracy_level; for manifests."""
 
 _DOMAIN = "com.microsoft"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -43,6 +43,14 @@ class NearMisses:
     def __init__(self) -> None:
         self.fusion: str | None = None
         self._best: dict[ir.Node, _Miss] = {}
+        # By identity; the pattern is kept so that no other takes its place.
+        self._least: dict[int, tuple[Any, int]] = {}
+
+    def _least_of(self, pattern: Any) -> int:
+        known = self._least.get(id(pattern))
+        if known is None:
+            known = self._least[id(pattern)] = (pattern, max(_least_nodes(pattern), 1))
+        return known[1]
 
     def log(self, rule: Any, graph: object, node: ir.Node, match: Any, status: Any) -> None:
         """Called by onnxscript for each rule and node, with what came of it."""
@@ -54,7 +62,7 @@ class NearMisses:
             deepest = getattr(match, _DEEPEST, None)
             if deepest is not None and deepest[0] > matched:
                 matched, reason, places = deepest
-            of = max(_least_nodes(rule._target_pattern), 1)
+            of = self._least_of(rule._target_pattern)
         else:
             # Each node of the pattern is there, and a condition on their operands is not met.
             matched = of = max(len(match.nodes), 1)

@@ -16,6 +16,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.graph_passes.balance import balance_columns
 from onnxsmith.graph_passes.block_operators import (
+    ARITHMETIC,
     BlockFormat,
     BlockWriter,
     SharedWeight,
@@ -195,6 +196,7 @@ class QuantizeWeights(GraphPass):
             "matmuls": sum(isinstance(u, MatMulWeight) for u in users),
             "embeddings": sum(isinstance(u, ir.Node) for u in users),
             "tied": sum(len(choice.weight.users) > 1 for choice in choices),
+            "arithmetic": ARITHMETIC[self.accuracy_level],
             "layers": {choice.weight.name: choice.entry for choice in choices},
         }
         if made or self.balance:

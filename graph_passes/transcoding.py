@@ -13,7 +13,13 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.gguf_file import GgufFile
-from onnxsmith.graph_passes.block_operators import BlockFormat, BlockWriter, SharedWeight, find_weights
+from onnxsmith.graph_passes.block_operators import (
+    ARITHMETIC,
+    BlockFormat,
+    BlockWriter,
+    SharedWeight,
+    find_weights,
+)
 from onnxsmith.graph_passes.block_search import SEARCH_STEPS
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, pack_codes, packed_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import context_of
@@ -123,6 +129,7 @@ class KeepGgufBlocks(GraphPass):
                 "file": rows.file.path.name,
                 "copied": kept,
                 "rounded": [name for name, entry in layers.items() if not entry["exact"]],
+                "arithmetic": ARITHMETIC[self.accuracy_level],
                 "layers": layers,
             },
             skipped,

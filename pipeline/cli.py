@@ -41,8 +41,8 @@ from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 __all__ = ["app", "main", "run_command"]
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
-# An export makes a million of them once, in imports and a trace, and is over soon after.
-_OBJECTS_OF_AN_EXPORT = 2_000_000
+# An export or a list of passes makes a million of them once, in imports and graphs, and is over soon after.
+_OBJECTS_OF_A_MODEL = 2_000_000
 
 app = typer.Typer(
     name="onnxsmith",
@@ -237,7 +237,7 @@ def export(
     from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export
 
-    gc.set_threshold(_OBJECTS_OF_AN_EXPORT, 10, 10)
+    gc.set_threshold(_OBJECTS_OF_A_MODEL, 10, 10)
     known("--exporter", exporter, ("auto", "torch", "optimum"), kind="exporter")
     known("--dtype", dtype, ("float32", "float16", "bfloat16"), kind="type")
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
@@ -294,6 +294,7 @@ def optimize(
     from onnxsmith.pipeline.operations import inspect_model, optimize_model
     from onnxsmith.pipeline.tables import show_optimize
 
+    gc.set_threshold(_OBJECTS_OF_A_MODEL, 10, 10)
     specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
     calibration = None
     if calibration_data is not None:

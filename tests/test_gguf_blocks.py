@@ -120,6 +120,7 @@ def test_a_graph_computes_with_the_weights_of_the_file(kind: str, tmp_path: Path
     details = outcome.changes.details
     assert (details["copied"], details["rounded"]) == (2, ["wf"])
     assert details["layers"]["wq"]["tensors"] == ["q"]
+    assert details["arithmetic"] == "float32"
     assert details["layers"]["wf"]["why"] == "no rows of m.gguf are equal to its rows"
     got = run(model, feeds)
     for name in ("e", "head", "q"):
@@ -211,7 +212,8 @@ def test_weights_that_were_loaded_in_float16(tmp_path: Path) -> None:
     )
     x = np.random.default_rng(3).standard_normal((1, 2, 256)).astype(np.float16)
     path = write(tmp_path / "m.gguf", q=("Q4_1", raw))
-    assert KeepGgufBlocks(gguf=str(path), accuracy_level=0)(model).changes.details["copied"] == 1
+    details = KeepGgufBlocks(gguf=str(path), accuracy_level=0)(model).changes.details
+    assert details["copied"] == 1 and details["arithmetic"].startswith("float")
     got = run(model, {"x": x})["y"]
     expected = x.astype(np.float32) @ values("Q4_1", raw).T
     np.testing.assert_allclose(got, expected, rtol=0, atol=0.01 * np.abs(expected).max())

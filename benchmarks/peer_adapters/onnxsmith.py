@@ -93,7 +93,9 @@ class OnnxsmithAdapter(Adapter):
             for one, given in PRESETS[preset]
         ]
         # A decoder's samples are pieces of the text, an encoder's are its lines.
-        data = CalibrationData(_TOPICS, samples=128, tokens=512) if variant in _NEEDS_DATA else None
+        # AWQ looks for one exponent of each activation, for which few samples are enough.
+        samples = 16 if variant == "awq" else 128
+        data = CalibrationData(_TOPICS, samples=samples, tokens=512) if variant in _NEEDS_DATA else None
         context = context_for(parsed, package, data)
         save_package(run_passes(package, make_passes(specs), context=context), target)
 
