@@ -112,7 +112,7 @@ def show_batch(result: BatchResult) -> None:
     counts = ", ".join(f"{statuses.count(one)} {one}" for one in ("done", "kept", "failed"))
     if result.interrupted:
         counts += f", {statuses.count('interrupted')} interrupted"
-    sys.stdout.write(f"\n{len(result.jobs)} jobs: {counts}\n")
+    sys.stdout.write(f"\n{len(result.jobs)} job{'' if len(result.jobs) == 1 else 's'}: {counts}\n")
 
 
 def show_cache(found: Mapping[str, Any]) -> None:

@@ -12,12 +12,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from onnxsmith.errors import _INSTALL as INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("exporters", "graph_passes", "pipeline", "runtime", "training")
@@ -219,3 +222,13 @@ def test_installation_adds_no_generic_name(installed: Path, folder: str) -> None
     done = python(installed, f"import {folder}")
     assert done.returncode != 0
     assert f"ModuleNotFoundError: No module named '{folder}'" in done.stderr
+
+
+def test_what_errors_say_to_install_brings_the_module() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    called = {"sklearn": "scikit-learn", "optimum": "optimum-onnx", "mlflow": "mlflow-skinny"}
+    for module, command in INSTALL.items():
+        extra = re.search(r"onnxsmith\[(\w+)\]", command)
+        if extra is not None:
+            names = {re.match(r"[\w-]+", entry)[0] for entry in extras[extra[1]]}  # type: ignore[index]
+            assert called.get(module, module.replace("_", "-")) in names, module

@@ -443,7 +443,7 @@ def test_without_optuna_the_message_says_what_to_install(
     tiny_llama_dir: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(OnnxsmithError, match=r"optuna.*Run `pip install optuna`"):
+    with pytest.raises(OnnxsmithError, match=r"optuna.*Run `pip install 'onnxsmith\[tune\]'`"):
         tuned(plain_recipe(tiny_llama_dir), work)
 
 
