@@ -31,21 +31,25 @@ _BASE = 560_000_000
 _OPENED, _OPENED_QUANTIZED, _OPENED_RECURRENT = 1.0, 1.5, 3.4
 # While variants are made: what is read of the export and its copies, without and with a cache.
 _MAKING, _MAKING_CACHED = 1.25, 1.55
-# What is kept of passes that take long, as a part of the export: none, one or two results of its size.
-_BEGUN = 0.8
-# A decoder is compared on so many tokens in all and in the longest case, and for each of its logits there are
-# so many bytes while they are compared, in double precision.
-_COMPARED_ROWS, _LONGEST_CASE, _COMPARING = 217, 160, 91
-# What stays of a decoder's weights, which PyTorch lets go of, while it is checked.
-_DECODER_KEPT = 0.15
+# A decoder is compared on so many tokens in all and in the longest case, whose logits ONNX Runtime holds, and
+# a copy of them.
+_COMPARED_ROWS, _LONGEST_CASE = 217, 160
+# A decoder's weights are read from their files one by one: while variants are made there are so many copies
+# of the largest. Python with everything after that, when PyTorch maps them, and lets go of them again.
+_COPIES, _MADE = 3.5, 660_000_000
+# What ONNX Runtime holds of a decoder of floats, whose file it maps: it packs none of its matrices.
+_OPENED_DECODER = 0.5
 # An encoder with its decoder: what its graphs have of the weights, what stays of it after making variants.
 _TWICE, _KEPT = 1.9, 0.87
-# Predictions of a text: rows of the vocabulary for each token, and some windows of them at work.
-_WINDOWS = 7
+# Predictions of a text: rows of the vocabulary for each token, and some windows of them at work in PyTorch,
+# and in ONNX Runtime, whose arena grows by doubling.
+_WINDOWS_TORCH, _WINDOWS = 5, 13
 # A process that runs a model for the benchmark, before it has one.
 _WORKER = 95_000_000
 # What it holds of float weights, which are mapped: of embeddings little is touched. And of quantized ones.
-_WORKER_FLOAT, _WORKER_DECODER, _WORKER_QUANTIZED = 0.8, 0.5, 1.2
+_WORKER_FLOAT, _WORKER_DECODER, _WORKER_QUANTIZED = 0.8, 0.3, 0.8
+# A prompt's logits: ONNX Runtime's arena, and copies.
+_WORKER_LOGITS = 6
 # Passes that make weights smaller, and their bits where they have no parameter of this name.
 _QUANTIZED: Mapping[str, float] = {
     "quantize_weights": 4,
@@ -130,6 +134,10 @@ def forecast_run(
     twice = _TWICE if size.pair else 1.0
     written = [_variant_bytes(variant.specs(), size, twice, width) for variant in recipe.variants]
     phases = _phases(recipe, size, exported, written, cached=cached, base=base)
+    calibrated = [
+        one for one, variant in zip(written, recipe.variants, strict=True) if _is_quantized(variant.specs())
+    ]
+    begun = sum(calibrated) if recipe.calibration is not None else 0
     text = _text_bytes(recipe, size)
     benchmark = recipe.evaluation.benchmark
     if (
@@ -142,10 +150,10 @@ def forecast_run(
     return Forecast(
         peak=max(phases.values()),
         workers=_workers_bytes(size, written, exported, benchmark.prompt_tokens) if benchmark else 0,
-        # Without a cache the export is written nowhere; with one, what variants begin with is kept as well
-        # where that took long, and the chosen one is there twice.
+        # Without a cache the export is written nowhere; with one, what passes made of calibration data is
+        # kept as well, because it takes long, and the chosen variant is there twice.
         disk=states + (min(written, default=0) if cached else sum(written) + text),
-        cache=int((1 + _BEGUN) * exported) + sum(written) + text if cached else 0,
+        cache=exported + sum(written) + begun + text if cached else 0,
         phases=phases,
     )
 
@@ -155,18 +163,22 @@ def _phases(
 ) -> dict[str, int]:
     """The peak of each part of a run."""
     # PyTorch's weights; a decoder's are read when it is first asked.
-    held = _BASE + exported
+    held = (_MADE if size.decoder else _BASE) + exported
     making = int((_MAKING_CACHED if cached else _MAKING) * exported)
+    if size.decoder and size.lazy:
+        making = min(making, int(_COPIES * size.largest * exported / max(size.parameters, 1)))
     opened = max(_opened(size, written, exported), default=0)
-    phases = {"export": held, "variants": _BASE + making}
+    phases = {"export": _BASE + exported, "variants": _BASE + making}
     spec = recipe.evaluation.perplexity
-    text = 0
-    if spec is not None:
-        text = (spec.max_tokens + _WINDOWS * min(spec.window, spec.max_tokens)) * size.vocabulary * 4
     if size.decoder:
-        logits = _LONGEST_CASE * _COMPARING * size.vocabulary
-        phases["reference"] = held + max(_COMPARED_ROWS * size.vocabulary * 4, text)
-        phases["check"] = _BASE + int(_DECODER_KEPT * exported) + opened + max(logits, text)
+        logits = (_COMPARED_ROWS + 2 * _LONGEST_CASE) * size.vocabulary * 4
+        asked, checked = (
+            0 if spec is None
+            else (spec.max_tokens + windows * min(spec.window, spec.max_tokens)) * size.vocabulary * 4
+            for windows in (_WINDOWS_TORCH, _WINDOWS)
+        )  # fmt: skip
+        phases["reference"] = held + max(logits, asked)
+        phases["check"] = _MADE + opened + max(logits, checked)
     else:
         phases["check"] = held + opened + int((_KEPT * _TWICE if size.pair else 0.0) * exported)
     if recipe.evaluation.benchmark is not None:
@@ -192,8 +204,7 @@ def running_bytes(weights: int, *, quantized: bool, decoder: bool, recurrent: in
 def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int, prompt: int) -> int:
     """The processes of the benchmark together: all variants are open at the same time."""
     recurrent = int(exported * size.recurrent / max(size.parameters, 1))
-    # A prompt's logits: ONNX Runtime's, and a copy.
-    logits = 2 * prompt * size.vocabulary * 4 if size.decoder else 0
+    logits = _WORKER_LOGITS * prompt * size.vocabulary * 4 if size.decoder else 0
     # An embedding that is the head too is read in whole, and packed for that.
     head = size.embedding * exported // max(size.parameters, 1) if size.tied else 0
     return sum(
@@ -206,8 +217,9 @@ def _workers_bytes(size: ModelSize, written: Sequence[int], exported: int, promp
 def _opened(size: ModelSize, written: Sequence[int], exported: int) -> list[int]:
     """What ONNX Runtime holds of each variant."""
     recurrent = int(exported * size.recurrent / max(size.parameters, 1))
+    floats = _OPENED_DECODER if size.decoder else _OPENED
     return [
-        int((_OPENED if one >= exported else _OPENED_QUANTIZED) * (one - recurrent))
+        int((floats if one >= exported else _OPENED_QUANTIZED) * (one - recurrent))
         + int(_OPENED_RECURRENT * recurrent)
         for one in written
     ]
