@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class OnnxsmithAdapter(Adapter):
     """Export, passes, and one write."""
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
+        # As the command line sets it.
+        gc.set_threshold(100_000, 10, 10)
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
         from onnxsmith.graph_passes import PRESETS
