@@ -27,6 +27,7 @@ def bench_models(
     settings: BenchSettings | Sequence[BenchSettings],
     *,
     providers: Sequence[str] = ("cpu",),
+    components: Sequence[str] = (),
     requirements: Sequence[str] = (),
     torch_compile: bool = False,
     task: str | None = None,
@@ -42,6 +43,7 @@ def bench_models(
         models: ONNX models, and sources of PyTorch models; see ``ModelSource.parse``.
         settings: How; several, such as ``sweep`` makes, are measured one after the other.
         providers: See ``choose_provider``.
+        components: Of models of several graphs, which ones; all where empty.
         requirements: See ``requirements_of``. A candidate that breaks one gets an error.
         torch_compile: Whether PyTorch models run through ``torch.compile`` too.
         task: Of PyTorch models; found from the model where None.
@@ -71,12 +73,17 @@ def bench_models(
     found = {model: list(package.components) for model, package in packages.items()}
     # What a PyTorch model of several graphs consists of is asked of the ONNX models beside it.
     known = list(dict.fromkeys(name for names in found.values() for name in names))
+    for name in components:
+        if name not in known:
+            raise UnknownNameError("bench: --component", name=name, known=known, kind="graph")
     candidates: list[Candidate] = []
     for model, source in zip(models, sources, strict=True):
         if source.is_torch:
-            candidates += _torch_candidates(str(model), known, torch_compile=torch_compile, task=task)
+            candidates += _torch_candidates(
+                str(model), known, components, torch_compile=torch_compile, task=task
+            )
         else:
-            plain = _onnx_candidates(Path(model), found[model], providers)
+            plain = _onnx_candidates(Path(model), found[model], components, providers)
             candidates += _with_prompts(plain, packages[model], prompt, speculate)
     points = [settings] if isinstance(settings, BenchSettings) else list(settings)
     rounds = sum(point.runs + 1 for point in points) * len(candidates)
@@ -91,11 +98,19 @@ def bench_models(
         )
 
 
-def _onnx_candidates(path: Path, components: Sequence[str], providers: Sequence[str]) -> list[Candidate]:
+def _parts(model: str, names: Sequence[str], chosen: Sequence[str]) -> dict[str, str | None]:
+    """What is measured of a model, with the name of the graph: each graph of several alone."""
+    if len(names) < 2:
+        return {model: None}
+    return {f"{model}: {name}": name for name in names if not chosen or name in chosen}
+
+
+def _onnx_candidates(
+    path: Path, names: Sequence[str], chosen: Sequence[str], providers: Sequence[str]
+) -> list[Candidate]:
     from onnxsmith.runtime import Candidate
 
-    # Each graph of a model of several is measured alone.
-    parts = {f"{path}: {name}": name for name in components} if len(components) > 1 else {str(path): None}
+    parts = _parts(str(path), names, chosen)
     return [
         Candidate(name if len(providers) == 1 else f"{name} [{provider}]", path, provider, component=part)
         for name, part in parts.items()
@@ -126,11 +141,11 @@ def _with_prompts(
 
 
 def _torch_candidates(
-    source: str, components: Sequence[str], *, torch_compile: bool, task: str | None
+    source: str, names: Sequence[str], chosen: Sequence[str], *, torch_compile: bool, task: str | None
 ) -> list[Candidate]:
     from onnxsmith.runtime import Candidate
 
-    parts = {f"{source}: {name}": name for name in components} if len(components) > 1 else {source: None}
+    parts = _parts(source, names, chosen)
     return [
         Candidate(
             f"{name} [{'torch.compile' if compiled else 'torch'}]",

@@ -22,6 +22,10 @@ def bench(
         list[str],
         typer.Argument(metavar="MODEL...", help="Artifacts, .onnx files, or sources of PyTorch models."),
     ],
+    component: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Which graphs of models of several; all by default."),
+    ] = None,
     provider: Providers = None,
     require_provider: RequireProvider = None,
     prompt_tokens: Annotated[
@@ -92,6 +96,7 @@ def bench(
             models,
             points,
             providers=provider or ["cpu"],
+            components=component or (),
             requirements=require_provider or (),
             torch_compile=torch_compile,
             task=task,

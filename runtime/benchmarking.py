@@ -30,6 +30,8 @@ __all__ = ["BenchResult", "BenchSettings", "Candidate", "Spread", "benchmark"]
 _CPU = "CPUExecutionProvider"
 _PROFILED_RUNS = 5
 _PROFILED_S = 2.0
+# A call that takes so long is not made once more for its kernels to be compiled.
+_SLOW_S = 5.0
 _CUDA_GRAPH_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cuda": {"enable_cuda_graph": "1"},
     "tensorrt": {"trt_cuda_graph_enable": "1"},
@@ -422,17 +424,17 @@ class _ProcessRunner(_Runner):
     def _placement(self, *, profile: bool, roofs: RoofBook | None) -> Placement:
         choice = self._choice
         assert choice is not None
-        assigned = Placement.from_json(self._ask({"do": "placement"})["placement"])
-        if assigned.only_provider == _CPU and not profile:
-            return dataclasses.replace(assigned, copies=0)
+        operators = self._ask({"do": "assigned"})["operators"]
+        if choice.ort_name == _CPU and list(operators) == [_CPU] and not profile:
+            return dataclasses.replace(placement_of(operators, None, asynchronous=None), copies=0)
         once = max(sum(sum(part) for part in self.times[-1].values()), 1e-6) if self.times else 1e-6
         runs = max(1, min(_PROFILED_RUNS, int(_PROFILED_S / once)))
-        taken = RunProfile.from_json(self._ask({"do": "profile", "runs": runs}))
+        taken = RunProfile.from_json(self._ask({"do": "profile", "runs": runs, "warm": once < _SLOW_S}))
         names: Mapping[str, list[str]] = self._ask({"do": "names"})["names"]
         compiled = {
             node.op_type
             for node in taken.nodes
-            if node.provider in names and node.op_type not in assigned.operators[node.provider]
+            if node.provider in names and node.op_type not in operators[node.provider]
         }
         if profile:
             self.facts["profile"] = describe_profile(
@@ -450,7 +452,7 @@ class _ProcessRunner(_Runner):
                 inside = sum(self._weights.get(name, 0) for name in names[node.provider])
                 moved[node.name] = node.bytes_touched + inside // parts
         return placement_of(
-            assigned.operators,
+            operators,
             taken,
             asynchronous=choice.ort_name if choice.asynchronous else None,
             bytes_of=moved,

@@ -186,7 +186,7 @@ class OrtSession(Session):
             measured: Whether to profile some runs in any case, for shares of time and bytes.
             feeds: For such a run; made-up inputs where None.
         """
-        assigned = self._assigned()
+        assigned = self.assigned()
         if measured:
             return placement_of(assigned, self.profile(feeds, runs=3), asynchronous=self._asynchronous)
         if self.provider in assigned or (self.provider == _CPU and assigned):
@@ -203,12 +203,13 @@ class OrtSession(Session):
         placement.require_use(self.provider, name=self.name)
         return placement
 
-    def profile(self, feeds: Feeds | None = None, *, runs: int = 5) -> RunProfile:
+    def profile(self, feeds: Feeds | None = None, *, runs: int = 5, warm: bool = True) -> RunProfile:
         """Runs the graph under ONNX Runtime's profiler, in a session of its own.
 
         Args:
             feeds: Inputs; made-up ones where None.
-            runs: How many runs are counted, after one that is not.
+            runs: How many runs are counted.
+            warm: Whether there is one before them that is not, in which kernels are chosen and compiled.
 
         Raises:
             ModelFileError: ONNX Runtime fails.
@@ -218,12 +219,12 @@ class OrtSession(Session):
         with tempfile.TemporaryDirectory(prefix="onnxsmith-profile-") as directory:
             session = self._open(profile=Path(directory) / "profile")
             with self._running():
-                for _ in range(runs + 1):
+                for _ in range(runs + warm):
                     session.run(names, checked)
                 path = Path(session.end_profiling())
             # The device's own kernels are written when the session goes.
             del session
-            return read_profile(path, skip_runs=1)
+            return read_profile(path, skip_runs=int(warm))
 
     def kernels(self) -> dict[str, str]:
         """Nodes that ran until now, after ONNX Runtime's fusions, with their operators.
@@ -254,7 +255,8 @@ class OrtSession(Session):
     def _device_id(self) -> int:
         return int(self._options.get("device_id", 0)) if self.device != "cpu" else 0
 
-    def _assigned(self) -> dict[str, Counter[str]]:
+    def assigned(self) -> dict[str, Counter[str]]:
+        """Provider name to operator counts, from the assignment; some providers are missing there."""
         operators: dict[str, Counter[str]] = {}
         for assignment in self.ort_session.get_provider_graph_assignment_info():
             for node in assignment.get_nodes():

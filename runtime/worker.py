@@ -124,7 +124,10 @@ class _Worker:
             return {"names": self._session.assigned_names()}
         if what == "profile":
             feeds = self._round.feeds() if self._round is not None else None
-            return self._session.profile(feeds, runs=request["runs"]).to_json()
+            warm = request.get("warm", True)
+            return self._session.profile(feeds, runs=request["runs"], warm=warm).to_json()
+        if what == "assigned":
+            return {"operators": self._session.assigned()}
         if what == "decoder":
             self._decoder = open_decoder(self._session, capacity=request["capacity"])
             return {}

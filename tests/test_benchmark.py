@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from onnxsmith.errors import BadInputError
+from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.package import ModelPackage, TensorSpec
+from onnxsmith.package_io import save_package
+from onnxsmith.pipeline.measuring import bench_models
 from onnxsmith.program import TorchProgram
-from onnxsmith.runtime import BenchResult, BenchSettings, Candidate, benchmark
+from onnxsmith.runtime import BenchResult, BenchSettings, Candidate, OrtSession, benchmark
 from onnxsmith.runtime.benchmarking import Spread
 
 pytest.importorskip("onnxruntime")
@@ -338,3 +340,34 @@ def test_an_interruption_leaves_no_process(onnx_package: Make) -> None:
     with pytest.raises(KeyboardInterrupt):
         benchmark([Candidate("x", path=onnx_package(PLAIN).main.path)], SMALL, on_round=on_round)
     assert workers() == []
+
+
+def test_some_graphs_of_several_are_measured(onnx_package: Make, tmp_path: Path) -> None:
+    parts = {
+        name: onnx_package(f"g (float[n, 4] x) => (float[n, 4] y) {{ y = {operator}(x) }}", name).main
+        for name, operator in (("encoder_model", "Exp"), ("decoder_model", "Neg"))
+    }
+    model = tmp_path / "model"
+    model.mkdir()
+    save_package(ModelPackage(parts), model)
+    names = {"components": {name: f"{name}.onnx" for name in parts}}
+    (model / "manifest.json").write_text(json.dumps(names))
+    every = bench_models([model], SMALL)
+    assert [result.graph for result in every] == ["encoder_model", "decoder_model"]
+    (one,) = bench_models([model], SMALL, components=["decoder_model"])
+    assert (one.graph, one.error) == ("decoder_model", "")
+    assert one.placement is not None
+    assert one.placement["CPUExecutionProvider"]["operators"] == {"Neg": 1}
+    with pytest.raises(
+        UnknownNameError, match="--component: unknown graph 'nope'; expected one of decoder_m"
+    ):
+        bench_models([model], SMALL, components=["nope"])
+
+
+def test_a_profile_may_do_without_a_run_before_it(onnx_package: Make) -> None:
+    package = onnx_package("g (float[n, 4] x) => (float[n, 4] y) { y = Neg(x) }")
+    with OrtSession(package, threads=1) as session:
+        for warm in (True, False):
+            taken = session.profile(runs=2, warm=warm)
+            assert taken.runs == 2
+            assert [(node.op_type, node.calls) for node in taken.nodes] == [("Neg", 2)]
