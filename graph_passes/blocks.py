@@ -28,8 +28,9 @@ __all__ = [
     "unpack_codes",
 ]
 
-# How much of a matrix one thread works on at a time, in elements: temporary arrays stay in the cache.
-_CHUNK_ELEMENTS = 1 << 17
+# How much of a matrix one thread works on at a time, in elements: temporary arrays stay in the cache, and
+# calls are long enough that threads seldom wait for each other between them.
+_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
