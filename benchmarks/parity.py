@@ -17,7 +17,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -387,6 +387,15 @@ def written_sections() -> dict[str, str]:
     return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
+def apart(context: Any, row: Any) -> dict[str, Any]:
+    """Measures a row in a process of its own."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        result = pool.submit(measure if isinstance(row, Row) else measure_model, row).result()
+    show = line if isinstance(row, Row) else model_line
+    print(show(result), result.get("reason", ""), file=sys.stderr, flush=True)
+    return result
+
+
 def main() -> int:
     """Measures the rows and writes the page; 1 if a row fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -394,6 +403,7 @@ def main() -> int:
         "--only", default="", help="rows whose name contains this; the page is then not written"
     )
     parser.add_argument("--group", default="", help="one section of the page; the others stay as they are")
+    parser.add_argument("--at-once", type=int, default=1, help="how many rows, each on one processor")
     parser.add_argument("--json", type=Path, help="write the full results there")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -404,17 +414,9 @@ def main() -> int:
     for title, rows in (*GROUPS, *MODEL_GROUPS):
         if arguments.group not in ("", title):
             continue
-        results: list[dict[str, Any]] = []
-        for row in rows:
-            if arguments.only.lower() not in row.name.lower():
-                continue
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                if isinstance(row, Row):
-                    results.append(pool.submit(measure, row).result())
-                else:
-                    results.append(pool.submit(measure_model, row).result())
-            show = line if isinstance(row, Row) else model_line
-            print(show(results[-1]), results[-1].get("reason", ""), file=sys.stderr, flush=True)
+        wanted = [row for row in rows if arguments.only.lower() in row.name.lower()]
+        with ThreadPoolExecutor(arguments.at_once) as threads:
+            results = list(threads.map(partial(apart, context), wanted))
         groups.append((title, results))
         sections[title] = section(title, results)
     if arguments.json:

@@ -22,8 +22,14 @@ __all__ = [
 
 
 @contextlib.contextmanager
-def decomposed_where_needed() -> Iterator[None]:
-    """While open, torch.onnx decomposes only the programs that need it."""
+def decomposed_where_needed() -> Iterator[list[Any]]:
+    """While open, torch.onnx decomposes only the programs that need it.
+
+    Yields:
+        What decompositions took for granted about sizes, as SymPy's relations. Pooling to a given size, say,
+        is another sum where that divides the size of an image; torch.export does not come to know of it.
+    """
+    assumed: list[Any] = []
     _fx_passes: Any = importlib.import_module("torch.onnx._internal.exporter._fx_passes")
     original = _fx_passes.decompose_with_registry
     original_promotion = _fx_passes.insert_type_promotion_nodes
@@ -33,7 +39,13 @@ def decomposed_where_needed() -> Iterator[None]:
         for module in exported.graph_module.modules():
             # Before a decomposition those without effect: torch goes round in circles on a constant's.
             _write_conversions(module, all_of_them=ready)
-        return exported if ready else original(exported, registry)
+        if ready:
+            return exported
+        guards = _guards(exported)
+        known = len(guards)
+        decomposed = original(exported, registry)
+        assumed.extend(guard.expr for guard in guards[known:])
+        return decomposed
 
     def promote(module: Any) -> None:
         if any(_needs_promotion(one) for one in module.modules()):
@@ -42,7 +54,7 @@ def decomposed_where_needed() -> Iterator[None]:
     _fx_passes.decompose_with_registry = decompose
     _fx_passes.insert_type_promotion_nodes = promote
     try:
-        yield
+        yield assumed
     finally:
         _fx_passes.decompose_with_registry = original
         _fx_passes.insert_type_promotion_nodes = original_promotion
@@ -110,6 +122,15 @@ def without_autocast() -> Iterator[None]:
         yield
     finally:
         vars(torch)["autocast"] = original
+
+
+def _guards(exported: Any) -> Any:
+    """The list to which torch adds what it takes for granted about the sizes of a program."""
+    for node in exported.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env.guards
+    return []
 
 
 def _is_conversion(target: Any) -> bool:

@@ -70,7 +70,8 @@ def flat_program(
     """
     torch = require("torch", purpose="exporting")
     named = _named_outputs(module, call, name, keep)
-    first = _first_run(named, examples, name)
+    with _same_randomness():
+        first = _first_run(named, examples, name)
     if not first:
         raise ExportError(name, got="forward() returns no tensor", expected="at least one")
 
@@ -79,6 +80,8 @@ def flat_program(
             results: dict[str, Any] = _twin(named)(**tensors)
         return results
 
+    if task is None:
+        _refuse_memory(named, examples, first, name)
     # What is only tried may fail: torch.cond says so on the terminal.
     with _same_randomness(), silence():
         axes = find_axes(run, examples, static=static)
@@ -101,6 +104,41 @@ def flat_program(
         axis_limits=axes.limits,
         natural_sizes=axes.natural,
     )
+
+
+def _refuse_memory(
+    named: Any, examples: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Refuses a module whose second run gives something else than its first, with the same random numbers."""
+    import torch
+
+    twin = _twin(named)
+    before = {name: (id(buffer), buffer._version) for name, buffer in twin.inner.named_buffers()}
+    with _same_randomness(), torch.no_grad():
+        second = twin(**{name: tensor.clone() for name, tensor in examples.items()})
+    for name, tensor in first.items():
+        again = second.get(name)
+        if again is not None and again.shape == tensor.shape and _alike(tensor, again):
+            continue
+        after = {key: (id(buffer), buffer._version) for key, buffer in twin.inner.named_buffers()}
+        changed = sorted(key for key, state in after.items() if before.get(key) != state)
+        raise ExportError(
+            where,
+            got=f"forward() changes its buffer {', '.join(changed[:3])}"
+            if changed
+            else f"forward() gives another {name} when it is called again with the same inputs",
+            expected="a module without state",
+            remedy="Take what it remembers as an input and return it as an output",
+        )
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """But for rounding: sums in threads may be in another order."""
+    import torch
+
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _twin(module: Any) -> Any:

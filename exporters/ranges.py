@@ -7,7 +7,9 @@ that branch is the right one. torch.onnx drops this: beyond them the graph would
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith.exporters.axes import resized
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
     from onnxsmith.program import TorchProgram
 
-__all__ = ["runs_with", "traced_sizes"]
+__all__ = ["narrowing", "runs_with", "traced_sizes"]
+
+_SYMBOL = re.compile(r"\bs\d+\b")
 
 # Beyond this many elements in an input nothing is tried.
 _MOST_ELEMENTS = 10**7
@@ -45,6 +49,48 @@ def traced_sizes(
             bounds = [x for x in (high, upper) if x is not None]
             sizes[axis] = (max(low, lower or 1), min(bounds, default=None))
     return sizes
+
+
+def narrowing(
+    program: TorchProgram, exported: torch.export.ExportedProgram, relations: Iterable[Any]
+) -> Iterator[tuple[str, str]]:
+    """Which axes may not have every size that the module takes, because of equations between sizes.
+
+    An equation counts where a size near to the example's breaks it and the PyTorch module runs with that.
+
+    Yields:
+        The name of an axis, and the equation with names in it.
+    """
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    names: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for spec, name in zip(program.inputs, exported.graph_signature.user_inputs, strict=True):
+        value = nodes[str(name)].meta.get("val")
+        shape = program.examples[spec.name].shape
+        for axis, symbol, size in zip(spec.shape or (), getattr(value, "shape", ()), shape, strict=False):
+            if isinstance(axis, str) and not isinstance(symbol, int):
+                names[str(symbol)], sizes[str(symbol)] = axis, int(size)
+    for relation in relations:
+        symbols = sorted(relation.free_symbols, key=str)
+        # An inequality holds for nearly all sizes, and an equation for nearly none.
+        if type(relation).__name__ not in ("Equality", "Eq") or any(str(s) not in names for s in symbols):
+            continue
+        for symbol in symbols:
+            for size in range(sizes[str(symbol)] + 1, sizes[str(symbol)] + 4):
+                found = {other: sizes[str(other)] for other in symbols} | {symbol: size}
+                axis = names[str(symbol)]
+                if _breaks(relation, found) and runs_with(program, axis, size):
+                    told = str(relation.lhs), str(relation.rhs)
+                    text = " = ".join(_SYMBOL.sub(lambda m: names.get(m[0], m[0]), part) for part in told)
+                    yield axis, text
+                    break
+
+
+def _breaks(relation: Any, sizes: dict[Any, int]) -> bool:
+    try:
+        return bool(relation.subs(sizes) == False)  # noqa: E712  # SymPy's own value
+    except ZeroDivisionError:
+        return True
 
 
 def runs_with(program: TorchProgram, axis: str, size: int) -> bool:

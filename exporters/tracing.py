@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import ExportError, OnnxsmithError, require
 from onnxsmith.exporters.bfloat16 import widen_bfloat16
@@ -20,7 +20,8 @@ from onnxsmith.exporters.decomposition import (
     operators_listed_quickly,
     without_autocast,
 )
-from onnxsmith.exporters.ranges import runs_with, traced_sizes
+from onnxsmith.exporters.masked_rows import zero_what_sees_nothing
+from onnxsmith.exporters.ranges import narrowing, runs_with, traced_sizes
 from onnxsmith.exporters.recurrent import recurrent_operators
 from onnxsmith.package import TEXT_GENERATION, TensorSpec
 from onnxsmith.program import AxisSizes
@@ -36,6 +37,10 @@ __all__ = ["FixedAxisError", "converted", "line_of", "silence", "trace", "weight
 # This folder, under both of its names: onnxsmith.exporters is a link.
 _HERE = Path(__file__).parent
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+_NO_FORM = re.compile(
+    r"No ONNX function found for <OpOverload\(op='(?P<operator>[\w.]+)', overload='(?P<overload>\w+)'"
+)
+_STACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in \w+\n(.*)')
 
 
 class FixedAxisError(ExportError):
@@ -83,18 +88,22 @@ def trace(
             for spec in program.inputs
         ),
     )
+    exported = None
     try:
         with (
             silence(),
             torch.no_grad(),
             without_autocast(),
-            decomposed_where_needed(),
+            decomposed_where_needed() as assumed,
             operators_listed_quickly(),
             recurrent_operators(module),
         ):
             exported = torch.export.export(adapter, examples, dynamic_shapes=shapes, strict=False)
             _refuse_state(program, exported)
             _refuse_narrow(program, exported, longest)
+            if program.task is None:
+                # Of other models the rows of padding do not count.
+                zero_what_sees_nothing(exported)
             onnx_program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -105,13 +114,14 @@ def trace(
                 optimize=False,
                 verbose=False,
             )
+            _refuse_assumed(program, exported, assumed)
     except OnnxsmithError:
         raise
     except Exception as error:
         nested = _find(error, OnnxsmithError)
         if nested is not None:
             raise nested from None
-        raise _trace_error(program, error) from error
+        raise _missing_form(program, exported, error) or _trace_error(program, error) from error
     model: ir.Model = onnx_program.model
     _name_axes(model, {s.name: s for s in (*program.inputs, *program.outputs)}, program.name)
     _name_weights(model, adapter)
@@ -185,6 +195,22 @@ def _refuse_narrow(
             )
         if not decoder and axis in program.axis_limits:
             program.axis_limits[axis] = AxisSizes(least, most, step)
+
+
+def _refuse_assumed(
+    program: TorchProgram, exported: torch.export.ExportedProgram, assumed: Sequence[Any]
+) -> None:
+    """Refuses a graph whose decomposition is right only for sizes that fulfil an equation."""
+    if program.task == TEXT_GENERATION:
+        return
+    for axis, relation in narrowing(program, exported, assumed):
+        raise FixedAxisError(
+            axis,
+            f"{program.name}: axis {axis}",
+            got=f"torch decomposed it for sizes with {relation} only",
+            expected="a graph for all sizes that the module takes",
+            remedy="The model branches on this size; make it independent of it",
+        )
 
 
 def _flat_module(module: torch.nn.Module, inputs: list[str], outputs: list[str]) -> torch.nn.Module:
@@ -330,6 +356,41 @@ def _module_of(program: TorchProgram, errors: Sequence[BaseException]) -> str:
         if found:
             return found
     return ""
+
+
+def _missing_form(
+    program: TorchProgram, exported: torch.export.ExportedProgram | None, error: BaseException
+) -> ExportError | None:
+    """The error for an operator that torch's exporter cannot write in ONNX; None where it is another."""
+    current: BaseException | None = error
+    while current is not None:
+        found = _NO_FORM.search(str(current))
+        if found and exported is not None:
+            name = f"{found['operator']}.{found['overload']}"
+            places = (_place_of(node) for node in exported.graph.nodes if str(node.target) == name)
+            return ExportError(
+                program.name,
+                got=f"it uses {name}{next(places, '')}, for which torch's exporter has no ONNX form",
+                expected="operators that have one",
+                remedy="Compute it with others",
+            )
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _place_of(node: torch.fx.Node) -> str:
+    """The module that a node comes from, and its line: `` in encoder (Encoder) at file.py:7 `code```."""
+    path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    while path == "inner" or path.startswith("inner."):
+        path = path.removeprefix("inner").removeprefix(".")
+    name = kind if isinstance(kind, str) else kind.__name__
+    place = f" in {path} ({name.rpartition('.')[2]})" if path else ""
+    # Of the model's or the user's own code, the innermost.
+    lines = _STACK_LINE.findall(node.meta.get("stack_trace") or "")
+    if lines:
+        file, number, code = lines[-1]
+        place += f" at {Path(file).name}:{number} `{code.strip()}`"
+    return place
 
 
 def _trace_error(program: TorchProgram, error: BaseException) -> ExportError:

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnxsmith.errors import ExportError, SourceError
-from onnxsmith.exporters import load_torch, torch_program
+from onnxsmith.exporters import export, load_torch, torch_program
+from onnxsmith.runtime import OrtSession, TorchSession
 from onnxsmith.source import ModelSource
 from test_export_plain import exported, loaded, signature
 
@@ -108,3 +110,112 @@ def test_trying_sizes_says_nothing_on_the_terminal(capfd: pytest.CaptureFixture[
 
     torch_program(loaded(Either(), torch.rand(2, 3)))
     assert "Traceback" not in capfd.readouterr().err
+
+
+class Encoder(nn.Module):
+    """A transformer of torch's own, whose mask says where there is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Any, padding: Any) -> Any:
+        return self.layers(x, src_key_padding_mask=padding)
+
+
+class Attention(nn.Module):
+    """A mask that says where there is none."""
+
+    def forward(self, x: Any, mask: Any) -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "hides"), [(Encoder, (3, 7, 16), True), (Attention, (3, 2, 7, 8), False)]
+)
+def test_a_row_of_padding_is_as_in_torch(make: Any, sizes: tuple[int, ...], hides: bool) -> None:
+    torch.manual_seed(0)
+    mask = torch.full((sizes[0], sizes[-2]), not hides)
+    mask[0, 4:] = hides
+    model = loaded(make(), (torch.randn(sizes), mask))
+    program = torch_program(model)
+    mask[1] = hides
+    feeds = {"x": torch.randn(sizes).numpy(), program.inputs[1].name: mask.numpy()}
+    (expected,) = TorchSession(program).run(feeds).values()
+    with OrtSession(export(model, program), threads=1) as session:
+        (found,) = session.run(feeds).values()
+    assert np.isfinite(expected).all()
+    assert expected[1].any() != (make is Attention)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("AdaptiveAvgPool2d", (9, 8)), ("AdaptiveAvgPool2d", (10, 9)), ("AdaptiveMaxPool2d", (9, 8))],
+)
+def test_pooling_to_a_size_is_for_one_size(kind: str, size: tuple[int, int]) -> None:
+    """Its decomposition depends on whether one size divides the other; for (1, 1) it does not."""
+    image = torch.rand(2, 3, *size)
+    package, comparison = exported(nn.Sequential(nn.Conv2d(3, 4, 1), getattr(nn, kind)((3, 2))), image)
+    assert comparison.passed, comparison.reason
+    assert package.main.inputs[0].shape == ("batch", 3, *size)
+    assert set(package.steps[0].details["model"]["fixed_axes"]) == {"height", "width"}
+    package, comparison = exported(nn.Sequential(nn.Conv2d(3, 4, 1), getattr(nn, kind)(1)), image)
+    assert comparison.passed, comparison.reason
+    assert package.main.inputs[0].shape == ("batch", 3, "height", "width")
+
+
+class Average(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Any) -> Any:
+        self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+        return x - self.mean
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Average, r"Average: forward\(\) changes its buffer mean; expected a module without state"),
+        (Counter, r"Counter: forward\(\) gives another output when it is called again"),
+    ],
+)
+def test_a_module_that_answers_differently_each_time_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        exported(make(), torch.rand(3, 4))
+
+
+def test_an_operator_without_an_onnx_form_is_named_with_its_line() -> None:
+    class Middle(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.median(-1).values
+
+    with pytest.raises(
+        ExportError,
+        match=r"Sequential: it uses aten\.median\.dim in 1 \(Middle\) at test_export_modules\.py:\d+ "
+        r"`return x\.median\(-1\)\.values`, for which torch's exporter has no ONNX form; "
+        r"expected operators that have one\. Compute it with others",
+    ):
+        exported(nn.Sequential(nn.Linear(4, 4), Middle()), torch.rand(3, 4))
+
+
+def test_the_same_random_numbers_are_no_state() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x + torch.randn_like(x)
+
+    package, _ = exported(Noise(), torch.rand(3, 4))
+    assert [node.op_type for node in package.main.model.graph] == ["RandomNormalLike", "Add"]
