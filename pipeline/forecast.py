@@ -12,7 +12,7 @@ from onnxsmith.free_memory import available_memory
 from onnxsmith.pipeline.context_fitting import fit_context
 from onnxsmith.pipeline.datasets import load_dataset
 from onnxsmith.pipeline.model_size import ModelSize, loaded_size, model_size, why_unknown
-from onnxsmith.pipeline.recipe import Recipe
+from onnxsmith.pipeline.recipe import Recipe, TaskSpec
 from onnxsmith.pipeline.run_steps import RunSteps, cache_directory, on_one_disk
 from onnxsmith.pipeline.staging import require_space
 from onnxsmith.pipeline.training_recipe import FitSpec, TrainingSpec
@@ -44,6 +44,8 @@ _TWICE, _KEPT = 1.9, 0.87
 # Predictions of a text: rows of the vocabulary for each token, and some windows of them at work in PyTorch,
 # and in ONNX Runtime, whose arena grows by doubling.
 _WINDOWS_TORCH, _WINDOWS = 5, 13
+# What measures labelled data, and how many of the largest layer's values are there for each token of a batch.
+_METRICS, _LAYERS = 80_000_000, 3
 # A process that runs a model for the benchmark, before it has one.
 _WORKER = 95_000_000
 # What it holds of float weights, which are mapped: of embeddings little is touched. And of quantized ones.
@@ -181,6 +183,10 @@ def _phases(
         phases["check"] = _MADE + opened + max(logits, checked)
     else:
         phases["check"] = held + opened + int((_KEPT * _TWICE if size.pair else 0.0) * exported)
+    if recipe.evaluation.task is not None:
+        phases["reference"] = phases.get("reference", held)
+        for phase in ("reference", "check"):
+            phases[phase] += _labelled_bytes(recipe.evaluation.task, size, base)
     if recipe.evaluation.benchmark is not None:
         phases["benchmark"] = held
     if recipe.training is not None:
@@ -238,13 +244,21 @@ def _training_bytes(recipe: Recipe, size: ModelSize, base: Path | None) -> int:
     return _BASE + 6 * weights + left
 
 
-def _longest_row(spec: TrainingSpec, base: Path | None) -> int:
-    """About how many tokens the longest row has: a token is three letters or more."""
+def _labelled_bytes(spec: TaskSpec, size: ModelSize, base: Path | None) -> int:
+    """What measures labelled data, and what a batch of texts is while it goes through an encoder's layers."""
+    if size.decoder or size.pair or not size.vocabulary:
+        return _METRICS
+    longest = min(spec.max_length or size.positions or 512, _longest_row(spec, base) or 512)
+    return _METRICS + _LAYERS * spec.batch * longest * (4 * size.width + size.inner) * 4
+
+
+def _longest_row(spec: TrainingSpec | TaskSpec, base: Path | None) -> int:
+    """About how many tokens the longest row has: a token is three letters or more; 0 where nobody knows."""
     try:
         data = load_dataset(spec.data, columns=spec.columns, split=spec.split, limit=spec.limit, base=base)
     except OnnxsmithError:
         # The run says what is wrong with them.
-        return spec.max_length
+        return spec.max_length or 0
     return (
         max((sum(len(v) for v in row.values() if isinstance(v, str)) for row in data.rows), default=0) // 3
         + 2

@@ -107,7 +107,8 @@ class _Run:
     ) -> Iterator[tuple[list[int], list[Any], dict[str, Array]]]:
         """Rows of about the same length together: their numbers, encodings and inputs."""
         encodings = self.tokenizer.encode_batch(texts, max_length=self.max_length, words=words)
-        order = sorted(range(len(encodings)), key=lambda n: len(encodings[n].ids))
+        # The longest first: what is smaller fits into memory that was used before.
+        order = sorted(range(len(encodings)), key=lambda n: -len(encodings[n].ids))
         for begin in range(0, len(order), self.settings.batch):
             numbers = order[begin : begin + self.settings.batch]
             rows = [encodings[number] for number in numbers]

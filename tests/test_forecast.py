@@ -87,6 +87,32 @@ def test_the_cache_has_the_export_the_variants_and_what_was_calibrated(
     assert calibrated.cache == plain.cache + few_bits
 
 
+def test_labelled_data_count_with_the_longest_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama_dir: Path
+) -> None:
+    size = model_size(ModelSource.parse(str(tiny_llama_dir)))
+    assert size is not None
+    encoder = dataclasses.replace(size, decoder=False, width=100, inner=400, positions=512)
+    monkeypatch.setattr(forecast, "model_size", lambda *_, **__: encoder)
+
+    def told(letters: int | None, **more: object) -> int:
+        plain = recipe_of(tiny_llama_dir).model_dump(mode="json", exclude_unset=True)
+        if letters is not None:
+            (tmp_path / "rows.csv").write_text(f"text,label\nshort,a\n{'x' * letters},b\n")
+            plain["evaluation"] = {"benchmark": None, "task": {"data": "rows.csv", "batch": 8} | more}
+        recipe = Recipe.model_validate(plain)
+        return forecast_run(recipe, ModelSource.parse(recipe.source), cache=None, base=tmp_path).phases[
+            "check"
+        ]
+
+    none, short, long = told(None), told(30), told(3000)
+    each = 3 * 8 * (4 * 100 + 400) * 4
+    assert short - none > 12 * each
+    # No more than the model reads.
+    assert long - short == (512 - 12) * each
+    assert told(3000, max_length=64) - short == (64 - 12) * each
+
+
 def test_what_a_disk_of_its_own_does_not_take_for_the_cache_is_needed_beside_the_artifact(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
