@@ -14,6 +14,8 @@ from onnxsmith.runtime.metrics import Metric, Outcome
 __all__ = ["Difference", "Interval", "compare_outcomes", "measure"]
 
 _LOW, _HIGH = 2.5, 97.5
+# Metrics of these run from 0 to 100 points.
+_BOUNDED = frozenset({"answers", "labels", "texts"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Difference:
 def measure(metric: Metric, outcome: Outcome, *, resamples: int = 1000, seed: int = 0) -> Interval:
     """Computes a metric with its interval, by drawing samples again with replacement.
 
+    Where all samples are alike, as where each is right, drawing them again shows nothing: the interval then
+    reaches as far as what happens so rarely that none of so many samples would show it (see ``_unseen``).
+
     Raises:
         BadInputError: There are no samples.
     """
@@ -70,6 +75,9 @@ def measure(metric: Metric, outcome: Outcome, *, resamples: int = 1000, seed: in
     value = metric.compute(outcome)
     draws = [metric.compute(outcome.take(index)) for index in _draws(len(outcome), metric, resamples, seed)]
     low, high = _ends(draws, value)
+    if low == high and metric.kind in _BOUNDED:
+        reach, most = 100 * metric.scale * _unseen(len(outcome)), 100 * metric.scale
+        low, high = max(low - reach, min(low, 0.0)), min(high + reach, max(high, most))
     return Interval(value, low, high, len(outcome))
 
 
@@ -89,6 +97,10 @@ def compare_outcomes(
         for index in _draws(len(outcome), metric, resamples, seed)
     ]
     low, high = _ends(draws, value)
+    if low == high and metric.kind in _BOUNDED:
+        # Two models that say the same of all samples.
+        reach = 100 * metric.scale * _unseen(len(outcome))
+        low, high = low - reach, high + reach
     random = np.random.default_rng(seed)
     times = max(1, min(resamples, metric.resamples))
     as_large = 0
@@ -102,6 +114,14 @@ def compare_outcomes(
         as_large += abs(metric.compute(one) - metric.compute(two)) >= abs(value) - 1e-12
     sign = -1.0 if metric.higher_is_better else 1.0
     return Difference(value, low, high, (as_large + 1) / (times + 1), sign * value / metric.scale)
+
+
+def _unseen(count: int) -> float:
+    """What has a probability of more than this shows in one of so many samples, in 95 of 100 cases.
+
+    The exact form of the rule of three (Hanley and Lippman-Hand, 1983, https://doi.org/10.1001/jama.249.13.1743).
+    """
+    return float(1 - 0.05 ** (1 / count))
 
 
 def _draws(count: int, metric: Metric, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:

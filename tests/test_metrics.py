@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -115,6 +116,23 @@ def test_an_interval_is_that_of_the_binomial() -> None:
     assert measure(metric_named("accuracy", "labels"), outcome) == interval
     with pytest.raises(BadInputError, match="evaluate: no samples; expected at least one"):
         measure(metric_named("accuracy", "labels"), Outcome("labels", [], []))
+
+
+@pytest.mark.parametrize(("count", "least"), [(3, 0.37), (30, 0.905), (300, 0.990)])
+def test_samples_that_are_all_right_do_not_make_a_model_perfect(count: int, least: float) -> None:
+    metric = metric_named("accuracy", "labels")
+    right = Outcome("labels", ["a", "b", "c"] * (count // 3), ["a", "b", "c"] * (count // 3))
+    interval = measure(metric, right, resamples=50)
+    assert (interval.value, interval.high) == (1.0, 1.0)
+    assert interval.low == pytest.approx(least, abs=0.002)
+    wrong = dataclasses.replace(right, predictions=["d"] * count)
+    interval = measure(metric, wrong, resamples=50)
+    assert (interval.value, interval.low) == (0.0, 0.0)
+    assert interval.high == pytest.approx(1 - least, abs=0.002)
+    # Two models that say the same may differ in what was not asked.
+    difference = compare_outcomes(metric, right, right, resamples=50)
+    assert (difference.value, difference.p, difference.significant) == (0.0, 1.0, False)
+    assert difference.high == -difference.low == pytest.approx(1 - least, abs=0.002)
 
 
 def test_a_paired_difference_is_found_and_chance_is_not() -> None:
