@@ -60,6 +60,8 @@ def _section(result: Divergence) -> Mapping[str, Any]:
             "mark": "first" if trace.name == first else "worst" if trace.name == worst else "",
         }
         for trace in result.tensors
+        # Of what is NaN in the reference nothing is known, and no error would look like agreement.
+        if trace.error.comparable
     ]
     return {
         "result": result,

@@ -238,12 +238,13 @@ def test_a_kernel_that_only_runs_when_tapped_is_said(
     # Two casts to float16 and the product between them ran only where they were read.
     assert result.kernels["Cast"][0] < result.kernels["Cast"][1]
     done = CliRunner().invoke(
-        app, ["bisect", str(tiny_artifact_dir), str(tmp_path / "casts"), "--samples", "1"]
-    )
-    assert (
-        "Other kernels ran to read intermediate tensors, in the untouched model -> in pieces: Cast"
-        in done.output
-    )
+        app,
+        ["bisect", str(tiny_artifact_dir), str(tmp_path / "casts"), "--samples", "1", "--report",
+         str(tmp_path / "page.html")],
+    )  # fmt: skip
+    said = "Other kernels ran to read intermediate tensors, in the untouched model"
+    assert f"{said} -> in pieces: Cast" in done.output
+    assert f"{said} &rarr; in pieces:" in (tmp_path / "page.html").read_text()
 
 
 def test_two_faults_are_both_found(quantized_dir: Path, tiny_artifact_dir: Path, tmp_path: Path) -> None:

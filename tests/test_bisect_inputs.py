@@ -35,12 +35,16 @@ def test_inputs_of_nan_alone_do_not_pass(models: tuple[str, str], tmp_path: Path
     right, wrong = models
     inputs, target = tmp_path / "nan.npz", tmp_path / "result.json"
     np.savez(inputs, x=np.full((2, 4), np.nan, np.float32))
-    arguments = ["--inputs", str(inputs), "--json", str(target)]
+    page = tmp_path / "page.html"
+    arguments = ["--inputs", str(inputs), "--json", str(target), "--report", str(page)]
     done = CliRunner().invoke(app, ["bisect", right, right, *arguments])
     assert done.exit_code == 1, done.output
     assert "nothing was compared; 3 tensors could not be compared" in done.output
     assert "'a' first: look for NaN in the inputs" in done.output
     assert json.loads(target.read_text())["passed"] is False
+    # No point stands for what is not known.
+    assert "FAIL" in page.read_text()
+    assert "<circle" not in page.read_text()
     # What can be known without numbers is said all the same.
     done = CliRunner().invoke(app, ["bisect", right, wrong, *arguments])
     assert done.exit_code == 1, done.output
