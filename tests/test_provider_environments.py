@@ -17,7 +17,8 @@ import pytest
 
 from onnxsmith.errors import CheckFailedError, ProviderUnavailableError
 from onnxsmith.package import ModelPackage
-from onnxsmith.package_io import load_package
+from onnxsmith.package_io import load_package, save_package
+from onnxsmith.pipeline.bisecting import bisect_models
 from onnxsmith.runtime import (
     PROVIDERS,
     BenchSettings,
@@ -238,3 +239,31 @@ def test_a_recipe_runs_on_it(running: str, tiny_llama_dir: Path, tmp_path: Path)
         report = run_recipe(Recipe.model_validate(plain | required), tmp_path / "refused")
         assert not report.passed
         assert f"{share:.1%} of nodes on" in report.verdict
+
+
+# The kernels of the others refuse the decoder: nxrt's RotaryEmbedding, and WebGPU's GatherBlockQuantized.
+@pytest.mark.parametrize("provider", ["openvino"], indirect=True)
+def test_a_fault_in_a_quantized_decoder_is_found_on_it(
+    running: str, tiny_artifact_dir: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    from onnxsmith.graph_passes import make_passes, run_passes
+
+    quantize = make_passes([("quantize_weights", {"bits": 4, "block_size": 32})])
+    save_package(run_passes(load_package(tiny_artifact_dir), quantize).derive(), tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    scales = next(
+        one for one in model.graph.initializer if one.name.endswith("0.mlp.down_proj.weight_scales")
+    )
+    array = onnx.numpy_helper.to_array(scales).copy()
+    array.reshape(-1)[13] *= 16
+    scales.CopyFrom(onnx.numpy_helper.from_array(array, scales.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    (node,) = [one.name for one in model.graph.node if scales.name in one.input]
+    result = bisect_models(str(tiny_artifact_dir), tmp_path, provider=running, samples=2)
+    assert result.provider != "CPUExecutionProvider"
+    found = {blame.node: blame for blame in result.suspects}
+    assert node in found, result.verdict
+    assert "0.mlp.down_proj.weight" in found[node].detail
+    assert any("past=" in case for case in result.cases)
