@@ -120,6 +120,7 @@ ENCODERS = (
     ),
 )
 _FROM_FLOATS = "4 bits, from float weights"
+_FLOAT_HEAD = "embedding and head, one weight, stay in float"
 QUANTIZERS = (
     Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "checkpoint"),
@@ -150,10 +151,14 @@ QUANTIZERS = (
     Candidate("genai int4 k_quant", "genai", "int4:k_quant", "checkpoint"),
     Candidate("genai int4 k_quant_last", "genai", "int4:k_quant_last", "checkpoint"),
     Candidate("genai int4 k_quant_mixed", "genai", "int4:k_quant_mixed", "checkpoint"),
-    Candidate("ONNX Runtime int4 default", "ort_quantizers", "default", "onnxsmith cpu-fp32"),
-    Candidate("ONNX Runtime int4 RTN", "ort_quantizers", "rtn", "onnxsmith cpu-fp32"),
-    Candidate("ONNX Runtime int4 HQQ", "ort_quantizers", "hqq", "onnxsmith cpu-fp32"),
-    Candidate("ONNX Runtime int4 k-quant", "ort_quantizers", "k_quant", "onnxsmith cpu-fp32"),
+    Candidate("ONNX Runtime int4 default", "ort_quantizers", "default", "onnxsmith cpu-fp32",
+              note=_FLOAT_HEAD),
+    Candidate("ONNX Runtime int4 RTN", "ort_quantizers", "rtn", "onnxsmith cpu-fp32",
+              note=_FLOAT_HEAD),
+    Candidate("ONNX Runtime int4 HQQ", "ort_quantizers", "hqq", "onnxsmith cpu-fp32",
+              note=_FLOAT_HEAD),
+    Candidate("ONNX Runtime int4 k-quant", "ort_quantizers", "k_quant", "onnxsmith cpu-fp32",
+              note=_FLOAT_HEAD),
     Candidate("ONNX Runtime dynamic int8", "ort_quantizers", "dynamic", "onnxsmith cpu-fp32"),
     Candidate("onnxsim int4", "simplifiers", "int4", "onnxsmith cpu-fp32",
               note="our graph, its operator set raised to 21, without which it does nothing"),
