@@ -28,6 +28,7 @@ from onnxsmith.exporters.stored_weights import (
     surplus_layers,
 )
 from onnxsmith.exporters.transformers_import import import_transformers
+from onnxsmith.exporters.weight_checks import refuse_missing, refuse_other_sizes
 from onnxsmith.hashing import file_sha256
 from onnxsmith.package import TEXT_GENERATION
 from onnxsmith.source import ModelSource, SourceKind
@@ -223,10 +224,18 @@ def _load_hugging_face(
             weights = safetensors_weights(source.path, module)
     if weights is None:
         with _quiet(), _readable(source), quick_gguf():
+            # With sizes that differ it would raise an error that names no weight; they are refused below.
             module, info = auto.from_pretrained(
-                where, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **options
+                where,
+                config=config,
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
-        _refuse_missing(source, info, expected=f"a checkpoint for {task}")
+        refuse_other_sizes(source, module, info)
+        refuse_missing(source, info, expected=f"a checkpoint for {task}")
         surplus = surplus_layers(info["unexpected_keys"], module)
         if surplus:
             raise SourceError(
@@ -257,21 +266,6 @@ def _skeleton(auto: Any, config: Any, dtype: torch.dtype) -> Any | None:
         module.tie_weights()
         module.config.dtype = dtype
     return module
-
-
-def _refuse_missing(source: ModelSource, info: Mapping[str, Any], *, expected: str) -> None:
-    """Refuses a model with made-up weights: transformers fills gaps with random numbers and only logs it."""
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = "..." if len(missing) > 3 else ""
-        raise SourceError(
-            source.text,
-            got=f"no weights for {len(missing)} tensors ({', '.join(missing[:3])}{more})",
-            expected=expected,
-            remedy="The file is incomplete"
-            if source.kind is SourceKind.GGUF
-            else "Name the task that it was trained for with --task",
-        )
 
 
 def _task_of(source: ModelSource, config: Any) -> str:
@@ -390,7 +384,7 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
     if weights is None:
         with _quiet(), _readable(source), quick_gguf():
             module, info = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
-        _refuse_missing(source, info, expected="all weights of the architecture")
+        refuse_missing(source, info, expected="all weights of the architecture")
     assert module is not None
     # transformers takes these from its own tokenizer conversion, which is wrong for some files.
     ids = special_token_ids(gguf)
