@@ -6,7 +6,9 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import socket
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ EXECUTORS = ("local", "ray")
 _STATE = ".batch"
 # What the system and its caches keep of the memory that is free when the batch begins.
 _USABLE = 0.9
+_CONNECT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,7 @@ def run_batch(
         DestinationError: The output cannot be written.
         UnknownNameError: No such executor.
         MissingDependencyError: Ray is asked for and not installed.
+        BadInputError: There is no Ray cluster at the address.
     """
     if executor not in EXECUTORS:
         raise UnknownNameError("batch: --executor", name=executor, known=EXECUTORS, kind="executor")
@@ -293,6 +297,8 @@ def _result_of(wait: Callable[[], JobResult], job: Job) -> JobResult:
 
 
 def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], Iterator[JobResult]]:
+    if address is not None:
+        _check_address(address)
     ray = require("ray", purpose="batch --executor ray")
 
     def run(jobs: Sequence[Job], state: Path, workers: int, force: bool) -> Iterator[JobResult]:
@@ -304,12 +310,7 @@ def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], I
             try:
                 ray.init(log_to_driver=False, include_dashboard=False if not address else None, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise BadInputError(
-                    f"batch: --address {address}",
-                    got=str(error).partition("\n")[0],
-                    expected="a Ray cluster that runs there",
-                    remedy="Start one with `ray start --head`, or leave --address out",
-                ) from error
+                raise _no_cluster(address or "local", str(error).partition("\n")[0]) from error
         try:
             room = int(ray.cluster_resources().get("memory", 0))
             pending = {}
@@ -329,6 +330,38 @@ def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], I
                 ray.shutdown()
 
     return run
+
+
+def _check_address(address: str) -> None:
+    """Refuses at once what nobody listens at: Ray itself goes on trying for minutes.
+
+    Raises:
+        BadInputError: Nobody does, or it is no address.
+    """
+    if address in ("auto", "local"):
+        return
+    try:
+        parts = urllib.parse.urlsplit(address if "://" in address else f"ray://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise BadInputError(
+            f"batch: --address {address}", got="no host with a port", expected="HOST:PORT, or auto"
+        )
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error.strerror or str(error)) from error
+
+
+def _no_cluster(address: str, got: str) -> BadInputError:
+    return BadInputError(
+        f"batch: --address {address}",
+        got=got,
+        expected="a Ray cluster that runs there and takes this user's token, if it wants one",
+        remedy="Start one with `ray start --head`, or leave --address out",
+    )
 
 
 def _ray_result(ray: Any, reference: Any, job: Job) -> JobResult:

@@ -49,7 +49,7 @@ _METRICS, _LAYERS = 80_000_000, 3
 # A process that runs a model for the benchmark, before it has one.
 _WORKER = 95_000_000
 # What it holds of float weights, which are mapped: of embeddings little is touched. And of quantized ones.
-_WORKER_FLOAT, _WORKER_DECODER, _WORKER_QUANTIZED = 0.8, 0.3, 0.8
+_WORKER_FLOAT, _WORKER_DECODER, _WORKER_QUANTIZED = 0.8, 0.45, 0.8
 # A prompt's logits: ONNX Runtime's arena, and copies.
 _WORKER_LOGITS = 6
 # Passes that make weights smaller, and their bits where they have no parameter of this name.

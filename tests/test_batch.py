@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -274,6 +275,24 @@ def test_wrong_options_are_refused(work: Path) -> None:
         run_batch(jobs, workers=0)
     with pytest.raises(BadInputError, match=r"--address: --executor local; expected --executor ray"):
         run_batch(jobs, address="auto")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1:{closed}", "Connection refused; expected a Ray cluster that runs there"),
+        ("ray://127.0.0.1:{closed}", "Connection refused; expected a Ray cluster that runs there"),
+        ("127.0.0.1", "no host with a port; expected HOST:PORT"),
+        ("127.0.0.1:port", "no host with a port; expected HOST:PORT"),
+    ],
+)
+def test_an_address_that_nobody_listens_at_is_refused_at_once(work: Path, address: str, said: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        # Bound, and nobody listens.
+        text = address.format(closed=taken.getsockname()[1])
+        with pytest.raises(BadInputError, match=rf"--address {text}: {said}"):
+            run_batch(write(work, job("a")), executor="ray", address=text)
 
 
 def test_jobs_wait_for_memory_and_a_large_one_runs_alone() -> None:
