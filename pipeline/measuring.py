@@ -152,6 +152,7 @@ def _torch_candidates(
             loader=f"{__name__}:{torch_program_of.__name__}",
             arguments={"source": source, "task": task, "component": part},
             compiled=compiled,
+            component=part,
         )
         for name, part in parts.items()
         for compiled in ((False, True) if torch_compile else (False,))

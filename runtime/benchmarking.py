@@ -50,7 +50,7 @@ class Candidate:
         loader: For PyTorch in a process of its own: ``module:function``, which gives the program.
         arguments: Of that function; plain data.
         compiled: For PyTorch: whether ``torch.compile`` makes kernels of it.
-        component: For ONNX, which graph of a model of several; the only one where None.
+        component: Which graph of a model of several; the only one where None.
         prompt: For an ONNX decoder, the tokens of the prompt; random ones where empty.
         speculate: For an ONNX decoder, how tokens are guessed; see ``LookupSettings.parse``.
     """

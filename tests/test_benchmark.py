@@ -18,7 +18,7 @@ import pytest
 from onnxsmith.errors import BadInputError, UnknownNameError
 from onnxsmith.package import ModelPackage, TensorSpec
 from onnxsmith.package_io import save_package
-from onnxsmith.pipeline.measuring import bench_models
+from onnxsmith.pipeline.measuring import _torch_candidates, bench_models
 from onnxsmith.program import TorchProgram
 from onnxsmith.runtime import BenchResult, BenchSettings, Candidate, OrtSession, benchmark
 from onnxsmith.runtime.benchmarking import Spread
@@ -371,3 +371,14 @@ def test_a_profile_may_do_without_a_run_before_it(onnx_package: Make) -> None:
             taken = session.profile(runs=2, warm=warm)
             assert taken.runs == 2
             assert [(node.op_type, node.calls) for node in taken.nodes] == [("Neg", 2)]
+
+
+def test_graphs_of_a_pytorch_model_stand_beside_those_of_an_artifact() -> None:
+    names = ["encoder_model", "decoder_model"]
+    found = _torch_candidates("whisper", names, ["decoder_model"], torch_compile=True, task=None)
+    assert [(one.component, one.compiled) for one in found] == [
+        ("decoder_model", False), ("decoder_model", True)
+    ]  # fmt: skip
+    assert [
+        one.component for one in _torch_candidates("x", ["model"], (), torch_compile=False, task=None)
+    ] == [None]
