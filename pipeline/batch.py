@@ -306,7 +306,10 @@ def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], I
             return
         began = not ray.is_initialized()
         if began:
-            options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers}
+            # "local" begins a new one, also where another runs on this machine, or RAY_ADDRESS names one.
+            options: dict[str, Any] = (
+                {"address": address} if address else {"address": "local", "num_cpus": workers}
+            )
             try:
                 ray.init(log_to_driver=False, include_dashboard=False if not address else None, **options)
             except (ConnectionError, RuntimeError, ValueError) as error:

@@ -343,7 +343,9 @@ def test_twelve_jobs_with_planted_failures_and_a_killed_worker(work: Path, execu
     planted = [job("too-large", set={"budgets.size_mb": 1e-6}), job("crashes", "crash", retries=0)]
     jobs = write(work, job("victim", "slow_once", memory_gb=2), *good, *planted)
     command = ["batch", str(jobs), "--executor", executor, "--workers", "2", "--json", str(work / "r.json")]
-    child = subprocess.Popen([sys.executable, "-m", "onnxsmith.pipeline", *command])
+    # A cluster that somebody else has, or had, is not taken where no address is given.
+    elsewhere = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}
+    child = subprocess.Popen([sys.executable, "-m", "onnxsmith.pipeline", *command], env=elsewhere)
     wait_for(work / "slow", 240)
     # On Ray the job's parent is a worker; on one machine it is the batch, so there the job itself goes.
     parent = int((work / "slow").read_text())
