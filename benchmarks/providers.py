@@ -119,10 +119,10 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
         f"{environment['memory_gb']} GB, no GPU, {environment['platform']}.",
         "",
         "The comparison is with PyTorch in float32, on made-up inputs of so many shapes; `worst` is the "
-        "largest difference of any output, relative to the largest magnitude of that output. Times are of "
-        "one run of this script, as median [95 % interval]: compare within a table, and read `noise` first. "
-        "`time / first's` is that of the first row of the same shape and graph, round by round, so that what "
-        "slows the machine down does not count.",
+        "largest difference of any output, relative to the largest magnitude of that output. Times are "
+        "medians [95 % interval] of rounds in turn, without an interval of a single round; tables may be of "
+        "several runs of this script. Read `noise` first. `time / first's` is that of the first row of this "
+        "shape and graph, round by round, so that what slows the machine down does not count.",
         "",
         "What does not agree is explained in [providers.md](providers.md#known-differences).",
         "",
@@ -137,7 +137,9 @@ def page(results: Mapping[str, Any], environment: Mapping[str, Any], command: st
             lines += [_comparison_row(comparison) for comparison in comparisons]
         for provider, why in result["missing"].items():
             lines.append(f"| `{provider}` | 0 | not run: {why} | | | | | |")
-        bench = [measured for stage in result["bench"].values() for measured in stage]
+        # What was measured on all inputs first, whenever that was.
+        stages = sorted(result["bench"].items(), key=lambda stage: stage[0] != "quick")
+        bench = [measured for _, stage in stages for measured in stage]
         decoder = any(measured["decode_tokens_per_s"] for measured in bench)
         what = "first token ms | one token ms" if decoder else "one call ms"
         lines += [
