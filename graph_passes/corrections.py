@@ -34,6 +34,7 @@ def corrected_onnxscript(model: ir.Model, near: NearMisses | None = None) -> Ite
     - Those into MultiHeadAttention take a rotation of a part of each head for one of the whole, whatever
       Reshape comes after attention for one to rows, and whatever is added to a projection for a bias.
     - It asks every rule about every node: see ``rules_by_operator``.
+    - Its fusions begin with the same clean-up twice, also where the first has found nothing to do.
 
     Args:
         model: The model.
@@ -65,6 +66,7 @@ def corrected_onnxscript(model: ir.Model, near: NearMisses | None = None) -> Ite
             name: _watched(function, near, name.removeprefix("fuse_")) for name, function in fusions.items()
         }
         fusions["rewrite"] = _watched(own["rewrite"], near, "other_rules")
+    fusions["optimize"] = _unless_it_did_nothing(own["optimize"])
     with _LOCK, contextlib.ExitStack() as stack:
         stack.enter_context(_replaced(evaluators, folded))
         stack.enter_context(_replaced(own, fusions))
@@ -114,6 +116,32 @@ def _watched(function: Callable[..., Any], near: NearMisses, name: str) -> Calla
             near.fusion = None
 
     return watched
+
+
+def _unless_it_did_nothing(optimize: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves a clean-up out where the one before it changed no node, and nothing else has since."""
+    clean: list[Any] | None = None
+
+    def guarded(model: ir.Model, **options: Any) -> Any:
+        nonlocal clean
+        before = _nodes(model)
+        if before == clean:
+            return model
+        made = optimize(model, **options)
+        clean = before if _nodes(model) == before else None
+        return made
+
+    return guarded
+
+
+def _nodes(model: ir.Model) -> list[Any]:
+    """What tells whether nodes were added, removed or connected differently.
+
+    It holds the nodes, so that none is taken for another that has come to its address.
+    """
+    roots = (model.graph, *(function.graph for function in model.functions.values()))
+    graphs = [one for root in roots for one in (root, *root.subgraphs())]
+    return [(node, node.op_type, node.inputs, node.outputs) for graph in graphs for node in graph]
 
 
 def _fuse_nothing(model: ir.Model, *, debug: bool = False) -> int:

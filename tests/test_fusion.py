@@ -430,3 +430,32 @@ def test_what_is_fused_is_not_near(exported: ir.Model) -> None:
     """Of a decoder that fuses whole, nothing is said to be left out."""
     outcome = FuseTransformer()(exported.clone())
     assert set(outcome.changes.skipped.values()) <= {NOT_NEAR, DROPS_THE_MASK}
+
+
+def test_a_cleanup_that_has_nothing_to_do_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.rewriter.ort_fusions import _core
+
+    from onnxsmith.graph_passes.corrections import corrected_onnxscript
+
+    model = graph("""<ir_version: 9, opset_import: ["": 18]>
+    g (float[n] x) => (float[n] z) { y = Neg(x)
+      z = Exp(y) }""")
+    optimize, runs = _core.optimize, []
+    monkeypatch.setattr(
+        _core, "optimize", lambda given, **options: (runs.append(1), optimize(given, **options))
+    )
+    with corrected_onnxscript(model):
+        for _ in range(3):
+            _core.optimize(model)
+        assert len(runs) == 1
+        # x + 0 is there to be taken away, which the next one does; the one after that finds nothing.
+        zero = ir.Value(name="zero", const_value=ir.tensor(np.float32(0), name="zero"))
+        model.graph.register_initializer(zero)
+        last = model.graph.node(1)
+        added = ir.node("Add", [last.inputs[0], zero])
+        model.graph.insert_before(last, added)
+        last.replace_input_with(0, added.outputs[0])
+        for _ in range(4):
+            _core.optimize(model)
+    assert len(runs) == 3
+    assert [node.op_type for node in model.graph] == ["Neg", "Exp"]
