@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxsmith.environment import usable_cpus
-from onnxsmith.errors import BadInputError, OnnxsmithError, UnknownNameError, require
+from onnxsmith.errors import BadInputError, OnnxsmithError, ResourceError, UnknownNameError, require
 from onnxsmith.free_memory import available_memory
 from onnxsmith.pipeline.batch_jobs import Job, expand_jobs, load_batch
 from onnxsmith.pipeline.batch_worker import Attempt, run_attempt
@@ -312,8 +312,10 @@ def _on_ray(address: str | None) -> Callable[[Sequence[Job], Path, int, bool], I
             )
             try:
                 ray.init(log_to_driver=False, include_dashboard=False if not address else None, **options)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise _no_cluster(address or "local", str(error).partition("\n")[0]) from error
+            except Exception as error:
+                # Ray's own kinds of error, and a plain Exception where a node is slow to start.
+                said = str(error).partition("\n")[0]
+                raise (_no_cluster(address, said) if address else _no_ray(said)) from error
         try:
             room = int(ray.cluster_resources().get("memory", 0))
             pending = {}
@@ -364,6 +366,16 @@ def _no_cluster(address: str, got: str) -> BadInputError:
         got=got,
         expected="a Ray cluster that runs there and takes this user's token, if it wants one",
         remedy="Start one with `ray start --head`, or leave --address out",
+    )
+
+
+def _no_ray(got: str) -> ResourceError:
+    return ResourceError(
+        "batch: --executor ray",
+        got=f"Ray does not start: {got}",
+        expected="a Ray that starts on this machine",
+        remedy="Try again when the machine does less, or give Ray longer with "
+        "RAY_raylet_start_wait_time_s=120; --executor local needs no Ray",
     )
 
 

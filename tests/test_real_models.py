@@ -184,7 +184,7 @@ def test_whisper_in_few_bits_hears_as_many_words(tmp_path: Path) -> None:
             parts = {component: made.only(component) for component in made.components}
             opened = stack.enter_context(open_components(OrtBackend(threads=1), parts))
             decoders[name] = Seq2SeqDecoder(opened)
-        for samples, text, _ in recordings(40):
+        for samples, text, _ in recordings(160):
             given = features(samples, sampling_rate=16000, return_tensors="np").input_features
             # In turn, and in seconds of the processor: the machine may do something else besides.
             for name, decoder in decoders.items():
@@ -200,7 +200,8 @@ def test_whisper_in_few_bits_hears_as_many_words(tmp_path: Path) -> None:
                 wrong, count = word_errors(text, tokenizer.decode(tokens, skip_special_tokens=True))
                 errors[name] += wrong
             words += count
-    assert words > 300
+    # So many that one word more or less is not the half point.
+    assert words > 1000
     for name, share in IN_FEW_BITS.items():
         assert errors[name] / words <= errors["cpu-fp32"] / words + 0.005, name
         assert size[name] <= share * size["cpu-fp32"], name
