@@ -189,8 +189,9 @@ def test_stop_tokens_and_the_bound_hold(session: OrtSession) -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_calls_stay_in_the_branch_for_tokens(tiny_package: ModelPackage) -> None:
-    # In these blocks the random model is varied enough for calls of several lengths.
-    quantized = [("quantize_weights", {"bits": 4, "block_size": 32, "accuracy_level": 1})]
+    # Rounded so, the random model is varied enough for calls of several lengths.
+    blocks = {"bits": 4, "block_size": 32, "accuracy_level": 1, "search_steps": 0}
+    quantized = [("quantize_weights", blocks)]
     passes = make_passes([*quantized, ("fast_prompts", {"tokens": 4})])
     with OrtSession(run_passes(tiny_package, passes), threads=1) as opened:
         assert opened.most_alike == 4
