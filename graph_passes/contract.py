@@ -141,7 +141,8 @@ class GraphPass(ir.passes.InPlacePass):
                 trial = _copy(model)
                 changes = self.apply(trial)
                 # A pass names nodes without knowing what an earlier one, or an earlier run of it, has named.
-                if changes.count and doubled_names(trial) > doubled_names(model):
+                doubled = doubled_names(trial) if changes.count else 0
+                if doubled and doubled > doubled_names(model):
                     with_unique_names(trial)
             if changes.count:
                 _commit(model, trial)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from generated_graphs import Array, graph, run
@@ -16,6 +14,7 @@ from onnxsmith.graph_passes.block_operators import find_weights
 from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import PreconditionError
 from onnxsmith.graph_passes.quantization import QuantizeWeights
+from sample_activations import activations_on
 
 # The embedding is the head, too; the first norm has readers besides a product, the second has none.
 TEXT = """<ir_version: 9, opset_import: ["": 18]>
@@ -58,14 +57,7 @@ def samples() -> list[Array]:
     return [random.integers(0, 128, (1, 48)) for _ in range(10)]
 
 
-def activations(model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-    copy = model.clone()
-    values = {v.name: v for node in copy.graph for v in node.outputs}
-    copy.graph.outputs[:] = [values[n] for n in names]
-    for value in copy.graph.outputs:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    for ids in samples()[:-1]:
-        yield run(copy, {"ids": ids})
+activations = activations_on([{"ids": ids} for ids in samples()[:-1]])
 
 
 def test_scaling_alone_changes_nothing() -> None:

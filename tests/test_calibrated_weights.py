@@ -17,6 +17,7 @@ from onnxsmith.graph_passes.contract import Outcome, PreconditionError
 from onnxsmith.graph_passes.gptq import gptq_blocks, inverse_factor, second_moments
 from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.sparse_rounding import output_error
+from sample_activations import activations_on
 
 RANDOM = np.random.default_rng(7)
 TEXT = """<ir_version: 9, opset_import: ["": 18]>
@@ -53,14 +54,7 @@ def batches(count: int = 6) -> list[Array]:
     ]
 
 
-def activations(model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-    copy = model.clone()
-    values = {v.name: v for node in copy.graph for v in node.outputs} | {v.name: v for v in copy.graph.inputs}
-    copy.graph.outputs[:] = [values[n] for n in names if n != "x"]
-    for value in copy.graph.outputs:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    for x in batches():
-        yield (run(copy, {"x": x}) if copy.graph.outputs else {}) | {"x": x}
+activations = activations_on([{"x": x} for x in batches()])
 
 
 def quantized(**options: Any) -> tuple[Outcome, float]:
@@ -265,19 +259,10 @@ def test_an_embedding_that_is_a_head_too_keeps_both_uses(method: str) -> None:
     random = np.random.default_rng(5)
     samples = [random.integers(0, 96, (1, 40)) for _ in range(8)]
 
-    def seen(model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-        copy = model.clone()
-        values = {v.name: v for node in copy.graph for v in node.outputs}
-        copy.graph.outputs[:] = [values[n] for n in names]
-        for value in copy.graph.outputs:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        for ids in samples[:-1]:
-            yield run(copy, {"ids": ids})
-
     def errors(method: str) -> tuple[float, float, dict[str, Any]]:
         model = graph(TIED, **tied())
         want = run(model, {"ids": samples[-1]})
-        in_context(model, PassContext(activations=seen))
+        in_context(model, PassContext(activations=activations_on([{"ids": ids} for ids in samples[:-1]])))
         outcome = QuantizeWeights(method=method, accuracy_level=1, skip_nodes=("w",))(model)  # type: ignore[arg-type]
         got = run(model, {"ids": samples[-1]})
         assert list(got) == ["y", "e"]

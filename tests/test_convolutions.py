@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import PreconditionError
 from onnxsmith.graph_passes.dynamic import QuantizeDynamic
 from onnxsmith.graph_passes.static import QuantizeStatic
+from sample_activations import activations_on
 
 TEXT = """<ir_version: 9, opset_import: ["": 18]>
 g (float[n, 3, 16, 16] x) => (float[n, 10] y) {
@@ -54,14 +54,7 @@ def inputs(count: int, seed: int = 1) -> list[Array]:
     return [random.standard_normal((2, 3, 16, 16)).astype(np.float32) for _ in range(count)]
 
 
-def activations(model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-    copy = model.clone()
-    values = {v.name: v for node in copy.graph for v in node.outputs}
-    copy.graph.outputs[:] = [values[n] for n in names if n != "x"]
-    for value in copy.graph.outputs:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    for x in inputs(10):
-        yield (run(copy, {"x": x}) if copy.graph.outputs else {}) | {"x": x}
+activations = activations_on([{"x": x} for x in inputs(10)])
 
 
 def quantized(**options: Any) -> tuple[ir.Model, dict[str, Any], float]:

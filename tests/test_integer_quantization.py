@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.integer_operators import integer_weight
 from onnxsmith.graph_passes.observers import METHODS, Channels, Observer
 from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.graph_passes.static import QuantizeStatic
+from sample_activations import activations_on
 
 TEXT = """<ir_version: 9, opset_import: ["": 18]>
 g (float[b, s, 32] x) => (float[b, s, 16] y, float[b, s, 8] z) {
@@ -50,14 +51,7 @@ def inputs(count: int, seed: int = 1) -> list[Array]:
     return made
 
 
-def activations(model: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-    copy = model.clone()
-    values = {v.name: v for node in copy.graph for v in node.outputs}
-    copy.graph.outputs[:] = [values[n] for n in names if n != "x"]
-    for value in copy.graph.outputs:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    for x in inputs(20):
-        yield (run(copy, {"x": x}) if copy.graph.outputs else {}) | {"x": x}
+activations = activations_on([{"x": x} for x in inputs(20)])
 
 
 def error_of(one: GraphPass, model: ir.Model | None = None) -> tuple[ir.Model, dict[str, Any], float]:
@@ -387,15 +381,7 @@ def test_biases_of_later_operators_are_added_by_the_products(form: Any) -> None:
     model, other = with_biases(), with_biases(b1=np.ones(48, np.float32))
     expected = run(model, feeds)["y"]
 
-    def batches(given: ir.Model, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-        copy = given.clone()
-        values = {v.name: v for node in copy.graph for v in node.outputs}
-        copy.graph.outputs[:] = [values[n] for n in names if n != "x"]
-        for value in copy.graph.outputs:
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-        yield run(copy, feeds) | feeds
-
-    in_context(model, PassContext(activations=batches))
+    in_context(model, PassContext(activations=activations_on([feeds])))
     (QuantizeDynamic() if form == "dynamic" else QuantizeStatic(form=form))(model)
     kinds = [node.op_type for node in model.graph]
     assert "BiasGelu" not in kinds and {"Gelu", "FastGelu", "Sum"} < set(kinds)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from generated_graphs import Array, graph, run, serialized
+from generated_graphs import graph, run, serialized
 from onnxsmith.errors import BadInputError, PassError
 from onnxsmith.graph_passes.context import PassContext, in_context
 from onnxsmith.graph_passes.contract import Outcome
 from onnxsmith.graph_passes.mixed_precision import MixedPrecision
 from onnxsmith.graph_passes.precision import precision_map
+from sample_activations import activations_on
 
 HEAD = '<ir_version: 9, opset_import: ["": 18]> '
 RANDOM = np.random.default_rng(0)
@@ -29,12 +28,7 @@ CHAIN = """g (float[n, 16] x) => (float[n, 16] y) <float big = {300.0}, float sm
 DATA = [RANDOM.standard_normal((4, 16)).astype(np.float32) for _ in range(3)]
 
 
-def activations(model: ir.Model, names: Sequence[str]) -> Iterator[Mapping[str, Array]]:
-    copy = model.clone()
-    values = {value.name: value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs[:] = [values[name] for name in names]
-    for x in DATA:
-        yield run(copy, {"x": x})
+activations = activations_on([{"x": x} for x in DATA])
 
 
 def measured(text: str, **options: object) -> tuple[ir.Model, ir.Model, Outcome]:
