@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from onnxsmith.errors import SourceError, UnknownNameError, require
 from onnxsmith.exporters.adapters import ADAPTERS, beside
 from onnxsmith.exporters.factory import first_line, load_factory
+from onnxsmith.exporters.gguf_header import header_known
 from onnxsmith.exporters.other_sources import base_of_adapter, load_exported_program, merge_adapter
 from onnxsmith.exporters.stored_weights import (
     StoredWeights,
@@ -376,7 +377,7 @@ def _load_gguf(source: ModelSource, *, dtype: torch.dtype, lazy: bool) -> Loaded
     with _quiet(), _readable(source):
         module = None
         if lazy:
-            with quick_gguf():
+            with header_known(gguf):
                 config = transformers.AutoConfig.from_pretrained(where, **options)
             module = _skeleton(auto, config, dtype)
         if module is not None:

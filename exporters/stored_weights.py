@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsmith.errors import SourceError
+from onnxsmith.stored_rows import StoredRows, note_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,9 +49,22 @@ _TYPES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16
 class StoredWeights:
     """The weights of a module, by their names in its state dict."""
 
-    def __init__(self, readers: Mapping[str, Callable[[], torch.Tensor]], *, where: str) -> None:
-        """Keeps how to read each weight; ``where`` is for messages."""
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], torch.Tensor]],
+        *,
+        where: str,
+        rows: Mapping[str, StoredRows] | None = None,
+    ) -> None:
+        """Keeps how to read each weight.
+
+        Args:
+            readers: Reads it, by name.
+            where: For messages.
+            rows: Which rows of the file a matrix has, by name, where it has the file's.
+        """
         self._readers = readers
+        self._rows = rows or {}
         self._where = where
         self._fills = 0
         # Owner, name there, what was there, what was put there.
@@ -110,9 +124,12 @@ class StoredWeights:
                 def read(_name: str = name, _like: Any = parameters[name]) -> ir.TensorProtocol:
                     return ir.tensor(self.read(_name, _like), name=_name)
 
-                value.const_value = ir.LazyTensor(
+                tensor = ir.LazyTensor(
                     read, dtype=known.dtype, shape=ir.Shape(known.shape.numpy()), name=name
                 )
+                if name in self._rows:
+                    note_rows(tensor, [self._rows[name]])
+                value.const_value = tensor
 
 
 def _parameters(module: Any) -> Iterator[tuple[Any, str, str, Any]]:
@@ -316,7 +333,34 @@ def gguf_weights(gguf: GgufFile, module: Any) -> StoredWeights | None:
     }
     if any(full not in readers for _, _, full, _ in _parameters(module)):
         return None
-    return StoredWeights(readers, where=str(gguf.path))
+    rows = {
+        names[tensor.name]: StoredRows(gguf.path, tensor.name, order)
+        for tensor in gguf.tensors
+        if tensor.name in names and (order := _row_order(tensor, processor, names)) is not None
+    }
+    return StoredWeights(readers, where=str(gguf.path), rows=rows)
+
+
+def _row_order(tensor: Any, processor: Any, names: Mapping[str, str]) -> Any | None:
+    """Which row of a tensor each row of the weight is; None where the weight is not the tensor's rows.
+
+    Found by letting transformers' conversion work on a column of the numbers of rows.
+    """
+    import numpy as np
+
+    if len(tensor.shape) != 2:
+        return None
+    numbers = np.arange(tensor.shape[0])
+    processed = processor.process(
+        weights=numbers[:, None],
+        name=tensor.name,
+        tensor_key_mapping=names,
+        parsed_parameters={"tensors": {}},
+    ).weights
+    if processed.shape != (len(numbers), 1) or processed.dtype != numbers.dtype:
+        return None
+    order = processed.reshape(-1).copy()
+    return order if np.array_equal(np.sort(order), numbers) else None
 
 
 def _gguf_reader(gguf: Any, tensor: Any, processor: Any, names: Mapping[str, str]) -> Callable[[], Any]:

@@ -35,7 +35,7 @@ from onnxsmith.graph_passes.weights import (
     constant_of,
     find_matmul_weights,
     is_transpose,
-    turned,
+    matrix_rows,
 )
 
 __all__ = ["ARITHMETIC", "BlockFormat", "BlockWriter", "SharedWeight", "find_weights", "node_label"]
@@ -130,8 +130,7 @@ class SharedWeight:
 
     def rows(self) -> npt.NDArray[np.float32]:
         """The weight as (N, K), float32."""
-        array = self.tensor.numpy()
-        return np.ascontiguousarray(array if self.is_transposed else turned(array), dtype=np.float32)
+        return np.asarray(matrix_rows(self.tensor, self.is_transposed), dtype=np.float32)
 
 
 def find_weights(

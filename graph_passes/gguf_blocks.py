@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from onnxsmith.errors import ModelFileError, require
 from onnxsmith.gguf_file import GgufFile, GgufTensor
+from onnxsmith.stored_rows import StoredRows
 
 __all__ = ["BLOCK_TYPES", "BlockType", "Codes", "GgufRows", "RowMatch"]
 
@@ -196,7 +197,7 @@ class RowMatch:
 
 
 class GgufRows:
-    """Finds rows of a GGUF file by what they hold.
+    """Finds rows of a GGUF file by what they hold, or where the exporter has noted them.
 
     Loaders reorder the rows of a file (llama's query and key weights for the rotary embedding) and passes
     put matrices together (packed queries, keys and values). Names would have to be followed through all of
@@ -227,6 +228,18 @@ class GgufRows:
             return None
         used, number = np.unique(tensor[at], return_inverse=True)
         return RowMatch(tuple(tensors[i] for i in used), number.reshape(-1), row[at])
+
+    def place(self, parts: Sequence[StoredRows]) -> RowMatch | None:
+        """The rows that are noted beside a matrix; None where they are not of this file."""
+        here = {tensor.name: number for number, tensor in enumerate(self.file.tensors)}
+        if not parts or any(part.file != self.file.path or part.tensor not in here for part in parts):
+            return None
+        used = sorted({here[part.tensor] for part in parts})
+        tensors = tuple(self.file.tensors[number] for number in used)
+        if len({tensor.shape[1:] for tensor in tensors}) > 1 or any(len(t.shape) != 2 for t in tensors):
+            return None
+        numbers = [np.full(len(part.order), used.index(here[part.tensor])) for part in parts]
+        return RowMatch(tensors, np.concatenate(numbers), np.concatenate([part.order for part in parts]))
 
     def decode(self, tensor: GgufTensor, rows: npt.NDArray[np.int64]) -> Codes:
         """Codes (rows, K), scales (rows, blocks) and minimums of some rows of a tensor."""

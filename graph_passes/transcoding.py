@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -27,7 +26,9 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionErro
 from onnxsmith.graph_passes.gguf_blocks import BLOCK_TYPES, Codes, GgufRows, RowMatch
 from onnxsmith.graph_passes.other_weights import other_weights
 from onnxsmith.graph_passes.packed_attention import open_attention
+from onnxsmith.graph_passes.weights import matrix_rows, rows_tensor
 from onnxsmith.source import resolve_path
+from onnxsmith.stored_rows import known_rows
 
 __all__ = ["KeepGgufBlocks"]
 
@@ -37,10 +38,10 @@ _DOMAIN = "com.microsoft"
 class KeepGgufBlocks(GraphPass):
     """Stores weights that came from a GGUF file in the blocks that they have there.
 
-    Every row of every weight is looked up in the file by its content, so it does not matter what a loader or
-    an earlier pass did with rows, and only weights that are equal to the last bit are taken for the file's.
-    Codes and scales are then copied. What is not in the file in blocks that an operator can express is
-    rounded anew, and listed.
+    The exporter notes which rows of the file a weight is made of. Every row of every other weight is looked
+    up in the file by its content, so it does not matter what a loader or an earlier pass did with rows, and
+    only weights that are equal to the last bit are taken for the file's. Codes and scales are then copied.
+    What is not in the file in blocks that an operator can express is rounded anew, and listed.
     """
 
     name: ClassVar[str] = "keep_gguf_blocks"
@@ -89,7 +90,7 @@ class KeepGgufBlocks(GraphPass):
         layers: dict[str, dict[str, Any]] = {}
         kept = 0
         for weight in weights:
-            match = rows.find(_stored_rows(weight))
+            match = _noted(rows, weight) or rows.find(matrix_rows(weight.tensor, weight.is_transposed))
             entry: dict[str, Any] = {"shape": list(weight.shape)}
             types = sorted({t.type for t in match.tensors}) if match else []
             if match is not None and all(kind in BLOCK_TYPES for kind in types):
@@ -225,6 +226,7 @@ def _rest_format(weight: SharedWeight, bits: int) -> BlockFormat | None:
     return None if size is None else BlockFormat(bits, size, symmetric=bits == 8)
 
 
-def _stored_rows(weight: SharedWeight) -> npt.NDArray[Any]:
-    array = weight.tensor.numpy()
-    return np.ascontiguousarray(array if weight.is_transposed else array.T)
+def _noted(rows: GgufRows, weight: SharedWeight) -> RowMatch | None:
+    """The rows of the file that the exporter has made a weight of, where it said so."""
+    straight = rows_tensor(weight.tensor, weight.is_transposed)
+    return None if straight is None else rows.place(known_rows(straight))

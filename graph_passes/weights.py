@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.onnx_file import drop_pages
+from onnxsmith.stored_rows import known_rows, note_rows
 
 __all__ = [
     "PACKED_FROM",
@@ -26,11 +27,15 @@ __all__ = [
     "join_concatenated_weights",
     "joined_weights",
     "lazy_initializer",
+    "matrix_rows",
+    "rows_tensor",
     "turned",
     "turned_weight",
 ]
 
 _CACHE_LINE_BYTES = 64
+# Where a tensor that was turned keeps what it was turned from.
+_TURNED_FROM = "onnxsmith.turned_from"
 
 PACKED_FROM = "onnxsmith.packed_from"
 """Metadata of a joined weight: a JSON list with the names of the weights in it, in order."""
@@ -103,8 +108,7 @@ class MatMulWeight:
     def rows(self) -> npt.NDArray[np.float32]:
         """The weight as (N, K), float32."""
         assert self.source.const_value is not None
-        array = self.source.const_value.numpy()
-        return np.ascontiguousarray(array if self.is_transposed else turned(array), dtype=np.float32)
+        return np.asarray(matrix_rows(self.source.const_value, self.is_transposed), dtype=np.float32)
 
 
 def find_matmul_weights(model: ir.Model) -> Iterator[MatMulWeight | tuple[ir.Node, str]]:
@@ -220,7 +224,26 @@ def _transposed(tensor: ir.TensorProtocol, shape: ir.Shape, name: str | None) ->
         drop_pages(tensor)
         return ir.Tensor(array, dtype=tensor.dtype, name=name)
 
-    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
+    made = ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name)
+    made.meta[_TURNED_FROM] = tensor
+    return made
+
+
+def rows_tensor(tensor: ir.TensorProtocol, is_transposed: bool) -> ir.TensorProtocol | None:
+    """The tensor that has a weight as (N, K): it itself, or what it was turned from; None where that is lost.
+
+    Args:
+        tensor: The weight.
+        is_transposed: True if it lies as (N, K), False if as (K, N).
+    """
+    found: ir.TensorProtocol | None = tensor if is_transposed else tensor.meta.get(_TURNED_FROM)
+    return found
+
+
+def matrix_rows(tensor: ir.TensorProtocol, is_transposed: bool) -> npt.NDArray[Any]:
+    """A weight as (N, K), in its own element type; what was turned is not turned back but read as it was."""
+    straight = rows_tensor(tensor, is_transposed)
+    return np.ascontiguousarray(turned(tensor.numpy()) if straight is None else straight.numpy())
 
 
 def turned(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -240,18 +263,34 @@ def joined_weights(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -
     shape = [int(size) for size in kept[0].shape.numpy()]
     shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
     name = _common_name([source.name or "" for source in sources])
-
-    def compute() -> ir.TensorProtocol:
-        joined = np.concatenate([tensor.numpy() for tensor in kept], axis=axis)
-        for tensor in kept:
-            drop_pages(tensor)
-        return ir.Tensor(joined, dtype=kept[0].dtype, name=name)
-
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))
-    value.const_value = ir.LazyTensor(compute, dtype=kept[0].dtype, shape=ir.Shape(shape), name=name)
+    value.const_value = _joined(kept, shape, name, axis=axis)
     value.metadata_props[PACKED_FROM] = json.dumps([source.name for source in sources])
     graph.register_initializer(value)
     return value
+
+
+def _joined(
+    tensors: Sequence[ir.TensorProtocol], shape: Sequence[int], name: str, *, axis: int
+) -> ir.LazyTensor:
+    def compute() -> ir.TensorProtocol:
+        joined = np.concatenate([tensor.numpy() for tensor in tensors], axis=axis)
+        for tensor in tensors:
+            drop_pages(tensor)
+        return ir.Tensor(joined, dtype=tensors[0].dtype, name=name)
+
+    made = ir.LazyTensor(compute, dtype=tensors[0].dtype, shape=ir.Shape(list(shape)), name=name)
+    if len(shape) != 2:
+        return made
+    if axis == 0:
+        parts = [known_rows(tensor) for tensor in tensors]
+        if all(parts):
+            note_rows(made, [one for part in parts for one in part])
+        return made
+    straight = [found for tensor in tensors if (found := rows_tensor(tensor, False)) is not None]
+    if len(straight) == len(tensors):
+        made.meta[_TURNED_FROM] = _joined(straight, shape[::-1], name, axis=0)
+    return made
 
 
 def _common_name(names: Sequence[str]) -> str:

@@ -536,7 +536,7 @@ def llama_config() -> Any:
     )
 
 
-def write_gguf(path: Path, *, only: int | None = None, eos: int = 257) -> Path:
+def write_gguf(path: Path, *, only: int | None = None, eos: int = 257, kind: str = "F32") -> Path:
     gguf = pytest.importorskip("gguf")
     tokenizers = pytest.importorskip("tokenizers")
     torch.manual_seed(0)
@@ -586,7 +586,12 @@ def write_gguf(path: Path, *, only: int | None = None, eos: int = 257) -> Path:
                 array = array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
         for old, new in names.items():
             name = name.replace(old, new)
-        writer.add_tensor(name, np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        if kind == "F32" or array.ndim < 2:
+            writer.add_tensor(name, array)
+        else:
+            block_type = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(array, block_type), raw_dtype=block_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -85,11 +85,14 @@ class OnnxsmithAdapter(Adapter):
         from onnxsmith.graph_passes import PRESETS
         from onnxsmith.package_io import save_package
         from onnxsmith.pipeline.calibration import CalibrationData, context_for
+        from onnxsmith.pipeline.exporting import LayerCleanup
         from onnxsmith.source import ModelSource
 
         parsed = ModelSource.parse(str(source))
         loaded = load_torch(parsed, lazy=True)
-        package = export(loaded, torch_program(loaded))
+        # As `onnxsmith export` cleans: one layer of each kind, before the others are copied from it.
+        cleanup = LayerCleanup()
+        package = cleanup.finish(export(loaded, torch_program(loaded), tidy=cleanup))
         preset, name, options = _VARIANTS.get(variant, (variant, "", {}))
         specs = [
             (name, options) if name and one.startswith(("quantize_", "keep_gguf_")) else (one, given)
@@ -101,6 +104,8 @@ class OnnxsmithAdapter(Adapter):
         data = CalibrationData(_TOPICS, samples=samples, tokens=512) if variant in _NEEDS_DATA else None
         context = context_for(parsed, package, data)
         save_package(run_passes(package, make_passes(specs), context=context), target)
+        # The command line ends without Python's search through all that is in memory.
+        gc.freeze()
 
     def open_decoder(self, variant: str, path: Path, threads: int) -> Decoder:
         return _Decoder(path, threads)
