@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.channel_attention import ATTENTION_RULES
 from onnxsmith.graph_passes.channel_layout import LAYOUT_RULES, constant_axes, gather, sequence_at
-from onnxsmith.graph_passes.channels import ChannelGraph, constant_source
+from onnxsmith.graph_passes.channels import ChannelGraph, constant_source, spread_over
 from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.graph_passes.weights import constant_of
 
@@ -177,6 +177,8 @@ def _binary(graph: ChannelGraph, node: ir.Node) -> str | None:
             assert value.shape is not None
             offset = rank - value.shape.rank()
             wide = [offset + i for i, dim in enumerate(value.shape) if dim != 1]
+            if node.op_type in ("Add", "Sum") and spread_over(value) is not None:
+                wide = [axis for axis in wide if axis != rank - 1]
             for axis in (axis for axis in wide if result.shape[axis] > 1):
                 graph.unite_along(result, [axis])
     graph.put(node.outputs[0], result)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["ChannelGraph", "Side", "constant_source"]
+__all__ = ["ChannelGraph", "Side", "constant_source", "spread_over"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -190,4 +190,22 @@ def constant_source(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
                 return None
             turned = not turned
         value = node.inputs[0]
+    return None
+
+
+def spread_over(value: ir.Value | None) -> int | None:
+    """Where a value is one number for each position, times a constant vector: the input that is the vector.
+
+    Such a value can lose channels together with what it is added to.
+    """
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
+        return None
+    for position in (0, 1):
+        vector, number = node.inputs[position], node.inputs[1 - position]
+        tensor = constant_of(vector)
+        if tensor is None or len(tensor.shape) != 1 or number is None or constant_of(number) is not None:
+            continue
+        if number.shape is not None and number.shape.rank() and number.shape[-1] == 1:
+            return position
     return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,6 +154,11 @@ def biases_to_products(model: ir.Model, linear: Sequence[LinearNode]) -> int:
         (added,) = writer.add(user, "Add", [product, bias], f"{one.label}_bias", (product.dtype or _FLOAT,))
         added.shape = product.shape
         left = [added if value is product else value for value in user.inputs if value is not bias]
+        if user.op_type == "Sum" and len(left) == 1:
+            # A Sum of the two was an Add that ONNX Runtime shall not fuse.
+            writer.replace(user, added)
+            moved += 1
+            continue
         plain = "Gelu" if user.op_type == "BiasGelu" else user.op_type
         attributes = {key: attribute.value for key, attribute in user.attributes.items()}
         (result,) = writer.add(
@@ -162,14 +167,53 @@ def biases_to_products(model: ir.Model, linear: Sequence[LinearNode]) -> int:
         )  # fmt: skip
         writer.replace(user, result)
         moved += 1
+    for node in list(model.graph):
+        if (node.domain, node.op_type) == ("com.microsoft", "MultiHeadAttention"):
+            moved += _attention_bias_to_products(writer, node, {one.node for one in linear})
     return moved
+
+
+def _attention_bias_to_products(writer: GraphWriter, node: ir.Node, products: Container[ir.Node]) -> int:
+    """Takes the bias of query, key and value out of an attention, if all three are products."""
+    bias = node.inputs[3] if len(node.inputs) > 3 else None
+    given = constant_of(bias)
+    made = [_product_below(value, products) for value in node.inputs[:3]]
+    if given is None or given.dtype != _FLOAT or any(value is None for value in made):
+        return 0
+    sizes = [0 if value is None or value.shape is None else value.shape[-1] for value in made]
+    widths = [size for size in sizes if isinstance(size, int) and size]
+    if len(widths) < 3 or sum(widths) != given.size:
+        return 0
+    for value, part in zip(made, np.split(given.numpy(), np.cumsum(widths)[:-1]), strict=True):
+        producer = value.producer() if value is not None else None
+        assert value is not None and producer is not None
+        base = producer.name or value.name
+        vector = writer.constant(part, f"{base}_bias_vector")
+        (added,) = writer.add(producer, "Add", [value, vector], f"{base}_bias", after=True)
+        added.shape = value.shape
+        for use in list(value.uses()):
+            if use.node is not added.producer():
+                use.node.replace_input_with(use.idx, added)
+    node.replace_input_with(3, None)
+    while node.inputs[-1] is None:
+        node.resize_inputs(len(node.inputs) - 1)
+    return 3
+
+
+def _product_below(value: ir.Value | None, products: Container[ir.Node]) -> ir.Value | None:
+    """An operand of attention that is one of the products, or one with something added to it."""
+    node = value.producer() if value is not None else None
+    if node is not None and (node.domain, node.op_type) == ("", "Add") and len(node.outputs[0].uses()) == 1:
+        value = next((x for x in node.inputs if x is not None and x.producer() in products), None)
+        node = value.producer() if value is not None else None
+    return value if node in products and value is not None and len(value.uses()) == 1 else None
 
 
 def _bias_in(node: ir.Node, product: ir.Value, size: int) -> ir.Value | None:
     """The vector of ``size`` numbers that an operator adds to a product, where it can do without."""
     if (node.domain, node.op_type) in (("com.microsoft", "BiasGelu"), ("com.microsoft", "FastGelu")):
         operands = node.inputs[1:2] if node.inputs[0] is product else ()
-    elif (node.domain, node.op_type) == ("", "Sum") and len(node.inputs) > 2:
+    elif (node.domain, node.op_type) == ("", "Sum"):
         operands = node.inputs
     else:
         return None

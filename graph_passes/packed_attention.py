@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,9 @@ _DOMAIN = "com.microsoft"
 _ATTRIBUTES = ("num_heads", "mask_filter_value", "scale", "unidirectional")
 
 
-def open_attention(model: ir.Model, *, apart: bool = False) -> dict[str, str]:
+def open_attention(
+    model: ir.Model, *, apart: bool = False, among: Container[ir.Node] | None = None
+) -> dict[str, str]:
     """Writes each Attention as MatMul and MultiHeadAttention, which compute the same.
 
     ONNX Runtime's Attention multiplies with a packed weight of its own, in float. As a MatMul that weight can
@@ -26,9 +29,9 @@ def open_attention(model: ir.Model, *, apart: bool = False) -> dict[str, str]:
 
     Args:
         model: Changed in place.
-        apart: A MatMul and an Add for each of query, key and value, whose bias an integer MatMul takes in;
-            else one MatMul with a Split, and the bias stays with the attention. On eight rows of 128 tokens
+        apart: A MatMul for each of query, key and value; else one with a Split. On eight rows of 128 tokens
             of MiniLM with integer weights, the Split took 3 % of the whole.
+        among: The nodes to open; all by default.
 
     Returns:
         For each Attention that stays, why.
@@ -36,7 +39,7 @@ def open_attention(model: ir.Model, *, apart: bool = False) -> dict[str, str]:
     kept: dict[str, str] = {}
     writer = GraphWriter(model)
     for node in list(model.graph):
-        if (node.domain, node.op_type) != (_DOMAIN, "Attention"):
+        if (node.domain, node.op_type) != (_DOMAIN, "Attention") or (among is not None and node not in among):
             continue
         reason = _reason(node)
         if reason:
@@ -45,8 +48,6 @@ def open_attention(model: ir.Model, *, apart: bool = False) -> dict[str, str]:
         inputs = [*node.inputs, *[None] * 6]
         _, _, bias, mask, _, attention_bias = inputs[:6]
         parts = (_apart if apart else _in_one)(writer, node)
-        if apart and constant_of(bias) is not None:
-            bias = None
         attributes = {key: node.attributes[key].value for key in _ATTRIBUTES if key in node.attributes}
         (result,) = writer.add(
             node, "MultiHeadAttention", [*parts, bias, mask, attention_bias], f"{_name(node)}_heads",
@@ -81,24 +82,18 @@ def _in_one(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:
 
 
 def _apart(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:
-    """Query, key and value, each as a MatMul with its part of the weight, and an Add of that of the bias."""
-    x, weight, bias = (*node.inputs, None)[:3]
+    """Query, key and value, each as a MatMul with its part of the weight."""
+    x, weight = node.inputs[:2]
     tensor = constant_of(weight)
     assert weight is not None and tensor is not None
-    given, columns = constant_of(bias), int(tensor.shape.numpy()[1]) // 3
+    columns = int(tensor.shape.numpy()[1]) // 3
     origins = json.loads(weight.metadata_props.get(PACKED_FROM, "[]"))
     names = origins if len(origins) == 3 else [f"{weight.name}_{part}" for part in ("query", "key", "value")]
     results = []
     for number, (part, name) in enumerate(zip(("query", "key", "value"), names, strict=True)):
         piece = _columns_of(writer, tensor, slice(number * columns, (number + 1) * columns), name)
-        base = f"{_name(node)}_{part}"
-        (result,) = writer.add(node, "MatMul", [x, piece], base, (_type(node),))
+        (result,) = writer.add(node, "MatMul", [x, piece], f"{_name(node)}_{part}", (_type(node),))
         result.shape = _shape(x, columns)
-        if given is not None:
-            numbers = given.numpy()[number * columns : (number + 1) * columns]
-            added = writer.constant(numbers, f"{name.removesuffix('.weight')}.bias")
-            (result,) = writer.add(node, "Add", [result, added], f"{base}_bias", (_type(node),))
-            result.shape = _shape(x, columns)
         results.append(result)
     return results
 

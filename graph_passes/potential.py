@@ -26,6 +26,7 @@ _FOR_DOCTOR = (
     "transpose_weights", "cleanup", "gemm_to_matmul", "fuse_norms", "fuse_gelu", "fuse_transformer",
     "fuse_attention", "flatten_attention",
 )  # fmt: skip
+_FOR_DOCTOR_ON_CPU = ("split_skip_layer_norm", "mask_in_keys", "split_bias_gelu")
 _NO_POTENTIAL = (NOT_NEAR, DROPS_THE_MASK)
 
 
@@ -59,7 +60,7 @@ def still_to_do(model: ir.Model, *, passes: tuple[str, ...] = _FOR_ANY_TARGET) -
 
 def unfused(model: ir.Model, target: Target) -> Iterator[Finding]:
     """Patterns that a fused operator computes faster, and nodes that compute nothing."""
-    passes = (*_FOR_DOCTOR, "split_skip_layer_norm") if target.is_cpu else _FOR_DOCTOR
+    passes = (*_FOR_DOCTOR, *_FOR_DOCTOR_ON_CPU) if target.is_cpu else _FOR_DOCTOR
     found = {name: part for name, part in still_to_do(model, passes=passes).items() if part.get("changes")}
     if not found:
         return

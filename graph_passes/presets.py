@@ -23,7 +23,13 @@ _FUSED: tuple[PassSpec, ...] = (
     ("fold_embedding_scale", {}),
     ("flatten_attention", {}),
 )
-_ON_CPU: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}))
+# Before quantization, which wants biases beside the products, and takes them out of Sum and attention.
+_ON_CPU: tuple[PassSpec, ...] = (
+    *_FUSED,
+    ("split_skip_layer_norm", {}),
+    ("split_bias_gelu", {}),
+    ("mask_in_keys", {}),
+)
 _ON_GPU: tuple[PassSpec, ...] = (*_FUSED, ("lengths_in_attention", {}))
 # What ONNX Runtime 1.32 can and older ones cannot load.
 _NEWEST: tuple[PassSpec, ...] = (
@@ -122,6 +128,8 @@ REASONS: Mapping[str, str] = {
     "flatten_attention": "after fusion has made RotaryEmbedding of the nodes between the axes' swaps",
     "lengths_in_attention": "after fusion: CUDA's attention takes lengths of rows and no bias",
     "split_skip_layer_norm": "after fusion, which made them: on CPUs two operators are faster",
+    "split_bias_gelu": "after fusion, which made them: on CPUs two operators are faster",
+    "mask_in_keys": "after fusion, before quantization: projections get a column for each head",
     "rotary_in_attention": "after flatten_attention, whose flat operands it needs",
     "logits_to_keep": "before quantization: a prompt's logits cost as much as a fifth of a small model",
     "pack_projections": "last before quantization, so that the packed matrix is what gets quantized",

@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import PassError
 from onnxsmith.graph_passes.channel_attention import rotary_heads
 from onnxsmith.graph_passes.channel_rules import WITH_CONSTANTS
-from onnxsmith.graph_passes.channels import ChannelGraph, Side
+from onnxsmith.graph_passes.channels import ChannelGraph, Side, spread_over
 from onnxsmith.graph_passes.computed_shapes import Element, shape_elements
 from onnxsmith.graph_passes.matching import constant_integers, int_attribute, label
 from onnxsmith.graph_passes.weights import constant_of
@@ -219,6 +219,7 @@ class _Removal:
         if out is None or node.op_type not in WITH_CONSTANTS:
             return
         for position in range(2 if node.op_type == "Gemm" else 0, len(node.inputs)):
+            self._spread(node, position, out.axes[-1])
             tensor = constant_of(node.inputs[position])
             if tensor is not None:
                 offset = len(out.axes) - len(tensor.shape)
@@ -226,6 +227,27 @@ class _Removal:
                     node, position,
                     {axis - offset: kept for axis, kept in enumerate(out.axes) if axis >= offset},
                 )  # fmt: skip
+
+    def _spread(self, node: ir.Node, position: int, kept: Kept | None) -> None:
+        """Numbers of positions times a vector: a vector with what stays, for this node alone."""
+        value = node.inputs[position]
+        at = spread_over(value)
+        if value is None or at is None or kept is None or value in self._changes:
+            return
+        made = value.producer()
+        assert made is not None
+        inputs = list(made.inputs)
+        vector = inputs[at]
+        if vector is None or vector.shape is None or vector.shape.numpy() != (len(kept),):
+            return
+        inputs[at] = self._sliced(vector, [kept])
+        name = f"{label(made)}_pruned_for_{label(node)}"
+        new = ir.node("Mul", inputs, name=name)
+        new.outputs[0].name, new.outputs[0].type = name, value.type
+        if value.shape is not None:
+            new.outputs[0].shape = ir.Shape([*list(value.shape)[:-1], int(kept.sum())])
+        self._model.graph.insert_before(node, new)
+        node.replace_input_with(position, new.outputs[0])
 
     def _channel_constants(self, node: ir.Node) -> None:
         """BatchNormalization: one number for each channel."""
@@ -377,10 +399,16 @@ class _Removal:
             if old:
                 node.attributes[name] = ir.AttrInt64(name, old * int(kept.sum()) // len(kept))
         if node.op_type == "MultiHeadAttention" and len(node.inputs) > 3:
-            self._slice_input(node, 3, {0: np.concatenate([kept] * 3)})
+            self._slice_input(node, 3, {0: np.concatenate([self._last(v) for v in node.inputs[:3]])})
         elif node.op_type == "GroupQueryAttention" and len(node.inputs) > 11 and node.inputs[11] is not None:
             # The sink: one number for each head.
             self._slice_input(node, 11, {0: np.asarray(kept.reshape(old_heads, -1).all(1))})
+
+    def _last(self, value: ir.Value | None) -> Kept:
+        """Which positions of a value's last axis stay."""
+        assert value is not None
+        kept = self._changes[value].axes[-1] if value in self._changes else None
+        return kept if kept is not None else np.ones(self._graph.ids[value].shape[-1], bool)
 
     def _rotary(self, node: ir.Node) -> None:
         value = node.inputs[0]
