@@ -26,6 +26,7 @@ class FuseSilu(GraphPass):
 
     name: ClassVar[str] = "fuse_silu"
     summary: ClassVar[str] = "fuse x * sigmoid(alpha * x), as in SwiGLU, into QuickGelu of ONNX Runtime"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses in the main graph, and says at which Sigmoid nothing was fused and why."""

@@ -45,6 +45,7 @@ class FlattenAttention(GraphPass):
 
     name: ClassVar[str] = "flatten_attention"
     summary: ClassVar[str] = "remove the Reshape and Transpose around attention and rotary embedding"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Rewires the operands; what is not used any more goes."""
@@ -194,6 +195,7 @@ class RotaryInAttention(GraphPass):
 
     name: ClassVar[str] = "rotary_in_attention"
     summary: ClassVar[str] = "rotate query and key inside GroupQueryAttention (do_rotary)"
+    layerwise: ClassVar[bool] = True
 
     def __init__(self, *, padded_batches: bool = True) -> None:
         """Sets which positions the result is right for.

@@ -68,6 +68,7 @@ class Cleanup(GraphPass):
 
     name: ClassVar[str] = "cleanup"
     summary: ClassVar[str] = "fold constants; remove dead, doubled and no-op nodes"
+    layerwise: ClassVar[bool] = True
 
     def __init__(self, *, max_input_elements: int = 1024, max_output_elements: int = 262144) -> None:
         """Sets the limits.

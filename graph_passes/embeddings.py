@@ -26,6 +26,7 @@ class FoldEmbeddingScale(GraphPass):
 
     name: ClassVar[str] = "fold_embedding_scale"
     summary: ClassVar[str] = "embeddings that are scaled by a constant are stored scaled"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Folds in the main graph, and says which tables stay and why."""

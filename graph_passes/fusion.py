@@ -48,6 +48,7 @@ class FuseTransformer(GraphPass):
 
     name: ClassVar[str] = "fuse_transformer"
     summary: ClassVar[str] = "fuse RMSNorm, LayerNorm, skip, rotary, attention and Gelu for ONNX Runtime"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses, and counts what came of it."""

@@ -41,6 +41,7 @@ class FuseGelu(GraphPass):
 
     name: ClassVar[str] = "fuse_gelu"
     summary: ClassVar[str] = "fuse GELU that is written out with tanh or erf, in any order of its terms"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses in the main graph, and says which near miss stays and why."""
@@ -60,6 +61,7 @@ class SplitBiasGelu(GraphPass):
 
     name: ClassVar[str] = "split_bias_gelu"
     summary: ClassVar[str] = "BiasGelu as Sum and Gelu, faster on CPUs"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Splits each in the main graph."""

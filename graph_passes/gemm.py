@@ -35,6 +35,7 @@ class GemmToMatMul(GraphPass):
 
     name: ClassVar[str] = "gemm_to_matmul"
     summary: ClassVar[str] = "Reshape, Gemm, Reshape become MatMul and Add: what fuses and what is quantized"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Rewrites in the main graph, and says which Gemm between Reshapes stays and why."""

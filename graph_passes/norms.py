@@ -26,6 +26,7 @@ class SplitSkipLayerNorm(GraphPass):
 
     name: ClassVar[str] = "split_skip_layer_norm"
     summary: ClassVar[str] = "SkipLayerNormalization as Sum and LayerNormalization, faster on CPUs"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Splits each, except where the mean or deviation is used."""

@@ -61,6 +61,7 @@ class FuseAttention(GraphPass):
 
     name: ClassVar[str] = "fuse_attention"
     summary: ClassVar[str] = "fuse attention that is written out in ONNX operators, as in optimum's exports"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses what matches, and says at which node the others do not."""

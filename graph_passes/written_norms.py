@@ -26,6 +26,7 @@ class FuseNorms(GraphPass):
 
     name: ClassVar[str] = "fuse_norms"
     summary: ClassVar[str] = "fuse LayerNorm and RMSNorm that are written out, in any operator set"
+    layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Fuses in the main graph, and says at which square root nothing was fused and why."""
