@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onnxsmith.errors import SourceError
-from onnxsmith.stored_rows import StoredRows, note_rows
+from onnxsmith.stored_rows import StoredMatrix, StoredRows, note_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,6 +36,7 @@ __all__ = [
     "safetensors_weights",
     "skeleton",
     "stand_ins",
+    "stored_matrices",
     "surplus_layers",
 ]
 
@@ -201,6 +204,30 @@ def safetensors_weights(directory: Path, module: torch.nn.Module) -> StoredWeigh
         layers than the module has, or a file cannot be read: transformers then loads the model, which renames
         and converts, or says what is wrong.
     """
+    entries = _directory_entries(directory)
+    if entries is None or surplus_layers(entries, module):
+        return None
+    readers, rows = {}, {}
+    for _, _, full, parameter in _parameters(module):
+        if full not in entries or entries[full][2] != tuple(parameter.shape):
+            return None
+        readers[full] = _mapped_reader(*entries[full])
+        if parameter.ndim == 2:
+            rows[full] = StoredRows(entries[full][0], full, np.arange(len(parameter)))
+    return StoredWeights(readers, where=str(directory), rows=rows)
+
+
+def stored_matrices(directory: Path) -> list[StoredMatrix]:
+    """The matrices in the safetensors files of a directory; none where these cannot be read."""
+    return [
+        StoredMatrix(file, name, dtype, (shape[0], shape[1]), offset)
+        for name, (file, dtype, shape, offset) in (_directory_entries(directory) or {}).items()
+        if len(shape) == 2 and min(shape) > 1 and dtype != "float64"
+    ]
+
+
+def _directory_entries(directory: Path) -> dict[str, tuple[Path, str, tuple[int, ...], int]] | None:
+    """File, element type, shape and offset by name; None where a file cannot be read."""
     try:
         index = directory / "model.safetensors.index.json"
         if index.is_file():
@@ -214,14 +241,7 @@ def safetensors_weights(directory: Path, module: torch.nn.Module) -> StoredWeigh
             entries |= _safetensors_entries(directory / file)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if surplus_layers(entries, module):
-        return None
-    readers = {}
-    for _, _, full, parameter in _parameters(module):
-        if full not in entries or entries[full][2] != tuple(parameter.shape):
-            return None
-        readers[full] = _mapped_reader(*entries[full])
-    return StoredWeights(readers, where=str(directory))
+    return entries
 
 
 def surplus_layers(names: Iterable[str], module: torch.nn.Module) -> list[str]:
@@ -269,7 +289,6 @@ def _safetensors_entries(path: Path) -> dict[str, tuple[Path, str, tuple[int, ..
 
 def _mapped_reader(path: Path, dtype: str, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
-        import numpy as np
         import torch
 
         kind: torch.dtype = getattr(torch, dtype)
@@ -346,8 +365,6 @@ def _row_order(tensor: Any, processor: Any, names: Mapping[str, str]) -> Any | N
 
     Found by letting transformers' conversion work on a column of the numbers of rows.
     """
-    import numpy as np
-
     if len(tensor.shape) != 2:
         return None
     numbers = np.arange(tensor.shape[0])
@@ -365,7 +382,6 @@ def _row_order(tensor: Any, processor: Any, names: Mapping[str, str]) -> Any | N
 
 def _gguf_reader(gguf: Any, tensor: Any, processor: Any, names: Mapping[str, str]) -> Callable[[], Any]:
     def read() -> Any:
-        import numpy as np
         import torch
         from gguf import GGMLQuantizationType, dequantize
 

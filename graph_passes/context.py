@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import PreconditionError
+
+if TYPE_CHECKING:
+    from onnxsmith.graph_passes.rounded_ahead import RoundedAhead
 
 __all__ = ["Activations", "PassContext", "Probe", "Timings", "activations_for", "context_of", "in_context"]
 
@@ -45,6 +48,7 @@ class PassContext:
         probe: Runs the model on some of it again and again.
         timings: Measures the nodes of a model.
         calibration: What that data is, for the manifest.
+        ahead: Weights that were rounded while the model was traced.
     """
 
     gguf: Path | None = None
@@ -52,6 +56,7 @@ class PassContext:
     probe: Probe | None = None
     timings: Timings | None = None
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ahead: RoundedAhead | None = None
 
 
 def in_context(model: ir.Model, context: PassContext | None) -> None:

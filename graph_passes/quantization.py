@@ -182,9 +182,9 @@ class QuantizeWeights(GraphPass):
                 # The exponent of the factors; 0 is none.
                 choice.entry["balanced"] = scaled.get(choice.weight.name, 0.0)
         made = self._calibrated(model, [c for c in choices if c.method in NEEDS_DATA])
-        writer = BlockWriter(model, accuracy_level=self.accuracy_level)
+        writer, ahead = BlockWriter(model, accuracy_level=self.accuracy_level), context_of(model).ahead
         for choice in choices:
-            blocks = made.get(choice.weight.name) or Rounding(choice, self.search_steps)
+            blocks = made.get(choice.weight.name) or Rounding(choice, self.search_steps, ahead=ahead)
             compute = blocks if isinstance(blocks, Rounding) else _given(blocks)
             writer.replace(choice.weight, choice.form, compute)
             changes.count += len(choice.weight.users)

@@ -22,8 +22,11 @@ from onnxsmith.graph_passes.block_operators import BlockFormat, SharedWeight
 from onnxsmith.graph_passes.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from onnxsmith.graph_passes.context import Activations
 from onnxsmith.graph_passes.gptq import Factor, gptq_blocks, inverse_factor, second_moments
+from onnxsmith.graph_passes.rounded_ahead import RoundedAhead
+from onnxsmith.graph_passes.weights import rows_tensor
 from onnxsmith.onnx_file import drop_pages
 from onnxsmith.sparse_rounding import output_error
+from onnxsmith.stored_rows import known_rows
 
 __all__ = ["NEEDS_DATA", "Choice", "Rounding", "calibrated", "entry_of", "method_for", "relative_error"]
 
@@ -65,17 +68,35 @@ def entry_of(weight: SharedWeight, form: BlockFormat, method: str) -> dict[str, 
 class Rounding:
     """Rounds one weight when it is written, and then fills in what that cost."""
 
-    def __init__(self, choice: Choice, search_steps: int, importance: Floats | None = None) -> None:
+    def __init__(
+        self,
+        choice: Choice,
+        search_steps: int,
+        importance: Floats | None = None,
+        ahead: RoundedAhead | None = None,
+    ) -> None:
         self._choice, self._steps, self._importance = choice, search_steps, importance
+        self._ahead = ahead
 
     def __call__(self) -> QuantizedBlocks:
         """Reads the weight and rounds it."""
         choice = self._choice
         rows = choice.weight.rows()
-        blocks = _quantized(rows, choice, self._steps, self._importance)
+        blocks = self._known() or _quantized(rows, choice, self._steps, self._importance)
         choice.entry["weight_error"] = relative_error(rows, blocks)
         drop_pages(choice.weight.tensor)
         return blocks
+
+    def _known(self) -> QuantizedBlocks | None:
+        """The blocks, where they were made ahead."""
+        weight = self._choice.weight
+        straight = rows_tensor(weight.tensor, weight.is_transposed)
+        if (
+            self._ahead is None or straight is None or self._importance is not None
+            or self._choice.method != "rtn" or weight.tensor.dtype != ir.DataType.FLOAT
+        ):  # fmt: skip
+            return None
+        return self._ahead.blocks(known_rows(straight), _settings(self._choice, self._steps))
 
 
 def calibrated(
@@ -178,19 +199,26 @@ def _scale(model: ir.Model, alike: list[Choice], scaling: Scaling) -> None:
 
 
 def _quantized(rows: Floats, choice: Choice, search_steps: int, importance: Floats | None) -> QuantizedBlocks:
-    form = choice.form
     return quantize_blocks(
         rows,
-        bits=form.bits,
-        block_size=form.block_size,
-        symmetric=form.symmetric,
-        minimums=form.minimums,
-        search_steps=search_steps,
+        **_settings(choice, search_steps),
         importance=importance,
-        scale_type=_scale_type(choice),
         name=choice.weight.name,
         method="hqq" if choice.method == "hqq" else "rtn",
     )
+
+
+def _settings(choice: Choice, search_steps: int) -> dict[str, Any]:
+    """Of ``quantize_blocks``."""
+    form = choice.form
+    return {
+        "bits": form.bits,
+        "block_size": form.block_size,
+        "symmetric": form.symmetric,
+        "minimums": form.minimums,
+        "search_steps": search_steps,
+        "scale_type": np.dtype(_scale_type(choice)).name,
+    }
 
 
 def _scale_type(choice: Choice) -> npt.DTypeLike:

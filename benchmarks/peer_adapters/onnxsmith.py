@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,17 +83,15 @@ class OnnxsmithAdapter(Adapter):
         gc.set_threshold(100_000, 10, 10)
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
+        from onnxsmith.exporters.stored_weights import stored_matrices
         from onnxsmith.graph_passes import PRESETS
+        from onnxsmith.graph_passes.rounded_ahead import rounding_ahead
         from onnxsmith.package_io import save_package
         from onnxsmith.pipeline.calibration import CalibrationData, context_for
         from onnxsmith.pipeline.exporting import LayerCleanup
         from onnxsmith.source import ModelSource
 
         parsed = ModelSource.parse(str(source))
-        loaded = load_torch(parsed, lazy=True)
-        # As `onnxsmith export` cleans: one layer of each kind, before the others are copied from it.
-        cleanup = LayerCleanup()
-        package = cleanup.finish(export(loaded, torch_program(loaded), tidy=cleanup))
         preset, name, options = _VARIANTS.get(variant, (variant, "", {}))
         specs = [
             (name, options) if name and one.startswith(("quantize_", "keep_gguf_")) else (one, given)
@@ -102,8 +101,14 @@ class OnnxsmithAdapter(Adapter):
         # AWQ looks for one exponent of each activation, for which few samples are enough.
         samples = 16 if variant == "awq" else 128
         data = CalibrationData(_TOPICS, samples=samples, tokens=512) if variant in _NEEDS_DATA else None
-        context = context_for(parsed, package, data)
-        save_package(run_passes(package, make_passes(specs), context=context), target)
+        passes = make_passes(specs)
+        with rounding_ahead(stored_matrices(source) if source.is_dir() else [], passes) as ahead:
+            loaded = load_torch(parsed, lazy=True)
+            # As `onnxsmith export` cleans: one layer of each kind, before the others are copied from it.
+            cleanup = LayerCleanup()
+            package = cleanup.finish(export(loaded, torch_program(loaded), tidy=cleanup))
+            context = dataclasses.replace(context_for(parsed, package, data), ahead=ahead)
+            save_package(run_passes(package, passes, context=context), target)
         # The command line ends without Python's search through all that is in memory.
         gc.freeze()
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["StoredRows", "known_rows", "note_rows"]
+__all__ = ["StoredMatrix", "StoredRows", "known_rows", "note_rows"]
 
 _KEY = "onnxsmith.stored_rows"
 
@@ -31,6 +31,25 @@ class StoredRows:
     file: Path
     tensor: str
     order: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix of floating-point numbers that lies in a file as it is.
+
+    Attributes:
+        file: The file.
+        name: Its name there.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        shape: (N, K).
+        offset: Where its first byte is.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    offset: int
 
 
 def note_rows(tensor: ir.TensorProtocol, parts: Sequence[StoredRows]) -> None:
