@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.graph_passes.weights import constant_of
 from onnxsmith.onnx_file import drop_pages
 
 __all__ = ["FOLDED", "Reading", "deferred", "is_computed_constant", "product_with_offsets"]
 
 _DOMAIN = "com.microsoft"
-FOLDED = frozenset({"Add", "Cast", "Mul", "Reshape"})
+FOLDED = frozenset({"Add", "Cast", "Gather", "Mul", "Reshape"})
 """What quantization writes between a stored constant and the node that reads it."""
 
 
@@ -87,5 +88,8 @@ def deferred(value: ir.Value | None) -> Callable[[Reading], npt.NDArray[Any]]:
         return lambda reading: operands[0](reading).astype(dtype)
     if node.op_type == "Reshape":
         return lambda reading: operands[0](reading).reshape(operands[1](reading))
+    if node.op_type == "Gather":
+        axis = int_attribute(node, "axis")
+        return lambda reading: np.take(operands[0](reading), operands[1](reading), axis=axis)
     combine: Callable[..., npt.NDArray[Any]] = np.multiply if node.op_type == "Mul" else np.add
     return lambda reading: combine(operands[0](reading), operands[1](reading))

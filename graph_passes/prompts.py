@@ -353,8 +353,10 @@ def _integers(
         values -= zeros.reshape(rows, blocks, 1).astype(np.float32)
     values *= scales.reshape(rows, blocks, 1).astype(np.float32)
     if offsets is not None:
-        shift = offsets(reading)
-        values += shift.reshape(rows, blocks, 1).astype(np.float32)
+        shift = offsets(reading).reshape(rows, -1)
+        # Blocks of the sums may be several of the product's.
+        each = np.repeat(shift, blocks // shift.shape[1], axis=1)
+        values += each.reshape(rows, blocks, 1).astype(np.float32)
     reading.drop_pages()
     weight = values.reshape(rows, -1)[:, :columns]
     size = _block(columns)

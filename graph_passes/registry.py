@@ -24,6 +24,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "cleanup": "onnxsmith.graph_passes.cleanup:Cleanup",
         "convert_opset": "onnxsmith.graph_passes.versions:ConvertOpset",
         "fast_prompts": "onnxsmith.graph_passes.prompts:FastPrompts",
+        "finer_activations": "onnxsmith.graph_passes.finer_activations:FinerActivations",
         "flatten_attention": "onnxsmith.graph_passes.attention:FlattenAttention",
         "fold_embedding_scale": "onnxsmith.graph_passes.embeddings:FoldEmbeddingScale",
         "fold_minimums": "onnxsmith.graph_passes.minimums:FoldMinimums",

@@ -34,6 +34,7 @@ from onnxsmith.runtime.matching import (
     match_by_places,
     match_by_values,
     match_by_weights,
+    parts_of_products,
     to_layout,
 )
 from onnxsmith.runtime.references import Reference
@@ -268,7 +269,7 @@ class _Search:
 
     def _first_matches(self) -> tuple[dict[str, Match], dict[str, Match], dict[str, Match]]:
         """All matches before nodes ran on right inputs; those by names, and those that are certain."""
-        names = self.values.names
+        names = self._comparable()
         signature = [spec.name for spec in self.candidate.main.outputs]
         fixed = match_by_weights(self.values, self.weighted, self.expected, self.natural)
         fixed |= match_by_names(self.expected, self.natural, signature)
@@ -276,9 +277,14 @@ class _Search:
         by_value = match_by_values(self.expected, self.natural, names)
         return {**by_value, **by_name, **fixed}, by_name, fixed
 
+    def _comparable(self) -> list[str]:
+        """Values that the reference may have, too."""
+        parts = parts_of_products(self.values, self.weighted, self.natural)
+        return [name for name in self.values.names if name not in parts]
+
     def _matched(self) -> tuple[dict[str, Match], dict[str, TensorError], set[str]]:
         """Matches, the error that each match introduces, and values that are not finite on right inputs."""
-        names, weighted = self.values.names, self.weighted
+        names, weighted = self._comparable(), self.weighted
         matches, by_name, fixed = self._first_matches()
         errors: dict[str, TensorError] = {}
         bad: set[str] = set()

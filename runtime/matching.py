@@ -23,6 +23,7 @@ __all__ = [
     "match_by_places",
     "match_by_values",
     "match_by_weights",
+    "parts_of_products",
     "stem_of",
     "to_layout",
 ]
@@ -145,6 +146,21 @@ def match_by_places(
         if _sizes(candidate.cases(name)) == _sizes(reference.cases(source)):
             matches[name] = Match(name, source, by="place")
     return matches
+
+
+def parts_of_products(
+    values: GraphValues, weighted: Mapping[str, Weighted], candidate: TensorStore
+) -> set[str]:
+    """What is computed with a part of a weight, such as its blocks without offsets: no reference has it.
+
+    It may well be near to the whole.
+    """
+    parts: set[str] = set()
+    for names in _nodes_by_stem(values, weighted, candidate).values():
+        whole = _whole(values, names)
+        if whole is not None and whole not in names:
+            parts.update(names)
+    return parts
 
 
 def _nodes_by_stem(

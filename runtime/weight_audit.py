@@ -21,8 +21,8 @@ _MAX_ROUNDING: Mapping[int, float] = {2: 0.9, 4: 0.5, 8: 0.1}
 _MAX_FLOAT = 0.02
 # Factors of channels that differ by less are one factor, which no pass puts into weights.
 _SAME_FACTOR = 0.05
-# Of what the graph computes from constants: a cast, a product and a sum.
-_MAX_DEPTH = 4
+# Of what the graph computes from constants: casts, what is looked up in a table, a product and a sum.
+_MAX_DEPTH = 8
 # Rows that are unpacked at a time.
 _ROWS = 2048
 
@@ -215,7 +215,7 @@ def _stored(value: ir.Value | None) -> ir.Value | None:
 
 
 def _computed(value: ir.Value | None, depth: int = 0) -> Array | None:
-    """The array that a value always is, also where the graph casts, adds or multiplies constants; or None."""
+    """The array that a value always is, also where the graph computes it from constants; or None."""
     if value is None or value.is_graph_input():
         return None
     if value.const_value is not None:
@@ -231,6 +231,10 @@ def _computed(value: ir.Value | None, depth: int = 0) -> Array | None:
         return known[0].astype(value.dtype.numpy())
     if node.op_type == "Constant" or len(known) != 2:
         return None
+    if node.op_type == "Gather":
+        return np.take(known[0], known[1], axis=_integer(node, "axis", 0))
+    if node.op_type == "Reshape":
+        return known[0].reshape(known[1])
     if node.op_type == "Add":
         return np.asarray(known[0] + known[1])
     return np.asarray(known[0] * known[1]) if node.op_type == "Mul" else None
@@ -240,7 +244,7 @@ def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
     """What is added to each weight of a block where the graph multiplies blocks and offsets apart.
 
     ``MatMulNBits(x) + block_sums(x) @ offsets.T``, or for rows that are looked up,
-    ``GatherBlockQuantized(i) + Gather(offsets, i) @ spread``.
+    ``GatherBlockQuantized(i) + Gather(offsets, i) @ spread``. A block of sums may be several of the product.
     """
     for user, _ in node.outputs[0].uses():
         if user.op_type != "Add":
@@ -255,7 +259,11 @@ def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
         else:
             found = _computed(product.inputs[1])
         if found is not None and found.ndim == 2:
-            return found if found.shape == shape else found.T if found.T.shape == shape else None
+            for offsets in (found, found.T):
+                times = shape[1] // max(1, offsets.shape[1])
+                if (len(offsets), offsets.shape[1] * times) == shape:
+                    return np.repeat(offsets, times, axis=1)
+            return None
     return None
 
 
@@ -271,14 +279,30 @@ def _without_sums(node: ir.Node, weights: Array, bits: int, block: int) -> Array
     if longer is None or longer.op_type != "Concat":
         return weights
     whole, digits = _integer(node, "K", 0), 8 // bits
-    blocks = whole // (block + digits)
-    if blocks * (block + digits) != whole:
+    columns = _columns(longer)
+    # Blocks of the product may be smaller than those of the sums, by a power of two.
+    for block in (block << more for more in range(8)):
+        blocks = whole // (block + digits)
+        if blocks * (block + digits) == whole and columns in (0, blocks * block):
+            break
+    else:
         return weights
     own = weights[:, : blocks * block]
     sums = weights[:, blocks * block : whole].reshape(len(weights), digits, blocks)
     factors = np.float32(1 << bits) ** -np.arange(digits, dtype=np.float32)
     whole_rows: Array = own + np.repeat((sums * factors[:, None]).sum(axis=1), block, axis=1)
     return whole_rows
+
+
+def _columns(longer: ir.Node) -> int:
+    """The width of what stands first in a Concat, as products with sums behind it have it; 0 if unknown."""
+    for value in longer.inputs[1:]:
+        sums = value.producer() if value is not None else None
+        if sums is not None and sums.op_type == "MatMulNBits":
+            return _integer(sums, "K", 0)
+    first = longer.inputs[0]
+    width = first.shape[-1] if first is not None and first.shape is not None else None
+    return width if isinstance(width, int) else 0
 
 
 def _levels(packed: Array, bits: int) -> Array:

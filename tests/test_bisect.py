@@ -428,11 +428,15 @@ def test_of_several_graphs_one_is_named(tiny_artifact_dir: Path, tmp_path: Path)
     assert fine.passed
 
 
+@pytest.mark.parametrize("finer", [False, True], ids=["", "finer"])
 @pytest.mark.parametrize("folded", [False, True], ids=["apart", "folded"])
 def test_blocks_with_offsets_are_one_weight(
-    tiny_loaded: Any, tiny_program: Any, tiny_artifact_dir: Path, tmp_path: Path, folded: bool
+    tiny_loaded: Any, tiny_program: Any, tiny_artifact_dir: Path, tmp_path: Path, folded: bool, finer: bool
 ) -> None:
-    """The preset's form of 4 bits multiplies blocks and offsets apart, or has the offsets as columns."""
+    """The preset's form of 4 bits multiplies blocks and offsets apart, or has the offsets as columns.
+
+    Either may have zero points at means, and half its blocks.
+    """
     from onnxsmith.exporters import export
     from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
 
@@ -442,6 +446,10 @@ def test_blocks_with_offsets_are_one_weight(
     if folded:
         package = run_passes(package, make_passes([("fold_minimums", {})]))
         faults, codes = FAULTS_OF_FOLDED_BLOCKS, f"{DOWN}_q4_folded"
+    if finer:
+        package = run_passes(package, make_passes([("finer_activations", {"after": "any"})]))
+        codes += "_by_16"
+        faults = {part + ("_by_16" if part in codes else ""): fault for part, fault in faults.items()}
     save_package(package.derive(), tmp_path / "int4")
     result = bisect_models(str(tiny_artifact_dir), tmp_path / "int4", samples=3, threads=1)
     assert result.passed, result.verdict
