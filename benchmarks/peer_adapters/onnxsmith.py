@@ -79,8 +79,8 @@ class OnnxsmithAdapter(Adapter):
     """Export, passes, and one write."""
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
-        # As the command line sets it.
-        gc.set_threshold(100_000, 10, 10)
+        # As `onnxsmith export` and `onnxsmith optimize` set it.
+        gc.set_threshold(2_000_000, 10, 10)
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
         from onnxsmith.exporters.stored_weights import stored_matrices
