@@ -44,16 +44,18 @@ _WIDTHS: Mapping[str, npt.DTypeLike] = {
 
 @contextlib.contextmanager
 def rounding_ahead(
-    matrices: Sequence[StoredMatrix], passes: Sequence[GraphPass]
+    matrices: Sequence[StoredMatrix], passes: Sequence[GraphPass], *, directory: Path | None = None
 ) -> Iterator[RoundedAhead | None]:
     """While open, a process rounds matrices as the first pass that quantizes weights will.
 
     Args:
         matrices: Where they are.
         passes: What will run.
+        directory: Where there is room for rounded weights; that of temporary files where None, which may be
+            in memory.
 
     Yields:
-        What is ready; None where there is nothing to do ahead.
+        What is ready; None where there is nothing to do ahead, or no room or process for it.
     """
     found = next(filter(None, map(_settings, passes)), None)
     if found is None or not hasattr(os, "pwrite"):
@@ -70,7 +72,11 @@ def rounding_ahead(
     if not wanted:
         yield None
         return
-    ahead = RoundedAhead(wanted)
+    try:
+        ahead = RoundedAhead(wanted, directory)
+    except OSError:
+        yield None
+        return
     try:
         yield ahead
     finally:
@@ -95,16 +101,22 @@ def _settings(one: GraphPass) -> tuple[dict[str, Any], int] | None:
 class RoundedAhead:
     """The process, and what it has done."""
 
-    def __init__(self, matrices: Sequence[tuple[StoredMatrix, Mapping[str, Any]]]) -> None:
+    def __init__(
+        self, matrices: Sequence[tuple[StoredMatrix, Mapping[str, Any]]], directory: Path | None = None
+    ) -> None:
         """Starts it.
 
         Args:
             matrices: What to round, in this order, with the settings of ``quantize_blocks``.
+            directory: Of the file that rounded weights are kept in, which has no name there.
+
+        Raises:
+            OSError: The system has no room for the file, or no process.
         """
         self._settings = {(one.file, one.name): dict(settings) for one, settings in matrices}
         self._keys = {one.name: (one.file, one.name) for one, _ in matrices}
         self._done: dict[tuple[Path, str], Mapping[str, Any]] = {}
-        self._file, path = tempfile.mkstemp(prefix="onnxsmith-rounded-")
+        self._file, path = tempfile.mkstemp(prefix="onnxsmith-rounded-", dir=directory)
         # Without a name it is gone as soon as neither process has it open.
         os.unlink(path)
         work = {

@@ -116,8 +116,16 @@ def test_where_there_is_nothing_to_do_ahead(tmp_path: Path) -> None:
     ):
         with rounding_ahead(matrices, passes) as ahead:
             assert ahead is None
-    with rounding_ahead([], make_passes([("quantize_weights", {})])) as ahead:
+    quantize = make_passes([("quantize_weights", {})])
+    with rounding_ahead([], quantize) as ahead:
         assert ahead is None
+    with rounding_ahead(matrices, quantize, directory=tmp_path / "none") as ahead:
+        assert ahead is None
+    (tmp_path / "room").mkdir()
+    with rounding_ahead(matrices, quantize, directory=tmp_path / "room") as ahead:
+        wait(ahead, 1)
+        # Nothing is left behind, whatever happens.
+        assert not list((tmp_path / "room").iterdir())
 
 
 @pytest.mark.parametrize("passes", [

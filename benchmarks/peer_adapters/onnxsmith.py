@@ -102,7 +102,8 @@ class OnnxsmithAdapter(Adapter):
         samples = 16 if variant == "awq" else 128
         data = CalibrationData(_TOPICS, samples=samples, tokens=512) if variant in _NEEDS_DATA else None
         passes = make_passes(specs)
-        with rounding_ahead(stored_matrices(source) if source.is_dir() else [], passes) as ahead:
+        matrices = stored_matrices(source) if source.is_dir() else []
+        with rounding_ahead(matrices, passes, directory=target) as ahead:
             loaded = load_torch(parsed, lazy=True)
             # As `onnxsmith export` cleans: one layer of each kind, before the others are copied from it.
             cleanup = LayerCleanup()
