@@ -163,7 +163,8 @@ def convert_floats(
                 # A new object: clones of a graph share the type objects of its values.
                 value.type = ir.TensorType(target)
         _convert_attributes(node, target)
-    outputs = {value for value in graph.outputs if value in produced}
+    # In order: the file of a model must not depend on where its values lie in memory.
+    outputs = dict.fromkeys(value for value in graph.outputs if value in produced)
     if not keep_io_types:
         for given in graph.inputs:
             if given not in graph.initializers.values() and _is_float(given):

@@ -126,12 +126,17 @@ class RoundedAhead:
                 for one, settings in matrices
             ],
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(Path(errors.__file__).parents[1])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[self._file],
-            # Ctrl-C is for us, who end it.
-            start_new_session=True,
-        )  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, str(Path(errors.__file__).parents[1])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                pass_fds=[self._file],
+                # Ctrl-C is for us, who end it.
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError:
+            os.close(self._file)
+            raise
         self._listener = threading.Thread(target=self._listen, args=(json.dumps(work),), daemon=True)
         self._listener.start()
 

@@ -41,8 +41,8 @@ from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 __all__ = ["app", "main", "run_command"]
 
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
-# An export or a list of passes makes a million of them once, in imports and graphs, and is over soon after.
-_OBJECTS_OF_A_MODEL = 2_000_000
+# An export or a list of passes makes millions of them once, in imports and graphs, and is over soon after.
+_OBJECTS_OF_A_MODEL = 5_000_000
 
 app = typer.Typer(
     name="onnxsmith",

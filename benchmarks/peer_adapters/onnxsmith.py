@@ -80,7 +80,7 @@ class OnnxsmithAdapter(Adapter):
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
         # As `onnxsmith export` and `onnxsmith optimize` set it.
-        gc.set_threshold(2_000_000, 10, 10)
+        gc.set_threshold(5_000_000, 10, 10)
         from onnxsmith import make_passes, run_passes
         from onnxsmith.exporters import export, load_torch, torch_program
         from onnxsmith.exporters.stored_weights import stored_matrices
