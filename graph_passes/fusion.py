@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from onnxsmith.graph_passes.attention_guards import keep_cached_heads
+from onnxsmith.graph_passes.attention_guards import keep_cached_heads, spread_positions
 from onnxsmith.graph_passes.cleanup import operator_counts
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
@@ -64,6 +64,7 @@ class FuseTransformer(GraphPass):
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         heads = keep_cached_heads(model)
+        spread_positions(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
         _leave_out_unused(model)

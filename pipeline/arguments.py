@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from onnxsmith.comparison import Tolerance
 
 __all__ = [
+    "CalibrationSamples",
+    "CalibrationText",
+    "CalibrationTokens",
     "Force",
     "Json",
     "Model",
     "Models",
     "Output",
+    "Passes",
+    "Presets",
     "Providers",
     "RequireProvider",
     "VerifyEach",
@@ -59,6 +64,18 @@ Json = Annotated[
 ]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where the artifact is to be.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")]
+Presets = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A ready-made list of passes; may be repeated.")
+]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="A pass; may be repeated."),
+]
+CalibrationText = Annotated[
+    str | None, typer.Option(metavar="DATA", help="A text or .npz file, for passes that look at activations.")
+]
+CalibrationSamples = Annotated[int, typer.Option(metavar="N", min=1, help="Samples used.")]
+CalibrationTokens = Annotated[int, typer.Option(metavar="N", min=2, help="Longest sample.")]
 VerifyEach = Annotated[
     bool,
     typer.Option(

@@ -19,10 +19,15 @@ import typer
 from onnxsmith._version import __version__
 from onnxsmith.errors import BadInputError
 from onnxsmith.pipeline.arguments import (
+    CalibrationSamples,
+    CalibrationText,
+    CalibrationTokens,
     Force,
     Json,
     Model,
     Output,
+    Passes,
+    Presets,
     RequireProvider,
     VerifyEach,
     command_line,
@@ -229,10 +234,16 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before accepting.")
     ] = True,
+    preset: Presets = None,
+    passes: Passes = None,
+    calibration_data: CalibrationText = None,
+    calibration_samples: CalibrationSamples = 128,
+    calibration_tokens: CalibrationTokens = 512,
     force: Force = False,
     json_target: Json = None,
 ) -> None:
-    """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted."""
+    """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted; then run passes on it."""
+    from onnxsmith.pipeline.calibration import CalibrationData
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export
@@ -243,6 +254,9 @@ def export(
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
     known("--adapter", adapter, ("merge", "inputs"), kind="way")
     known("--tracing", tracing, ("auto", "layers", "whole"), kind="tracing")
+    calibration = None
+    if calibration_data is not None:
+        calibration = CalibrationData(calibration_data, calibration_samples, calibration_tokens)
     package, comparison = export_model(
         source,
         output,
@@ -253,6 +267,8 @@ def export(
         tracing=tracing,
         exporter=exporter,
         adapter=adapter,
+        specs=[*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])],
+        calibration=calibration,
         verify=verify,
         force=force,
         progress=progress_for(),
@@ -271,20 +287,12 @@ def export(
 def optimize(
     model: Model,
     output: Output,
-    preset: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A ready-made list of passes; may be repeated.")
-    ] = None,
-    passes: Annotated[
-        list[str] | None,
-        typer.Option("--pass", metavar="NAME[:KEY=VALUE,...]", help="A pass; may be repeated."),
-    ] = None,
+    preset: Presets = None,
+    passes: Passes = None,
     verify_each: VerifyEach = False,
-    calibration_data: Annotated[
-        str | None,
-        typer.Option(metavar="DATA", help="A text or .npz file, for passes that look at activations."),
-    ] = None,
-    calibration_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples used.")] = 128,
-    calibration_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Longest sample.")] = 512,
+    calibration_data: CalibrationText = None,
+    calibration_samples: CalibrationSamples = 128,
+    calibration_tokens: CalibrationTokens = 512,
     force: Force = False,
     json_target: Json = None,
 ) -> None:

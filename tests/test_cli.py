@@ -122,6 +122,40 @@ def test_an_export_that_was_not_compared_says_so(
     assert manifest["measurements"]["comparison"] == {"verified": False}
 
 
+@pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
+def test_export_with_passes_is_export_and_optimize(
+    onnxsmith: Command, tiny_llama_dir: Path, exported: Path, tmp_path: Path, verify: str
+) -> None:
+    from onnxsmith import load_package
+
+    passes = ("--preset", "cpu-int8", "--pass", "strip_metadata")
+    done = onnxsmith("export", tiny_llama_dir, "-o", "out", *passes, verify, "--json", "-")
+    assert done.status == 0, done.err
+    assert onnxsmith("optimize", exported, "-o", "two", *passes).status == 0
+    weights = [
+        {
+            name: value.const_value.tobytes()
+            for name, value in load_package(tmp_path / one).main.model.graph.initializers.items()
+        }
+        for one in ("out", "two")
+    ]
+    assert weights[0] == weights[1]
+    assert onnxsmith("verify", "out").status == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    names = [step["name"] for step in manifest["steps"]]
+    assert names[0] == "export" and {"quantize_weights", "strip_metadata"} <= set(names)
+    comparison = manifest["measurements"]["comparison"]
+    assert comparison["verified"] == (verify == "--verify") == bool(done.json["comparison"])
+    assert comparison.get("of") == ("the graph before the passes" if verify == "--verify" else None)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "two"}
+
+
+def test_passes_for_an_onnx_model_are_for_optimize(onnxsmith: Command, exported: Path) -> None:
+    done = onnxsmith("export", exported, "-o", "out", "--preset", "cpu-int4")
+    assert done.status == 2
+    assert "which is an ONNX model" in done.err and "Use `onnxsmith optimize`" in done.err
+
+
 def test_optimize_says_what_it_did(onnxsmith: Command, exported: Path) -> None:
     done = onnxsmith("optimize", exported, "-o", "out", "--preset", "cpu-fp32", "--pass", "to_float16")
     assert done.status == 0, done.err
@@ -258,6 +292,7 @@ def test_json_goes_to_a_file_beside_the_table(onnxsmith: Command, exported: Path
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (["export", "LLAMA", "-o", "out", "--preset", "cpu-int44"], 2, "Did you mean 'cpu-int4'?"),
         (["export", "gone.gguf", "-o", "out"], 2, "gone.gguf: no such file or directory"),
         (["export", "./gone", "-o", "out"], 2, "no such file or directory"),
         (["export", "no_such_module:make", "-o", "out"], 2, "no_such_module"),

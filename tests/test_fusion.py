@@ -459,3 +459,27 @@ def test_a_cleanup_that_has_nothing_to_do_is_not_repeated(monkeypatch: pytest.Mo
             _core.optimize(model)
     assert len(runs) == 3
     assert [node.op_type for node in model.graph] == ["Neg", "Exp"]
+
+
+def test_positions_of_one_row_are_those_of_all_rows() -> None:
+    """The operator takes no positions (1, tokens) for a batch, and onnxscript leaves them so."""
+    from onnxsmith.graph_passes.attention_guards import spread_positions
+
+    angles = np.arange(16)[:, None] * np.array([1.0, 0.1], np.float32)
+    text = """<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+    g (float[batch, 3, tokens, 4] x, int64[1, tokens] positions) => (float[batch, 3, tokens, 4] y, z) {
+      y = com.microsoft.RotaryEmbedding(x, positions, cos, sin)
+      z = com.microsoft.RotaryEmbedding(y, positions, cos, sin)
+    }"""
+    model = graph(text, cos=np.cos(angles).astype(np.float32), sin=np.sin(angles).astype(np.float32))
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
+    positions = np.array([[3, 1, 4, 9, 0]])
+    rows = [run(model, {"x": x[i : i + 1], "positions": positions}) for i in range(2)]
+
+    assert spread_positions(model) == 2
+
+    assert [node.op_type for node in model.graph].count("Expand") == 1
+    found = run(model, {"x": x, "positions": positions})
+    for name in ("y", "z"):
+        np.testing.assert_array_equal(found[name], np.concatenate([row[name] for row in rows]))
+    assert spread_positions(model) == 0

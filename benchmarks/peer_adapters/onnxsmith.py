@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,22 +75,15 @@ class _Encoder(Encoder):
 
 
 class OnnxsmithAdapter(Adapter):
-    """Export, passes, and one write."""
+    """``onnxsmith export --preset ... --no-verify``."""
 
     def convert(self, variant: str, source: Path, target: Path) -> None:
-        # As `onnxsmith export` and `onnxsmith optimize` set it.
+        # As `onnxsmith export` sets it.
         gc.set_threshold(5_000_000, 10, 10)
-        from onnxsmith import make_passes, run_passes
-        from onnxsmith.exporters import export, load_torch, torch_program
-        from onnxsmith.exporters.stored_weights import stored_matrices
         from onnxsmith.graph_passes import PRESETS
-        from onnxsmith.graph_passes.rounded_ahead import rounding_ahead
-        from onnxsmith.package_io import save_package
-        from onnxsmith.pipeline.calibration import CalibrationData, context_for
-        from onnxsmith.pipeline.exporting import LayerCleanup
-        from onnxsmith.source import ModelSource
+        from onnxsmith.pipeline.calibration import CalibrationData
+        from onnxsmith.pipeline.exporting import export_model
 
-        parsed = ModelSource.parse(str(source))
         preset, name, options = _VARIANTS.get(variant, (variant, "", {}))
         specs = [
             (name, options) if name and one.startswith(("quantize_", "keep_gguf_")) else (one, given)
@@ -101,15 +93,7 @@ class OnnxsmithAdapter(Adapter):
         # AWQ looks for one exponent of each activation, for which few samples are enough.
         samples = 16 if variant == "awq" else 128
         data = CalibrationData(_TOPICS, samples=samples, tokens=512) if variant in _NEEDS_DATA else None
-        passes = make_passes(specs)
-        matrices = stored_matrices(source) if source.is_dir() else []
-        with rounding_ahead(matrices, passes, directory=target) as ahead:
-            loaded = load_torch(parsed, lazy=True)
-            # As `onnxsmith export` cleans: one layer of each kind, before the others are copied from it.
-            cleanup = LayerCleanup()
-            package = cleanup.finish(export(loaded, torch_program(loaded), tidy=cleanup))
-            context = dataclasses.replace(context_for(parsed, package, data), ahead=ahead)
-            save_package(run_passes(package, passes, context=context), target)
+        export_model(str(source), target, specs=specs, calibration=data, verify=False, force=True)
         # The command line ends without Python's search through all that is in memory.
         gc.freeze()
 
