@@ -61,7 +61,8 @@ class GraphPass(ir.passes.InPlacePass):
     name: ClassVar[str]
     summary: ClassVar[str]
     layerwise: ClassVar[bool] = False
-    """Whether it does to a layer what it would in a model with fewer of these: see ``repeated_layers``."""
+    """Whether it does to a layer what it would in a model with fewer of these, and goes by no names: see
+    ``repeated_layers``."""
 
     @classmethod
     def parameters(cls) -> Mapping[str, inspect.Parameter]:

@@ -14,7 +14,7 @@ import pytest
 import onnxsmith.graph_passes as graph_passes
 from generated_graphs import Array, assert_same, graph, run, serialized
 from onnxsmith.errors import PassError
-from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+from onnxsmith.graph_passes import PRESETS, load_pass, make_passes, pass_names, run_passes
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.layer_extension import extended
 from onnxsmith.graph_passes.repeated_layers import ShortStack, shorten
@@ -276,6 +276,14 @@ def test_small_constants_that_all_layers_share_are_seen(monkeypatch: pytest.Monk
     made = run_passes(package(model), make_passes([("cleanup", {}), ("fuse_norms", {})]))
     assert "of" in made.steps[0].details
     assert_same(run(model, feeds()), run(made.main.model, feeds()), rtol=1e-6)
+
+
+def test_passes_that_see_a_few_layers_take_no_names_of_nodes() -> None:
+    layerwise = [found for name in pass_names() if (found := load_pass(name)).layerwise]
+    assert {"cleanup", "fuse_transformer"} <= {one.name for one in layerwise}
+    for one in layerwise:
+        # A layer that is named may be one of those that are left out.
+        assert not {"skip_nodes", "overrides"} & one.parameters().keys(), one.name
 
 
 def test_an_error_is_that_of_the_whole_model() -> None:
