@@ -9,7 +9,7 @@ from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator,
 from onnxsmith.graph_passes.reshapes import copies_axes, rows_refusal
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["guard_biases", "guard_results", "keep_cached_heads", "spread_positions"]
+__all__ = ["guard_biases", "guard_results", "keep_cached_heads"]
 
 _DOMAIN = "com.microsoft"
 # onnxscript's operator between the product of attention and its fused forms.
@@ -128,50 +128,6 @@ def keep_cached_heads(model: ir.Model) -> int:
             node.replace_input_with(index, value)
         count += 1
     return count
-
-
-def spread_positions(model: ir.Model) -> int:
-    """Gives RotaryEmbedding a position for each token of each row, where one row of positions was for all.
-
-    onnxscript takes positions (1, tokens) as they are; the operator has them repeated for the batch.
-
-    Returns:
-        For how many.
-    """
-    made: dict[tuple[ir.Value, int | str | ir.Value], ir.Value] = {}
-    count = 0
-    for node in list(model.graph):
-        if not is_operator(node, "RotaryEmbedding", _DOMAIN):
-            continue
-        x, positions = node.inputs[:2]
-        axes, given = axes_of(x), axes_of(positions)
-        if x is None or positions is None or not axes or given is None or len(given) != 2:
-            continue
-        if given[0] != 1 or axes[0] == 1:
-            continue
-        key = (positions, axes[0] if axes[0] is not None else x)
-        if key not in made:
-            made[key] = _for_each_row(node, positions, x)
-        node.replace_input_with(1, made[key])
-        count += 1
-    return count
-
-
-def _for_each_row(node: ir.Node, positions: ir.Value, x: ir.Value) -> ir.Value:
-    first, one = (small_constant(node.outputs[0], np.array([number], np.int64)) for number in (0, 1))
-    size = ir.node("Shape", [x])
-    rows = ir.node("Gather", [size.outputs[0], first])
-    target = ir.node("Concat", [rows.outputs[0], one], {"axis": 0})
-    spread = ir.node("Expand", [positions, target.outputs[0]])
-    assert node.graph is not None
-    node.graph.insert_before(node, [size, rows, target, spread])
-    lengths = ((size, len(axes_of(x) or ())), (rows, 1), (target, 2))
-    for maker, length in lengths:
-        maker.outputs[0].type, maker.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([length])
-    value = spread.outputs[0]
-    value.type = positions.type
-    value.shape = ir.Shape([(axes_of(x) or (None,))[0], (axes_of(positions) or (None, None))[1]])
-    return value
 
 
 def _heads_of(rows: ir.Value | None, count: int) -> ir.Value | None:

@@ -8,10 +8,11 @@ from typing import ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from onnxsmith.graph_passes.attention_guards import keep_cached_heads, spread_positions
+from onnxsmith.graph_passes.attention_guards import keep_cached_heads
 from onnxsmith.graph_passes.cleanup import operator_counts
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
+from onnxsmith.graph_passes.fusion_repairs import repair_fusions
 from onnxsmith.graph_passes.near_misses import NearMisses
 from onnxsmith.graph_passes.structure import (
     only_small_constants,
@@ -64,7 +65,7 @@ class FuseTransformer(GraphPass):
                 _, counts = ort_fusions.optimize_for_ort(model)
             release_dead_users(model)
         heads = keep_cached_heads(model)
-        spread_positions(model)
+        repair_fusions(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedOpsetsPass()(model)
         _leave_out_unused(model)

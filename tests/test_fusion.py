@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import pytest
 
 from generated_graphs import Array, assert_same, graph, run, serialized
 from onnxsmith.graph_passes import load_pass, operator_counts
 from onnxsmith.graph_passes.cleanup import Cleanup
 from onnxsmith.graph_passes.fusion import DROPS_THE_MASK, NOT_NEAR, FuseTransformer
+from onnxsmith.graph_passes.fusion_repairs import spread_positions
 from onnxsmith.onnx_file import check_model, save_model
 
 if TYPE_CHECKING:
@@ -463,8 +465,6 @@ def test_a_cleanup_that_has_nothing_to_do_is_not_repeated(monkeypatch: pytest.Mo
 
 def test_positions_of_one_row_are_those_of_all_rows() -> None:
     """The operator takes no positions (1, tokens) for a batch, and onnxscript leaves them so."""
-    from onnxsmith.graph_passes.attention_guards import spread_positions
-
     angles = np.arange(16)[:, None] * np.array([1.0, 0.1], np.float32)
     text = """<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
     g (float[batch, 3, tokens, 4] x, int64[1, tokens] positions) => (float[batch, 3, tokens, 4] y, z) {
@@ -483,3 +483,27 @@ def test_positions_of_one_row_are_those_of_all_rows() -> None:
     for name in ("y", "z"):
         np.testing.assert_array_equal(found[name], np.concatenate([row[name] for row in rows]))
     assert spread_positions(model) == 0
+
+
+@pytest.mark.parametrize(
+    "shapes", ["float[4, tokens, 8] x, float[8, 6] w", "float[2, 4, tokens, 8] x, float[8, 6] w"]
+)
+def test_turned_batches_are_multiplied_with_a_matrix(shapes: str) -> None:
+    """As in SigLIP's pooling: FusedMatMul turns batches only beside an operand that has them too."""
+    rank = 3 if "[4" in shapes else 4
+    order, first = ([1, 0, 2], "") if rank == 3 else ([1, 2, 0, 3], "a, ")
+    text = f"""<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+    g ({shapes}) => (float[{first}b, c, 6] y) {{
+      t = Transpose<perm = {order}>(x) wt = Transpose<perm = [1, 0]>(w)
+      y = com.microsoft.FusedMatMul<transB = 1>(t, wt)
+    }}"""
+    model = graph(text)
+    common.ShapeInferencePass()(model)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 5, 8) if rank == 3 else (2, 4, 5, 8)).astype(np.float32)
+    feeds = {"x": x, "w": rng.standard_normal((8, 6)).astype(np.float32)}
+    expected = run(model, feeds)
+
+    FuseTransformer()(model)
+
+    assert_same(expected, run(model, feeds), rtol=1e-6)
