@@ -127,6 +127,8 @@ QUANTIZERS = (
     Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="blocks of the file, kept"),
     Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",
               note="the same, minimums in 8 bits, ONNX Runtime 1.32"),
+    Candidate("onnxsmith cpu-gguf-calibrated", "onnxsmith", "cpu-gguf-calibrated", "gguf",
+              note="cpu-gguf, columns in float found on 2 pieces of 512 tokens"),
     Candidate("onnxsmith cpu-gguf, floats", "onnxsmith", "gguf-floats", "gguf",
               note="cpu-gguf with accuracy_level 1"),
     Candidate("onnxsmith cpu-int8", "onnxsmith", "cpu-int8", "checkpoint"),

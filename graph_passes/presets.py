@@ -63,6 +63,8 @@ _WEB_INT4: PassSpec = ("quantize_weights", {"bits": 4, "block_size": 32, "symmet
 _MINIMUMS: PassSpec = ("fold_minimums", {})
 # Less of the loss of rounding activations, for zero points on disk and 2 % of a token's time.
 _FINER: PassSpec = ("finer_activations", {})
+# What makes most of that loss, in float; then smaller blocks bring little.
+_FLOAT_COLUMNS: tuple[PassSpec, ...] = (("finer_activations", {"widest": 0.0}), ("float_columns", {}))
 # A byte for each weight more on disk and in memory; prompts in little more than half the time.
 _PROMPTS: PassSpec = ("fast_prompts", {})
 _FINISH: tuple[PassSpec, ...] = (
@@ -80,6 +82,7 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-int4-calibrated": (*_ON_CPU, _INT4_CALIBRATED, *_FINISH),
     "cpu-int4-1pct": (*_ON_CPU, _MIXED, *_FINISH),
     "cpu-gguf": (*_ON_CPU, ("keep_gguf_blocks", {}), _FINER, *_FINISH),
+    "cpu-gguf-calibrated": (*_ON_CPU, ("keep_gguf_blocks", {}), *_FLOAT_COLUMNS, *_FINISH),
     "cpu-int8-dynamic": (*_ON_CPU, ("quantize_dynamic", {}), *_FINISH),
     "cpu-int8-static": (*_ON_CPU, ("quantize_static", {}), *_FINISH),
     "gpu-fp16": (*_ON_GPU, ("to_float16", {}), *_FINISH),
@@ -111,6 +114,7 @@ PURPOSES: Mapping[str, str] = {
     "cpu-int4-calibrated": "As cpu-int4, by GPTQ: half the loss; needs calibration data.",
     "cpu-int4-1pct": "4 bits where they cost little, 8 elsewhere: at most 1 % worse; needs calibration data.",
     "cpu-gguf": "The blocks of a GGUF source as they are: nothing is rounded again. The rest gets 8 bits.",
+    "cpu-gguf-calibrated": "As cpu-gguf, the largest columns in float: half the loss; needs calibration.",
     "cpu-int8-dynamic": "For encoders: matrices on 8 bit integers, half the time; needs no data.",
     "cpu-int8-static": "For encoders: as dynamic, more exact and a little faster; needs calibration data.",
     "gpu-fp16": "Half the size, for GPUs; inputs and outputs stay float32. Checked on a CPU only.",
@@ -149,6 +153,7 @@ REASONS: Mapping[str, str] = {
     "fast_prompts": "after quantization, whose products it doubles",
     "fold_minimums": "after fast_prompts, which reads the minimums beside the products",
     "finer_activations": "after fold_minimums, which wants weights without zero points",
+    "float_columns": "after finer_activations, which finds block sums alone beside the products",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",

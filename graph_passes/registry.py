@@ -26,6 +26,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "fast_prompts": "onnxsmith.graph_passes.prompts:FastPrompts",
         "finer_activations": "onnxsmith.graph_passes.finer_activations:FinerActivations",
         "flatten_attention": "onnxsmith.graph_passes.attention:FlattenAttention",
+        "float_columns": "onnxsmith.graph_passes.float_columns:FloatColumns",
         "fold_embedding_scale": "onnxsmith.graph_passes.embeddings:FoldEmbeddingScale",
         "fold_minimums": "onnxsmith.graph_passes.minimums:FoldMinimums",
         "fuse_attention": "onnxsmith.graph_passes.plain_attention:FuseAttention",

@@ -36,6 +36,7 @@ from onnxsmith.runtime.matching import (
     match_by_weights,
     parts_of_products,
     to_layout,
+    with_other_columns,
 )
 from onnxsmith.runtime.references import Reference
 from onnxsmith.runtime.reproduction import SmallCase, relative_error, write_reproduction
@@ -279,8 +280,9 @@ class _Search:
 
     def _comparable(self) -> list[str]:
         """Values that the reference may have, too."""
-        parts = parts_of_products(self.values, self.weighted, self.natural)
-        return [name for name in self.values.names if name not in parts]
+        others = parts_of_products(self.values, self.weighted, self.natural)
+        others |= with_other_columns(self.values.model)
+        return [name for name in self.values.names if name not in others]
 
     def _matched(self) -> tuple[dict[str, Match], dict[str, TensorError], set[str]]:
         """Matches, the error that each match introduces, and values that are not finite on right inputs."""
@@ -315,7 +317,7 @@ class _Search:
                     matches = {n: m for n, m in matches.items() if n not in scaled}
                     continue
                 places = match_by_places(self.values, weighted, self.expected, self.natural)
-                places = {n: m for n, m in places.items() if n not in self.scaled}
+                places = {n: m for n, m in places.items() if n in names and n not in self.scaled}
                 found = match_by_values(self.expected, forced, names, max_distance=_FAR)
                 better = self._better(matches, found, places, errors)
                 if better == matches:

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ from onnxsmith.runtime.graph_parts import GraphValues
 from onnxsmith.runtime.session import Array
 from onnxsmith.runtime.tensor_store import StoredTensor, TensorStore, swap_middle
 from onnxsmith.runtime.tracing_runs import Weighted
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "Layout",
@@ -26,12 +29,15 @@ __all__ = [
     "parts_of_products",
     "stem_of",
     "to_layout",
+    "with_other_columns",
 ]
 
 # A candidate's tensor is taken for a reference's where their relative distance is below this, which 4 bit
 # weights keep, and no other tensor of the reference is nearly as close.
 _MAX_DISTANCE = 0.35
 _CERTAIN_DISTANCE = 1e-3
+# Larger constants are no choice of a few columns.
+_MOST_PICKED = 1 << 20
 _RUNNER_UP = 2.0
 # What is computed with one weight comes together within so many values.
 _NEAR = 12
@@ -161,6 +167,28 @@ def parts_of_products(
         if whole is not None and whole not in names:
             parts.update(names)
     return parts
+
+
+def with_other_columns(model: ir.Model) -> set[str]:
+    """Values of which some columns are in another scale than the reference's, by ``float_columns``.
+
+    Such columns are picked by rows of zeros and a one, alone or behind rows that sum blocks.
+    """
+    found = set()
+    for node in model.graph:
+        if node.op_type != "FusedMatMul" or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        rows: ir.Value | None = node.inputs[1]
+        joined = node.inputs[1].producer()
+        if joined is not None and joined.op_type == "Concat":
+            rows = joined.inputs[-1]
+        tensor = None if rows is None else rows.const_value
+        if tensor is None or len(tensor.shape) != 2 or tensor.size > _MOST_PICKED:
+            continue
+        array = tensor.numpy()
+        if np.array_equal(np.count_nonzero(array, axis=1), np.ones(len(array))) and array.max() == 1:
+            found.add(node.inputs[0].name or "")
+    return found
 
 
 def _nodes_by_stem(

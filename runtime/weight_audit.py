@@ -257,7 +257,7 @@ def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
             rows = product.inputs[0].producer() if product.inputs[0] is not None else None
             found = _computed(rows.inputs[0]) if rows is not None and rows.op_type == "Gather" else None
         else:
-            found = _computed(product.inputs[1])
+            found = _computed(_before_columns(product.inputs[1]))
         if found is not None and found.ndim == 2:
             for offsets in (found, found.T):
                 times = shape[1] // max(1, offsets.shape[1])
@@ -265,6 +265,12 @@ def _added_to_blocks(node: ir.Node, shape: tuple[int, int]) -> Array | None:
                     return np.repeat(offsets, times, axis=1)
             return None
     return None
+
+
+def _before_columns(value: ir.Value | None) -> ir.Value | None:
+    """Offsets of blocks alone, where columns that ``float_columns`` adds stand behind them."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "Concat" else value
 
 
 def _without_sums(node: ir.Node, weights: Array, bits: int, block: int) -> Array:

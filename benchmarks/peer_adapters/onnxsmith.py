@@ -22,7 +22,15 @@ _VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "mixed-115mb": ("cpu-int4", "quantize_mixed", {"size_mb": 113.0}),
 }
 _NEEDS_DATA = frozenset(
-    {"cpu-int8-calibrated", "cpu-int4-calibrated", "awq", "mixed-115mb", "cpu-int4-1pct", "cpu-int8-static"}
+    {
+        "cpu-gguf-calibrated",
+        "cpu-int8-calibrated",
+        "cpu-int4-calibrated",
+        "awq",
+        "mixed-115mb",
+        "cpu-int4-1pct",
+        "cpu-int8-static",
+    }
 )
 _TOPICS = "pydoc_data.topics:topics"
 
