@@ -198,6 +198,7 @@ class StripMetadata(GraphPass):
 
     name: ClassVar[str] = "strip_metadata"
     summary: ClassVar[str] = "remove stack traces, paths and documentation strings that exporters leave"
+    changes_at_once: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Removes them from everything but the model itself, whose metadata may be the user's."""

@@ -55,7 +55,7 @@ class GraphPass(ir.passes.InPlacePass):
     ``__init__`` and keeps each as an attribute of the same name, and implements ``apply``. ``apply`` works
     on a copy of the graph (structure only, weights are shared), which takes the model's place only when it
     succeeds, so a pass need not clean up after itself. The model object stays the same; its graph, nodes
-    and values are new ones after a change.
+    and values are new ones after a change. A pass that ``changes_at_once`` works on the model itself.
     """
 
     name: ClassVar[str]
@@ -63,6 +63,8 @@ class GraphPass(ir.passes.InPlacePass):
     layerwise: ClassVar[bool] = False
     """Whether it does to a layer what it would in a model with fewer of these, and goes by no names: see
     ``repeated_layers``."""
+    changes_at_once: ClassVar[bool] = False
+    """Whether ``apply`` cannot fail any more when it begins to change the model, which then needs no copy."""
 
     @classmethod
     def parameters(cls) -> Mapping[str, inspect.Parameter]:
@@ -137,17 +139,18 @@ class GraphPass(ir.passes.InPlacePass):
             PassError: It failed; the model is as it was.
             ResourceError: It ran out of memory; the model is as it was.
         """
-        names = _tensor_names(model)
+        at_once = self.changes_at_once
+        names = [] if at_once else _tensor_names(model)
         committed = False
         try:
             with _without_garbage_collection(), _quiet():
-                trial = _copy(model)
+                trial = model if at_once else _copy(model)
                 changes = self.apply(trial)
                 # A pass names nodes without knowing what an earlier one, or an earlier run of it, has named.
-                doubled = doubled_names(trial) if changes.count else 0
+                doubled = doubled_names(trial) if changes.count and not at_once else 0
                 if doubled and doubled > doubled_names(model):
                     with_unique_names(trial)
-            if changes.count:
+            if changes.count and not at_once:
                 _commit(model, trial)
                 committed = True
         except MemoryError as error:

@@ -151,6 +151,7 @@ class LowerOpset(GraphPass):
 
     name: ClassVar[str] = "lower_opset"
     summary: ClassVar[str] = "declare the lowest operator set that the graph needs: older runtimes load it"
+    changes_at_once: ClassVar[bool] = True
 
     def __init__(self, *, lowest: int = 18) -> None:
         """Sets a floor.
@@ -214,6 +215,7 @@ class LowerIrVersion(GraphPass):
 
     name: ClassVar[str] = "lower_ir_version"
     summary: ClassVar[str] = "declare the lowest IR version that the graph needs: older runtimes load it"
+    changes_at_once: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
         """Lowers the version, never raises it."""

@@ -201,6 +201,14 @@ def test_the_smallest_file(opened: Callable[[bytes], GgufFile]) -> None:
         ),
         (file_of(entry("k", ARRAY, struct.pack("<IQ", ARRAY, 1) * 40)), r"arrays nested too deeply"),
         (file_of(entry("k", 99, b"\0")), r"value type 99; expected 0 to 12"),
+        (
+            file_of(entry("k", ARRAY, struct.pack("<IQ", STRING, 2) + text(b"a") + text(b"\xff"))),
+            r"text that is not UTF-8 \(invalid start byte\)",
+        ),
+        (
+            file_of(entry("k", ARRAY, struct.pack("<IQ", STRING, 2) + text(b"a") + struct.pack("<Q", HUGE))),
+            rf"{HUGE} bytes of text are announced",
+        ),
         (file_of(entry("k", STRING, text(b"\xff\xfe"))), r"text that is not UTF-8 \(invalid start byte\)"),
         (file_of(entry(b"\xc3", U8, b"\1")), r"text that is not UTF-8"),
         (file_of(entry("k", U8, b"\1"), entry("k", U8, b"\2")), r"metadata key 'k' a second time"),

@@ -144,6 +144,19 @@ def test_success_keeps_the_model_object_and_the_tensors() -> None:
     assert one.graph.initializers["w"].const_value is tensor
 
 
+def test_what_cannot_fail_half_way_works_without_a_copy() -> None:
+    at_once = {name for name in PASSES if load_pass(name).changes_at_once}
+    assert at_once == {"strip_metadata", "lower_opset", "lower_ir_version"}
+    for name in at_once:
+        one = graph('<ir_version: 13, opset_import: ["": 20]> g (float[m] x) => (float[m] y) { y = Tanh(x) }')
+        one.doc_string = "what it is"
+        main, node = one.graph, one.graph[0]
+        assert load_pass(name)()(one).modified, name
+        assert one.graph is main
+        assert one.graph[0] is node
+        assert not load_pass(name)()(one).modified, name
+
+
 class NodeOfFixedName(GraphPass):
     """Puts a node of one name before the first, as passes do that add a few nodes."""
 

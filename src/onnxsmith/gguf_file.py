@@ -168,7 +168,31 @@ class _Reader:
             begin = self.take(number * width)
             return list(struct.unpack_from(f"<{number}{_SCALARS[inner]}", self.data, begin))
         # Strings carry an 8 byte length each, arrays a type and a length.
-        return [self.value(inner, depth + 1) for _ in range(self.count(8, "array elements"))]
+        number = self.count(8, "array elements")
+        return (
+            self.strings(number)
+            if inner == _STRING
+            else [self.value(inner, depth + 1) for _ in range(number)]
+        )
+
+    def strings(self, number: int) -> list[str]:
+        """Strings one after the other: a tokenizer has a hundred thousand of them."""
+        found, at, size, length_at = [], self.at, len(self.data), struct.Struct("<Q").unpack_from
+        for _ in range(number):
+            begin = at + 8
+            end = begin + length_at(self.data, at)[0] if begin <= size else size + 1
+            try:
+                text = self.data[begin:end].decode("utf-8") if end <= size else None
+            except UnicodeDecodeError:
+                text = None
+            if text is None:
+                # Says what is wrong with it.
+                self.at = at
+                text = self.string()
+            found.append(text)
+            at = end
+        self.at = at
+        return found
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string()
