@@ -61,9 +61,7 @@ class FloatColumns(GraphPass):
     """
 
     name: ClassVar[str] = "float_columns"
-    summary: ClassVar[str] = (
-        "a few large columns of norms' results in float: rounding costs half (calibrated)"
-    )
+    summary: ClassVar[str] = "a few large columns of norms' results in float (calibrated)"
 
     def __init__(self, *, columns: int = 2, samples: int = 2) -> None:
         """Sets how many.

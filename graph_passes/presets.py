@@ -114,7 +114,7 @@ PURPOSES: Mapping[str, str] = {
     "cpu-int4-calibrated": "As cpu-int4, by GPTQ: half the loss; needs calibration data.",
     "cpu-int4-1pct": "4 bits where they cost little, 8 elsewhere: at most 1 % worse; needs calibration data.",
     "cpu-gguf": "The blocks of a GGUF source as they are: nothing is rounded again. The rest gets 8 bits.",
-    "cpu-gguf-calibrated": "As cpu-gguf, the largest columns in float: half the loss; needs calibration.",
+    "cpu-gguf-calibrated": "As cpu-gguf, the largest columns in float: half the divergence; needs data.",
     "cpu-int8-dynamic": "For encoders: matrices on 8 bit integers, half the time; needs no data.",
     "cpu-int8-static": "For encoders: as dynamic, more exact and a little faster; needs calibration data.",
     "gpu-fp16": "Half the size, for GPUs; inputs and outputs stay float32. Checked on a CPU only.",
