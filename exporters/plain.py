@@ -70,8 +70,11 @@ def flat_program(
     """
     torch = require("torch", purpose="exporting")
     named = _named_outputs(module, call, name, keep)
+    # What it keeps of its inputs, such as a table for their length, would be a fact while it is traced.
+    ran = named if _is_lazy(module) else _twin(named)
     with _same_randomness():
-        first = _first_run(named, examples, name)
+        first = _first_run(ran, examples, name)
+    named.changed_inputs = ran.changed_inputs
     if not first:
         raise ExportError(name, got="forward() returns no tensor", expected="at least one")
 
@@ -81,7 +84,7 @@ def flat_program(
         return results
 
     if task is None:
-        _refuse_memory(named, examples, first, name)
+        _refuse_memory(ran, examples, first, name)
     # What is only tried may fail: torch.cond says so on the terminal.
     with _same_randomness(), silence():
         axes = find_axes(run, examples, static=static)
@@ -109,7 +112,17 @@ def flat_program(
 def _refuse_memory(
     named: Any, examples: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor], where: str
 ) -> None:
-    """Refuses a module whose second run gives something else than its first, with the same random numbers."""
+    """Refuses a module whose second run gives something else than its first, with the same random numbers.
+
+    Args:
+        named: What ran once.
+        examples: What it ran on.
+        first: What it gave.
+        where: For messages.
+
+    Raises:
+        ExportError: It does.
+    """
     import torch
 
     twin = _twin(named)
@@ -130,6 +143,13 @@ def _refuse_memory(
             expected="a module without state",
             remedy="Take what it remembers as an input and return it as an output",
         )
+
+
+def _is_lazy(module: torch.nn.Module) -> bool:
+    """Whether its first run gives it parameters."""
+    from torch.nn.parameter import is_lazy
+
+    return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

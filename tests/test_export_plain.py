@@ -540,6 +540,26 @@ def test_an_untraceable_line_is_named_with_its_module() -> None:
         export(loaded(Deep(), torch.ones(2, 3)))
 
 
+def test_a_table_that_is_kept_for_the_last_length_is_one_for_any() -> None:
+    """As in ESM's rotary embedding: what an example left behind is no fact about the module."""
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.length: int | None = None
+            self.table: Any = None
+
+        def forward(self, x: Any) -> Any:
+            if x.shape[1] != self.length or self.table.device != x.device:
+                self.length = x.shape[1]
+                self.table = torch.arange(x.shape[1]).cos()
+            return x * self.table[None, :, None]
+
+    package, comparison = exported(Remembers(), torch.rand(2, 7, 3))
+    assert comparison.passed, comparison.reason
+    assert signature(package)[0] == ["x: float32[batch, sequence, length]"]
+
+
 def test_a_module_that_keeps_what_it_sees_is_not_changed_by_trying() -> None:
     class Narrows(nn.Module):
         def __init__(self) -> None:
