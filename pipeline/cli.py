@@ -11,8 +11,9 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,6 +43,9 @@ from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded, run_and_l
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
+
+if TYPE_CHECKING:
+    from onnxsmith.package import StepRecord
 
 __all__ = ["app", "main", "run_command"]
 
@@ -246,7 +250,7 @@ def export(
     from onnxsmith.pipeline.calibration import CalibrationData
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.exporting import export_model
-    from onnxsmith.pipeline.tables import show_export
+    from onnxsmith.pipeline.tables import show_export, show_steps
 
     gc.set_threshold(_OBJECTS_OF_A_MODEL, 10, 10)
     known("--exporter", exporter, ("auto", "torch", "optimum"), kind="exporter")
@@ -257,6 +261,7 @@ def export(
     calibration = None
     if calibration_data is not None:
         calibration = CalibrationData(calibration_data, calibration_samples, calibration_tokens)
+    specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
     package, comparison = export_model(
         source,
         output,
@@ -267,19 +272,31 @@ def export(
         tracing=tracing,
         exporter=exporter,
         adapter=adapter,
-        specs=[*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])],
+        specs=specs,
         calibration=calibration,
         verify=verify,
         force=force,
         progress=progress_for(),
     )
     if json_target:
-        result = {"artifact": str(output), "task": package.task, "precision": package.precision}
-        emit_json(
-            json_target, "export", result | {"comparison": comparison.to_json() if comparison else None}
-        )
+        result: dict[str, Any] = {
+            "artifact": str(output),
+            "task": package.task,
+            "precision": package.precision,
+        }
+        result["comparison"] = comparison.to_json() if comparison else None
+        emit_json(json_target, "export", result | {"steps": _plain_steps(package.steps)})
     if json_target != "-":
         show_export(package, comparison, output)
+        if specs:
+            show_steps(package.steps[-len(specs) :])
+
+
+def _plain_steps(steps: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    return [
+        {"name": s.name, "parameters": s.parameters, "seconds": s.seconds, "details": s.details}
+        for s in steps
+    ]
 
 
 @app.command()
@@ -317,11 +334,7 @@ def optimize(
         progress=progress_for(),
     )
     if json_target:
-        steps = [
-            {"name": s.name, "parameters": s.parameters, "seconds": s.seconds, "details": s.details}
-            for s in after.steps
-        ]
-        body = {"artifact": str(output), "steps": steps[len(before.steps) :]}
+        body = {"artifact": str(output), "steps": _plain_steps(after.steps[len(before.steps) :])}
         emit_json(json_target, "optimize", body | {"model": inspect_model(output)})
     if json_target != "-":
         show_optimize(before, after, output)

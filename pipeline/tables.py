@@ -15,7 +15,7 @@ from onnxsmith.pipeline.console import print_table, red
 if TYPE_CHECKING:
     from onnxsmith.comparison import Comparison
     from onnxsmith.graph_passes.contract import GraphPass
-    from onnxsmith.package import ModelPackage
+    from onnxsmith.package import ModelPackage, StepRecord
     from onnxsmith.pipeline.batch import BatchResult
     from onnxsmith.pipeline.report import Report
 
@@ -30,6 +30,7 @@ __all__ = [
     "show_passes",
     "show_presets",
     "show_report",
+    "show_steps",
 ]
 
 
@@ -150,16 +151,14 @@ def show_export(package: ModelPackage, comparison: Comparison | None, output: Pa
         )
 
 
-def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> None:
-    """What each pass did and what it left out and why, and the nodes before and after by type."""
-    from onnxsmith.graph_passes import operator_counts
-
+def show_steps(steps: Sequence[StepRecord]) -> None:
+    """What each pass did, and what it left out and why."""
     rows = []
-    for step in after.steps[len(before.steps) :]:
+    for step in steps:
         details = {k: v for k, v in step.details.items() if k not in ("changes", "skipped")}
         rows.append((step.name, str(step.details.get("changes", "")), f"{step.seconds:.1f}", _plain(details)))
     print_table("", ("pass", "changes", "s", "what"), rows)
-    for step in after.steps[len(before.steps) :]:
+    for step in steps:
         parts = [step.details, *(part for part in step.details.values() if isinstance(part, dict))]
         reasons: dict[str, list[str]] = {}
         for part in parts:
@@ -168,6 +167,13 @@ def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> No
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             sys.stdout.write(f"{step.name} left out {shown}: {reason}\n")
+
+
+def show_optimize(before: ModelPackage, after: ModelPackage, output: Path) -> None:
+    """``show_steps``, and the nodes before and after by type."""
+    from onnxsmith.graph_passes import operator_counts
+
+    show_steps(after.steps[len(before.steps) :])
     for name in after.components:
         old, new = (operator_counts(p.components[name].model) for p in (before, after))
         changed = [op for op in {**old, **new} if old.get(op, 0) != new.get(op, 0)]

@@ -150,6 +150,24 @@ def test_export_with_passes_is_export_and_optimize(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "two"}
 
 
+def test_export_says_what_its_passes_did(onnxsmith: Command, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    done = onnxsmith(
+        "export",
+        tiny_llama_dir,
+        "-o",
+        "out",
+        "--pass",
+        "quantize_weights",
+        "--no-verify",
+        "--json",
+        "steps.json",
+    )
+    assert done.status == 0, done.err
+    assert "quantize_weights" in done.out and "transpose_weights" not in done.out
+    steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    assert steps[-1]["name"] == "quantize_weights" and steps[-1]["details"]["changes"] > 0
+
+
 def test_passes_for_an_onnx_model_are_for_optimize(onnxsmith: Command, exported: Path) -> None:
     done = onnxsmith("export", exported, "-o", "out", "--preset", "cpu-int4")
     assert done.status == 2
