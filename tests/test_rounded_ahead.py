@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -181,3 +183,22 @@ def test_a_weight_that_is_not_a_number_is_an_error_all_the_same(tiny_llama_dir: 
         package = run_passes(package, passes, context=PassContext(ahead=ahead))
         with pytest.raises(BadInputError, match=f"weight {name!r}: .*NaN"):
             save_package(package, tmp_path)
+
+
+def test_float32_that_is_not_written_needs_no_room(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxsmith import export_model
+    from onnxsmith.errors import ResourceError
+    from onnxsmith.pipeline import staging
+
+    def few(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=weights // 2)
+
+    weights = sum(math.prod(one.shape) * 4 for one in stored_matrices(tiny_llama_dir))
+    monkeypatch.setattr(staging, "shutil", SimpleNamespace(**vars(staging.shutil) | {"disk_usage": few}))
+    with pytest.raises(ResourceError, match="MB free on the disk"):
+        export_model(str(tiny_llama_dir), tmp_path / "float", verify=False)
+    export_model(str(tiny_llama_dir), tmp_path / "small", specs=[("quantize_weights", {})], verify=False)
+    assert (tmp_path / "small" / "manifest.json").exists()
+    assert not (tmp_path / "float").exists()
