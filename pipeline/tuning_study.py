@@ -149,7 +149,12 @@ class Study:
                 self._study.tell(number, state=self._optuna.trial.TrialState.PRUNED)
 
     def _take_up(self, trial: Any) -> None:
-        """Goes on with a point whose process was killed."""
+        """Goes on with a point whose process was killed.
+
+        One that waits was not begun: it is the next that is asked for.
+        """
+        if trial.state is self._optuna.trial.TrialState.WAITING:
+            return
         if "result" in trial.user_attrs:
             # Measured, and killed before it was told.
             known = json.loads(trial.user_attrs["result"])

@@ -300,6 +300,23 @@ def test_samplers_are_seeded(
     assert len(set(values)) == 6 and all(0.001 <= value <= 1 for value in values)
 
 
+def test_a_point_that_waits_when_a_process_is_killed_is_the_next(tiny_llama_dir: Path, work: Path) -> None:
+    from onnxsmith.pipeline.tuning_study import Study
+
+    recipe = Recipe.model_validate(plain_recipe(tiny_llama_dir))
+    studies = [Study(recipe, work / "study.db", limits=[], content={})]
+    assert studies[0].sampler == "grid" and studies[0]._enqueue_next()
+    studies[0].close()
+    studies.append(Study(recipe, work / "study.db", limits=[], content={}))
+    alone = Study(recipe, work / "other.db", limits=[], content={})
+    found, expected = ([] for _ in range(2))
+    for study, points in ((studies[1], found), (alone, expected)):
+        while (ask := study.ask()) is not None:
+            points.append(dict(ask[1].parameters))
+        study.close()
+    assert found == expected and len(found) > 1
+
+
 def test_folds_fit_passes_without_the_data_that_they_are_scored_on(tiny_llama_dir: Path, work: Path) -> None:
     (work / "more.txt").write_text("\n".join([TINY_TEXT.upper().lower()] * 6))
     plain = plain_recipe(tiny_llama_dir, calibration={"data": "more.txt", "samples": 6, "tokens": 16})
