@@ -30,6 +30,7 @@ from onnxsmith.graph_passes.block_nodes import (
     unused,
 )
 from onnxsmith.graph_passes.blocks import BlocksOnce, QuantizedBlocks
+from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.weights import (
     MatMulWeight,
     constant_of,
@@ -251,9 +252,7 @@ class BlockWriter:
             accuracy_level: Of MatMulNBits.
         """
         graph = model.graph
-        taken = {value.name or "" for value in (*graph.inputs, *graph.initializers.values())}
-        taken.update(value.name or "" for node in graph.all_nodes() for value in node.outputs)
-        self._into = BlockTarget(graph, accuracy_level, taken)
+        self._into = BlockTarget(graph, accuracy_level, value_names(model))
         self._positions = {node: number for number, node in enumerate(graph)}
 
     def replace(

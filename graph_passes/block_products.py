@@ -13,7 +13,7 @@ from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.graph_passes.weights import constant_of
 from onnxsmith.onnx_file import drop_pages
 
-__all__ = ["FOLDED", "Reading", "deferred", "is_computed_constant", "product_with_offsets"]
+__all__ = ["FOLDED", "Reading", "deferred", "is_computed_constant", "offsets_product", "product_with_offsets"]
 
 _DOMAIN = "com.microsoft"
 FOLDED = frozenset({"Add", "Cast", "Gather", "Mul", "Reshape"})
@@ -43,6 +43,16 @@ def product_with_offsets(node: ir.Node, x: ir.Value) -> tuple[ir.Value, ir.Value
         and (alpha is None or alpha.as_float() == 1.0) and is_computed_constant(offsets)
     )  # fmt: skip
     return (add.outputs[0], offsets) if fits else (product, None)
+
+
+def offsets_product(result: ir.Value, offsets: ir.Value | None) -> ir.Node | None:
+    """The node that multiplies block sums with the offsets, of what ``product_with_offsets`` gives."""
+    add = result.producer()
+    makers = (value.producer() for value in (add.inputs if add is not None else ()) if value is not None)
+    return next(
+        (one for one in makers if one is not None and one.op_type == "FusedMatMul" and offsets in one.inputs),
+        None,
+    )
 
 
 def is_computed_constant(value: ir.Value | None) -> bool:

@@ -30,11 +30,13 @@ from onnxsmith.graph_passes.block_products import (
     Reading,
     deferred,
     is_computed_constant,
+    offsets_product,
     product_with_offsets,
 )
 from onnxsmith.graph_passes.blocks import pack_zero_points, unpack_codes
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FinerActivations"]
@@ -98,12 +100,7 @@ class FinerActivations(GraphPass):
         """Changes products of the graph and of its branches; new constants are made when they are written."""
         changes = Changes()
         centred = split = 0
-        taken = {
-            value.name or ""
-            for graph in model.graphs()
-            for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
-        }
-        writer = _Writer(taken)
+        writer = _Writer(value_names(model))
         for graph in model.graphs():
             for node in list(graph):
                 if not is_operator(node, "MatMulNBits", _DOMAIN):
@@ -240,14 +237,10 @@ class _Writer:
 
 def _multiplied(result: ir.Value, offsets: ir.Value | None) -> ir.Node | None:
     """The product of sums and offsets, where nothing else reads it."""
-    add = result.producer()
-    for value in add.inputs if add is not None else ():
-        shift = value.producer() if value is not None else None
-        if value is None or shift is None or shift.op_type != "FusedMatMul":
-            continue
-        if offsets in shift.inputs and len(value.uses()) == 1 and not value.is_graph_output():
-            return shift
-    return None
+    shift = offsets_product(result, offsets)
+    if shift is None or len(shift.outputs[0].uses()) != 1 or shift.outputs[0].is_graph_output():
+        return None
+    return shift
 
 
 def _zero_points(

@@ -28,12 +28,14 @@ from onnxsmith.graph_passes.block_products import (
     Reading,
     deferred,
     is_computed_constant,
+    offsets_product,
     product_with_offsets,
 )
 from onnxsmith.graph_passes.blocks import unpack_codes
 from onnxsmith.graph_passes.context import Activations, activations_for
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FloatColumns"]
@@ -98,9 +100,7 @@ class FloatColumns(GraphPass):
         sizes = {name: (norm.width, norm.block) for name, norm in found.items()}
         run = activations_for(model, self.name, method="of finding large columns")
         chosen = _largest(model, sizes, run, columns=self.columns, samples=self.samples)
-        taken = {value.name or "" for value in (*model.graph.inputs, *model.graph.initializers.values())}
-        taken.update(value.name or "" for node in model.graph.all_nodes() for value in node.outputs)
-        into = BlockTarget(model.graph, _INT8, taken)
+        into = BlockTarget(model.graph, _INT8, value_names(model))
         for name, norm in found.items():
             norm.take_out(into, chosen[name])
             changes.count += 1
@@ -276,11 +276,7 @@ def _columns(
 def _multiplied(node: ir.Node, x: ir.Value) -> ir.Node | None:
     """The product of block sums with the offsets of a product."""
     result, offsets = product_with_offsets(node, x)
-    add = result.producer()
-    if offsets is None or add is None:
-        return None
-    makers = (value.producer() for value in add.inputs if value is not None)
-    return next((maker for maker in makers if maker is not None and maker.op_type == "FusedMatMul"), None)
+    return None if offsets is None else offsets_product(result, offsets)
 
 
 def _after(node: ir.Node, steps: int) -> Iterator[ir.Node]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.weights import constant_of, find_matmul_weights
 
 __all__ = [
@@ -288,8 +289,7 @@ class GraphWriter:
             model: Changed in place.
         """
         self.graph = model.graph
-        self._taken = {v.name or "" for v in (*self.graph.inputs, *self.graph.initializers.values())}
-        self._taken.update(v.name or "" for node in self.graph.all_nodes() for v in node.outputs)
+        self._taken = value_names(model)
 
     def name(self, wanted: str) -> str:
         """The name, with a number behind it where something has it; it is taken then."""

@@ -39,6 +39,7 @@ from onnxsmith.graph_passes.blocks import (
 )
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.weights import constant_of
 
 __all__ = ["FoldMinimums"]
@@ -64,11 +65,7 @@ class FoldMinimums(GraphPass):
     def apply(self, model: ir.Model) -> Changes:
         """Replaces products with offsets beside them; weights are made when they are written."""
         changes = Changes()
-        taken = {
-            value.name or ""
-            for graph in model.graphs()
-            for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
-        }
+        taken = value_names(model)
         for graph in model.graphs():
             folder = _Folder(BlockTarget(graph, _INT8, taken))
             for node in list(graph):

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-__all__ = ["doubled_names", "left_out_stay_so", "with_unique_names"]
+__all__ = ["doubled_names", "left_out_stay_so", "value_names", "with_unique_names"]
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """The names of all values of a graph and its branches; a new one has to be none of them."""
+    return {
+        value.name or ""
+        for graph in model.graphs()
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
+    }
 
 
 def with_unique_names(model: ir.Model) -> int:

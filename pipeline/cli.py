@@ -45,7 +45,9 @@ from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 
 if TYPE_CHECKING:
+    from onnxsmith.graph_passes import PassSpec
     from onnxsmith.package import StepRecord
+    from onnxsmith.pipeline.calibration import CalibrationData
 
 __all__ = ["app", "main", "run_command"]
 
@@ -247,7 +249,6 @@ def export(
     json_target: Json = None,
 ) -> None:
     """Export a PyTorch model to ONNX, compared with PyTorch before it is accepted; then run passes on it."""
-    from onnxsmith.pipeline.calibration import CalibrationData
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.exporting import export_model
     from onnxsmith.pipeline.tables import show_export, show_steps
@@ -258,10 +259,8 @@ def export(
     known("--attention", attention, ("auto", "fused", "standard"), kind="attention")
     known("--adapter", adapter, ("merge", "inputs"), kind="way")
     known("--tracing", tracing, ("auto", "layers", "whole"), kind="tracing")
-    calibration = None
-    if calibration_data is not None:
-        calibration = CalibrationData(calibration_data, calibration_samples, calibration_tokens)
-    specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
+    calibration = _calibration(calibration_data, calibration_samples, calibration_tokens)
+    specs = _specs(preset, passes)
     package, comparison = export_model(
         source,
         output,
@@ -292,6 +291,16 @@ def export(
             show_steps(package.steps[-len(specs) :])
 
 
+def _specs(presets: list[str] | None, passes: list[str] | None) -> list[PassSpec]:
+    return [*preset_specs(presets or []), *(pass_spec(text) for text in passes or [])]
+
+
+def _calibration(data: str | None, samples: int, tokens: int) -> CalibrationData | None:
+    from onnxsmith.pipeline.calibration import CalibrationData
+
+    return None if data is None else CalibrationData(data, samples, tokens)
+
+
 def _plain_steps(steps: Sequence[StepRecord]) -> list[dict[str, Any]]:
     return [
         {"name": s.name, "parameters": s.parameters, "seconds": s.seconds, "details": s.details}
@@ -314,16 +323,13 @@ def optimize(
     json_target: Json = None,
 ) -> None:
     """Run passes on an ONNX model: presets first, then single passes, each in the order given."""
-    from onnxsmith.pipeline.calibration import CalibrationData
     from onnxsmith.pipeline.console import emit_json, progress_for
     from onnxsmith.pipeline.operations import inspect_model, optimize_model
     from onnxsmith.pipeline.tables import show_optimize
 
     gc.set_threshold(_OBJECTS_OF_A_MODEL, 10, 10)
-    specs = [*preset_specs(preset or []), *(pass_spec(text) for text in passes or [])]
-    calibration = None
-    if calibration_data is not None:
-        calibration = CalibrationData(calibration_data, calibration_samples, calibration_tokens)
+    specs = _specs(preset, passes)
+    calibration = _calibration(calibration_data, calibration_samples, calibration_tokens)
     before, after = optimize_model(
         model,
         output,

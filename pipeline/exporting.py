@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,18 +181,16 @@ def export_model(
     return package, comparison
 
 
-@contextlib.contextmanager
 def _rounding_ahead(
     source: ModelSource, passes: Sequence[GraphPass], directory: Path
-) -> Iterator[RoundedAhead | None]:
+) -> contextlib.AbstractContextManager[RoundedAhead | None]:
     """Rounds the weights of a directory while it is exported, if passes will ask for it."""
     from onnxsmith.exporters.stored_weights import stored_matrices
     from onnxsmith.graph_passes.rounded_ahead import rounding_ahead
 
     known = passes and source.kind is SourceKind.HUGGING_FACE_DIRECTORY and source.path is not None
     matrices = stored_matrices(source.path) if known and source.path else []
-    with rounding_ahead(matrices, passes, directory=directory) as ahead:
-        yield ahead
+    return rounding_ahead(matrices, passes, directory=directory)
 
 
 def _compare(
