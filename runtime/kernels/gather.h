@@ -1,0 +1,17 @@
+#pragma once
+
+#include "packed.h"
+
+namespace onnxsmith {
+
+// GatherPacked: rows of a packed weight by their numbers, in float32, see docs/kernels.md.
+class GatherPacked : public Kernel {
+ public:
+  explicit GatherPacked(const Attributes& attributes) : packed_(attributes, "GatherPacked") {}
+  void compute(const Run& run) const override;
+
+ private:
+  PackedAttributes packed_;
+};
+
+}  // namespace onnxsmith

@@ -1,0 +1,119 @@
+#include "matmul.h"
+
+#include <algorithm>
+
+namespace onnxsmith {
+
+namespace {
+
+// Enough pieces that threads which start late do not hold up the others, and few enough to cost nothing.
+constexpr int64_t kPieces = 32;
+constexpr int64_t kLeastBytes = 16 << 10;  // of codes, for one piece
+constexpr int64_t kRowsAtOnce = 64;
+
+Gate gate_of(const std::string& word) {
+  if (word == "none") return Gate::kNone;
+  if (word == "silu") return Gate::kSilu;
+  if (word == "gelu") return Gate::kGelu;
+  if (word == "gelu_tanh") return Gate::kGeluTanh;
+  fail("MatMulPacked, activation", "'" + word + "'", "none, silu, gelu or gelu_tanh");
+}
+
+struct Rounded;
+
+// Memory for `rows` rounded rows, of this thread until its next product.
+Activations rounded_rows(int64_t rows, int64_t columns, int64_t unit) {
+  const int64_t blocks = rows * (columns / kActivations);
+  const int64_t units = rows * (columns / unit);
+  char* memory = scratch<Rounded>(rows * columns + 4 * blocks + 8 * units);
+  Activations out;
+  out.codes = reinterpret_cast<int8_t*>(memory);
+  out.scales = reinterpret_cast<float*>(memory + rows * columns);
+  out.sums = reinterpret_cast<int32_t*>(out.scales + blocks);
+  out.scaled_sums = reinterpret_cast<float*>(out.sums + units);
+  return out;
+}
+
+Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_t unit) {
+  return {rows.codes + row * columns, rows.scales + row * (columns / kActivations),
+          rows.sums + row * (columns / unit), rows.scaled_sums + row * (columns / unit)};
+}
+
+}  // namespace
+
+MatMulPacked::MatMulPacked(const Attributes& attributes)
+    : packed_(attributes, "MatMulPacked"), gate_(gate_of(attributes.word("activation", "none"))) {
+  if (gate_ != Gate::kNone && packed_.rows % (2 * kTile) != 0) {
+    fail("MatMulPacked, N with an activation", std::to_string(packed_.rows), "a multiple of 32");
+  }
+}
+
+void MatMulPacked::compute(const Run& run) const {
+  const Tensor a = run.input(0);
+  const Weight weight = packed_.weight(run.input(1), run.input(2), run.input(3));
+  const Tensor bias = run.input(4);
+  if (a.shape.empty() || a.shape.back() != packed_.columns) {
+    fail("MatMulPacked, A", text(a.shape), "K = " + std::to_string(packed_.columns) + " columns");
+  }
+  if (bias && bias.shape != std::vector<int64_t>{packed_.rows}) {
+    fail("MatMulPacked, bias", text(bias.shape), text({packed_.rows}));
+  }
+  const bool gated = gate_ != Gate::kNone;
+  const int64_t columns = packed_.columns;
+  const int64_t rows = a.size() / columns;
+  const int64_t width = gated ? packed_.rows / 2 : packed_.rows;
+  std::vector<int64_t> shape = a.shape;
+  shape.back() = width;
+  const Tensor y = run.output(0, shape, kFloat);
+  if (rows == 0) return;
+
+  const Tiles& isa = tiles();
+  const int64_t unit = weight.unit();
+  const Activations rounded = rounded_rows(rows, columns, unit);
+  const int64_t rows_in_task = 16;
+  run.parallel((rows + rows_in_task - 1) / rows_in_task, [&](size_t task) {
+    const int64_t end = std::min<int64_t>(rows, (task + 1) * rows_in_task);
+    for (int64_t r = task * rows_in_task; r < end; ++r) {
+      isa.round(a.as<float>() + r * columns, columns, unit, row_of(rounded, r, columns, unit));
+    }
+  });
+
+  const int64_t outputs = (width + kTile - 1) / kTile;
+  const int64_t bytes = weight.code_bytes() * (gated ? 2 : 1);
+  const int64_t work = bytes * std::min<int64_t>(rows, 8);
+  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, outputs), outputs * work / kLeastBytes));
+  run.parallel(pieces, [&](size_t piece) {
+    alignas(64) float out[kRowsAtOnce * kTile];
+    alignas(64) float up[kRowsAtOnce * kTile];
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, rows - first);
+      const Activations some = row_of(rounded, first, columns, unit);
+      for (int64_t t = outputs * piece / pieces; t < outputs * int64_t(piece + 1) / pieces; ++t) {
+        const int64_t present = std::min(kTile, width - t * kTile);
+        isa.product(weight, t, some, count, out, kTile);
+        if (bias) {
+          const float* add = bias.as<float>() + t * kTile;
+          for (int64_t r = 0; r < count; ++r) {
+            for (int64_t c = 0; c < present; ++c) out[r * kTile + c] += add[c];
+          }
+        }
+        if (gated) {
+          isa.product(weight, t + outputs, some, count, up, kTile);
+          if (bias) {
+            const float* add = bias.as<float>() + width + t * kTile;
+            for (int64_t r = 0; r < count; ++r) {
+              for (int64_t c = 0; c < kTile; ++c) up[r * kTile + c] += add[c];
+            }
+          }
+          isa.gate(gate_, out, up, count * kTile);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          std::copy(out + r * kTile, out + r * kTile + present,
+                    y.as<float>() + (first + r) * width + t * kTile);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace onnxsmith

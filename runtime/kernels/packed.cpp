@@ -1,0 +1,60 @@
+#include "packed.h"
+
+namespace onnxsmith {
+
+namespace {
+
+void check_shape(const std::string& where, const Tensor& tensor, const std::vector<int64_t>& expected) {
+  if (tensor.shape != expected) fail(where, text(tensor.shape), text(expected));
+}
+
+bool is_half(const std::string& where, const Tensor& tensor) {
+  if (tensor.type != kFloat && tensor.type != kFloat16) {
+    fail(where, "element type " + std::to_string(tensor.type), "float32 or float16");
+  }
+  return tensor.type == kFloat16;
+}
+
+}  // namespace
+
+PackedAttributes::PackedAttributes(const Attributes& attributes, const char* name)
+    : columns(attributes.integer("K")),
+      rows(attributes.integer("N")),
+      bits(attributes.integer("bits")),
+      block_size(attributes.integer("block_size")),
+      name_(name) {
+  const std::string where(name);
+  if (bits != 4 && bits != 8) fail(where + ", bits", std::to_string(bits), "4 or 8");
+  if (block_size < 16 || (block_size != 16 && block_size % kActivations != 0)) {
+    fail(where + ", block_size", std::to_string(block_size), "16 or a multiple of 32");
+  }
+  if (rows < 1) fail(where + ", N", std::to_string(rows), "at least 1");
+  if (columns < 1 || columns % block_size != 0 || columns % kActivations != 0) {
+    fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size");
+  }
+}
+
+Weight PackedAttributes::weight(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const {
+  const std::string where(name_);
+  Weight weight{};
+  weight.bits = static_cast<int>(bits);
+  weight.columns = columns;
+  weight.block_size = block_size;
+  if (codes.type != kUint8) fail(where + ", B", "element type " + std::to_string(codes.type), "uint8");
+  check_shape(where + ", B", codes, {tiles(), columns * bits / 32, 64});
+  weight.codes = codes.as<uint8_t>();
+  const std::vector<int64_t> blocks{tiles(), columns / block_size, kTile};
+  weight.half_scales = is_half(where + ", scales", scales);
+  check_shape(where + ", scales", scales, blocks);
+  weight.scales = scales.data;
+  weight.kind = Offsets::kMiddle;
+  if (offsets) {
+    check_shape(where + ", offsets", offsets, blocks);
+    weight.offsets = offsets.data;
+    weight.kind = offsets.type == kUint8 ? Offsets::kZeroPoints : Offsets::kMinimums;
+    if (offsets.type != kUint8) weight.half_offsets = is_half(where + ", offsets", offsets);
+  }
+  return weight;
+}
+
+}  // namespace onnxsmith

@@ -1,0 +1,25 @@
+// A packed weight as operators get it: attributes and three inputs.
+#pragma once
+
+#include "kernel.h"
+#include "tiles.h"
+
+namespace onnxsmith {
+
+struct PackedAttributes {
+  int64_t columns;  // K
+  int64_t rows;     // N
+  int64_t bits;
+  int64_t block_size;
+
+  // Throws std::invalid_argument where they do not fit each other.
+  PackedAttributes(const Attributes& attributes, const char* name);
+  int64_t tiles() const { return (rows + kTile - 1) / kTile; }
+  // The weight, after a check of types and sizes. `offsets` may be absent.
+  Weight weight(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const;
+
+ private:
+  const char* name_;
+};
+
+}  // namespace onnxsmith

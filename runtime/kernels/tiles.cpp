@@ -1,0 +1,36 @@
+#include "tiles.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace onnxsmith {
+
+namespace {
+
+const Tiles& choose() {
+  const Tiles* known[] = {
+#if defined(__x86_64__)
+      &avx512vnni_tiles(),
+#endif
+      &generic_tiles(),
+  };
+  const char* wanted = std::getenv("ONNXSMITH_KERNELS_ISA");
+  if (wanted != nullptr) {
+    for (const Tiles* tiles : known) {
+      if (std::strcmp(tiles->name, wanted) == 0 && tiles->supported()) return *tiles;
+    }
+  }
+  for (const Tiles* tiles : known) {
+    if (tiles->supported()) return *tiles;
+  }
+  return generic_tiles();
+}
+
+}  // namespace
+
+const Tiles& tiles() {
+  static const Tiles& chosen = choose();
+  return chosen;
+}
+
+}  // namespace onnxsmith

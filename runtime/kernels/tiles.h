@@ -1,0 +1,67 @@
+// The arithmetic that is compiled once for each instruction set.
+//
+// All of them give bitwise the same: integer sums are exact, and the float operations of one result are the
+// same in the same order, whatever the number of rows that are computed together.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace onnxsmith {
+
+constexpr int64_t kTile = 16;         // rows of a weight that lie interleaved
+constexpr int64_t kActivations = 32;  // activations that share a scale
+
+enum class Offsets { kMiddle, kZeroPoints, kMinimums };
+
+// A packed weight, see docs/kernels.md for its layout.
+struct Weight {
+  const uint8_t* codes;
+  const void* scales;
+  const void* offsets;
+  bool half_scales;
+  bool half_offsets;
+  Offsets kind;
+  int bits;
+  int64_t columns;     // K
+  int64_t block_size;  // of its scales, along K
+
+  int64_t code_bytes() const { return columns * kTile * bits / 8; }  // of one tile
+  int64_t blocks() const { return columns / block_size; }
+  int64_t unit() const { return block_size < kActivations ? block_size : kActivations; }
+};
+
+// Rounded rows of activations: codes [rows, K]; scales [rows, K / 32]; sums of the codes of each unit, as
+// they are [rows, K / unit] and times the scale (the same shape). A unit is the smaller of the two blocks.
+struct Activations {
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  float* scaled_sums;
+};
+
+enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
+
+struct Tiles {
+  const char* name;
+  bool (*supported)();
+  // Rounds one row of `columns` numbers to int8 in blocks of 32: scale = max|a| / 127.
+  void (*round)(const float* row, int64_t columns, int64_t unit, Activations out);
+  // out[r * stride + c] = the products of `rows` rows with the 16 rows of the tile at `tile`.
+  void (*product)(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
+                  int64_t stride);
+  // gate[i] = function(gate[i]) * up[i]
+  void (*gate)(Gate function, float* gate, const float* up, int64_t count);
+};
+
+const Tiles& generic_tiles();
+#if defined(__x86_64__)
+const Tiles& avx512vnni_tiles();
+#endif
+
+// The fastest that this processor has, or what ONNXSMITH_KERNELS_ISA names.
+const Tiles& tiles();
+
+}  // namespace onnxsmith

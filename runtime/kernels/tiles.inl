@@ -1,0 +1,100 @@
+// What every instruction set compiles as it stands, with its own flags. Included inside a namespace of its own.
+
+// Rounds to the nearest integer, ties to even, for |x| < 2^22.
+inline float nearest(float x) {
+  const float shift = 12582912.0f;
+  return (x + shift) - shift;
+}
+
+// e^x to a unit in the last place or two, by Cody and Waite's reduction and a polynomial of degree 6 (Cephes).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = nearest(x * 1.44269504088896341f);
+  float r = std::fma(n, -0.693359375f, x);
+  r = std::fma(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  p = std::fma(p, r * r, r) + 1.0f;
+  int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// erf by Abramowitz and Stegun 7.1.26 is too coarse; this is a quotient of polynomials that is right to 2e-7,
+// the one that ONNX Runtime's MlasComputeErf and Eigen use in other forms: x clamped, odd over even.
+inline float error_function(float x) {
+  x = x < -3.925f ? -3.925f : x;
+  x = x > 3.925f ? 3.925f : x;
+  const float s = x * x;
+  float p = -2.72614225801306e-10f;
+  p = std::fma(p, s, 2.77068142495902e-08f);
+  p = std::fma(p, s, -2.10102402082508e-06f);
+  p = std::fma(p, s, -5.69250639462346e-05f);
+  p = std::fma(p, s, -7.34990630326855e-04f);
+  p = std::fma(p, s, -2.95459980854025e-03f);
+  p = std::fma(p, s, -1.60960333262415e-02f);
+  float q = -1.45660718464996e-05f;
+  q = std::fma(q, s, -2.13374055278905e-04f);
+  q = std::fma(q, s, -1.68282697438203e-03f);
+  q = std::fma(q, s, -7.37332916720468e-03f);
+  q = std::fma(q, s, -1.42647390514189e-02f);
+  return x * p / q;
+}
+
+template <Gate kind>
+inline float activated(float x) {
+  if (kind == Gate::kSilu) return x * sigmoid(x);
+  if (kind == Gate::kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f));
+  const float inner = 0.7978845608028654f * std::fma(0.044715f * x * x, x, x);
+  return x * sigmoid(2.0f * inner);
+}
+
+template <Gate kind>
+void gate_by(float* __restrict gate, const float* __restrict up, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]) * up[i];
+}
+
+void gate(Gate function, float* gate, const float* up, int64_t count) {
+  if (function == Gate::kSilu) gate_by<Gate::kSilu>(gate, up, count);
+  if (function == Gate::kGelu) gate_by<Gate::kGelu>(gate, up, count);
+  if (function == Gate::kGeluTanh) gate_by<Gate::kGeluTanh>(gate, up, count);
+}
+
+void round(const float* __restrict row, int64_t columns, int64_t unit, Activations out) {
+  for (int64_t b = 0; b < columns / kActivations; ++b) {
+    const float* values = row + b * kActivations;
+    // Among numbers that are not negative, floats are ordered as their bits are.
+    int32_t largest = 0;
+    for (int i = 0; i < kActivations; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, values + i, sizeof(bits));
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    float top;
+    std::memcpy(&top, &largest, sizeof(top));
+    const float scale = top / 127.0f;
+    // A scale too small to have an inverse rounds to zeros.
+    const float inverse = top > 1e-35f ? 127.0f / top : 0.0f;
+    int8_t* codes = out.codes + b * kActivations;
+    for (int i = 0; i < kActivations; ++i) {
+      codes[i] = static_cast<int8_t>(static_cast<int32_t>(nearest(values[i] * inverse)));
+    }
+    out.scales[b] = scale;
+    for (int64_t u = 0; u < kActivations / unit; ++u) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < unit; ++i) sum += codes[u * unit + i];
+      const int64_t at = b * (kActivations / unit) + u;
+      out.sums[at] = sum;
+      out.scaled_sums[at] = scale * static_cast<float>(sum);
+    }
+  }
+}
