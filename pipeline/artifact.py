@@ -17,10 +17,12 @@ from onnxsmith.environment import describe_versions
 from onnxsmith.errors import ModelFileError, OnnxsmithError, SourceError
 from onnxsmith.hashing import file_sha256
 from onnxsmith.onnx_file import check_model
+from onnxsmith.own_operators import uses_own_operators
 from onnxsmith.package import ModelPackage
 from onnxsmith.package_io import MANIFEST_NAME, RECORD_NAMES, is_inside, load_package, read_manifest
 from onnxsmith.pipeline.records import check_records
 from onnxsmith.pipeline.signing import SIGNATURE_NAME, check_signature
+from onnxsmith.runtime.kernel_library import SOURCES, kernel_files
 
 __all__ = ["FileEntry", "Finding", "Manifest", "StepEntry", "to_plain", "verify_artifact", "write_manifest"]
 
@@ -75,6 +77,9 @@ def write_manifest(
 ) -> Manifest:
     """Writes ``manifest.json`` for everything that stands in a directory. Comes last.
 
+    Before that, the sources of onnxsmith's own operators are put there where a graph has some, so that it can
+    be run where no onnxsmith is.
+
     Args:
         package: What was saved there.
         directory: The artifact.
@@ -83,6 +88,10 @@ def write_manifest(
         records: Names of ``RECORD_NAMES`` that are there or will be.
         hashes: The SHA-256 of files that it is known of, because they were just written; others are read.
     """
+    if any(uses_own_operators(component.model) for component in package.components.values()):
+        (directory / SOURCES.name).mkdir(exist_ok=True)
+        for name, content in kernel_files().items():
+            (directory / name).write_bytes(content)
     components = {}
     for name, component in package.components.items():
         assert component.path is not None, "the package was not saved"

@@ -41,6 +41,7 @@ from onnxsmith.pipeline.cache_commands import CACHE_COMMANDS
 from onnxsmith.pipeline.doctor_command import DOCTOR_COMMANDS
 from onnxsmith.pipeline.ending import FAILED, end_on_signals, guarded, run_and_leave
 from onnxsmith.pipeline.judging_commands import JUDGING_COMMANDS
+from onnxsmith.pipeline.kernel_commands import KERNEL_COMMANDS
 from onnxsmith.pipeline.measuring_commands import MEASURING_COMMANDS
 from onnxsmith.pipeline.tuning_commands import TUNING_COMMANDS
 
@@ -408,5 +409,6 @@ for _command in (
     *TUNING_COMMANDS,
     *ARTIFACT_COMMANDS,
     *CACHE_COMMANDS,
+    *KERNEL_COMMANDS,
 ):
     app.command()(_command)

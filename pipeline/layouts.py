@@ -126,7 +126,7 @@ def _ort_files(laid: Laid) -> Mapping[str, bytes]:
     return {
         "infer.py": script.encode(),
         "requirements.txt": ("\n".join(pins) + "\n").encode(),
-        "Dockerfile": dockerfile().encode(),
+        "Dockerfile": dockerfile(laid.package).encode(),
     }
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 from onnxsmith.context_length import context_of_files
 from onnxsmith.errors import BadInputError
+from onnxsmith.own_operators import uses_own_operators
 from onnxsmith.package import TEXT_GENERATION, ModelPackage, cache_pairs
+from onnxsmith.runtime.kernel_library import SCRIPT_LINES
+from onnxsmith.runtime.kernels.build import LIBRARY_NAME
 
 __all__ = ["dockerfile", "inference_script"]
 
@@ -22,7 +25,7 @@ from tokenizers import Tokenizer
 
 here = Path(__file__).resolve().parent
 tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
-session = ort.InferenceSession(str(here / "{graph}"), providers=["CPUExecutionProvider"])
+{kernels}session = ort.InferenceSession(str(here / "{graph}"){options}, providers=["CPUExecutionProvider"])
 inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
 feeds = {{i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.{dtype}) for i in inputs if "past" in i.name}}
 new = tokenizer.encode(sys.argv[1]).ids
@@ -53,7 +56,7 @@ here = Path(__file__).resolve().parent
 tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
 tokenizer.enable_padding(pad_id={pad})
 tokenizer.enable_truncation({length})
-session = ort.InferenceSession(str(here / "{graph}"), providers=["CPUExecutionProvider"])
+{kernels}session = ort.InferenceSession(str(here / "{graph}"){options}, providers=["CPUExecutionProvider"])
 encoded = tokenizer.encode_batch(sys.argv[1:])
 columns = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
 names = [i.name for i in session.get_inputs()]
@@ -71,7 +74,7 @@ import numpy as np
 import onnxruntime as ort
 
 here = Path(__file__).resolve().parent
-session = ort.InferenceSession(str(here / "{graph}"), providers=["CPUExecutionProvider"])
+{kernels}session = ort.InferenceSession(str(here / "{graph}"){options}, providers=["CPUExecutionProvider"])
 given = np.load(sys.argv[1])
 feeds = {{i.name: given[i.name] for i in session.get_inputs()}}
 names = [output.name for output in session.get_outputs()]
@@ -85,8 +88,8 @@ from pathlib import Path
 import onnxruntime as ort
 
 here = Path(__file__).resolve().parent
-for graph in {graphs}:
-    session = ort.InferenceSession(str(here / graph), providers=["CPUExecutionProvider"])
+{kernels}for graph in {graphs}:
+    session = ort.InferenceSession(str(here / graph){options}, providers=["CPUExecutionProvider"])
     print(graph)
     for kind, values in (("in", session.get_inputs()), ("out", session.get_outputs())):
         for value in values:
@@ -94,13 +97,22 @@ for graph in {graphs}:
 '''
 
 _DOCKERFILE = """\
-FROM python:3.11-slim
+{build}FROM python:3.11-slim
 WORKDIR /model
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
-ENTRYPOINT ["python", "infer.py"]
+{copy}ENTRYPOINT ["python", "infer.py"]
 """
+
+# The slim image has no compiler.
+_BUILD = """\
+FROM python:3.11 AS kernels
+COPY kernels /kernels
+RUN python /kernels/build.py
+
+"""
+_COPY = f"COPY --from=kernels /kernels/{LIBRARY_NAME} kernels/\n"
 
 _TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
@@ -108,12 +120,19 @@ _TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 def inference_script(package: ModelPackage, graphs: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     """A program that runs a package, and the packages that it imports.
 
+    Where a graph has onnxsmith's own operators, the program compiles them when it is first run.
+
     Args:
         package: What to run.
         graphs: Component to its file, relative to the program.
     """
+    own = _has_own_operators(package)
+    given = {
+        "kernels": f"options = ort.SessionOptions()\n{SCRIPT_LINES}" if own else "",
+        "options": ", options" if own else "",
+    }
     if len(graphs) != 1:
-        return _SEVERAL.format(graphs=tuple(graphs.values())), ("onnxruntime", "numpy")
+        return _SEVERAL.format(graphs=tuple(graphs.values()), **given), ("onnxruntime", "numpy")
     [graph] = graphs.values()
     component = package.main
     cache = cache_pairs(component.inputs, component.outputs)
@@ -128,17 +147,23 @@ def inference_script(package: ModelPackage, graphs: Mapping[str, str]) -> tuple[
                 got=f"a KV cache in {cache[0].past.dtype}",
                 expected="float32 or float16, which numpy has",
             )
-        script = _DECODER.format(graph=graph, dtype=cache[0].past.dtype, stop=stop)
+        script = _DECODER.format(graph=graph, dtype=cache[0].past.dtype, stop=stop, **given)
         return script, ("onnxruntime", "numpy", "tokenizers")
     if names <= _TEXT_INPUTS and "tokenizer.json" in package.files:
-        script = _TEXT.format(graph=graph, pad=_number(package, "pad_token_id", 0), length=_length(package))
+        pad, length = _number(package, "pad_token_id", 0), _length(package)
+        script = _TEXT.format(graph=graph, pad=pad, length=length, **given)
         return script, ("onnxruntime", "numpy", "tokenizers")
-    return _ARRAYS.format(graph=graph), ("onnxruntime", "numpy")
+    return _ARRAYS.format(graph=graph, **given), ("onnxruntime", "numpy")
 
 
-def dockerfile() -> str:
-    """An image that serves the program beside it."""
-    return _DOCKERFILE
+def dockerfile(package: ModelPackage) -> str:
+    """An image that serves the program beside it; onnxsmith's own operators are compiled with it."""
+    own = _has_own_operators(package)
+    return _DOCKERFILE.format(build=_BUILD if own else "", copy=_COPY if own else "")
+
+
+def _has_own_operators(package: ModelPackage) -> bool:
+    return any(uses_own_operators(component.model) for component in package.components.values())
 
 
 def _number(package: ModelPackage, key: str, otherwise: int, *, file: str = "config.json") -> int:

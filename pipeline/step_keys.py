@@ -46,6 +46,7 @@ _LIBRARIES = (
     "sacrebleu", "safetensors", "scikit-learn", "scipy", "sentencepiece", "tokenizers", "torch",
     "transformers",
 )  # fmt: skip
+_CODE = frozenset({".cpp", ".h", ".inl", ".py"})
 # What a model directory may be read for.
 _READ = frozenset({".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"})
 # What decides how arithmetic is done, and so the last digits.
@@ -205,7 +206,7 @@ def _modules(root: Path) -> Iterator[Path]:
     for path in root.iterdir():
         if path.is_dir():
             yield from _modules(path)
-        elif path.suffix == ".py":
+        elif path.suffix in _CODE:
             yield path
 
 

@@ -133,6 +133,18 @@ def show_cache(found: Mapping[str, Any]) -> None:
     )
 
 
+def show_kernels(found: Mapping[str, Any]) -> None:
+    """What runs onnxsmith's own operators."""
+    took = f", {found['seconds']:.1f} s" if found["seconds"] else ""
+    lines = {
+        "library": f"{found['library']} ({found['bytes'] / 1e6:.1f} MB)",
+        "compiler": f"{found['compiler']}{took}" if found["compiler"] else "unknown: the library was given",
+        "runs with": found["instruction_set"],
+        "operators": ", ".join(found["operators"]),
+    }
+    sys.stdout.write("".join(f"{name:10} {value}\n" for name, value in lines.items()))
+
+
 def show_export(package: ModelPackage, comparison: Comparison | None, output: Path) -> None:
     """Where the artifact is and how well it agrees."""
     details = package.steps[0].details

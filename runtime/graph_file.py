@@ -19,6 +19,7 @@ import numpy.typing as npt
 from onnxsmith._onnx_slots import weight_slots
 from onnxsmith.errors import ModelFileError, UnknownNameError
 from onnxsmith.known_graphs import recall, remember
+from onnxsmith.own_operators import uses_own_operators
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable, reads_lengths
 from onnxsmith.package_io import load_package, sole_graph
 
@@ -29,7 +30,7 @@ __all__ = ["GraphFile"]
 
 Array = npt.NDArray[Any]
 # To be changed with what ``to_json`` gives.
-_NOTE = "graph-4"
+_NOTE = "graph-5"
 
 
 @dataclasses.dataclass
@@ -48,6 +49,7 @@ class GraphFile:
             ``cache_scales_of``.
         rows_interact: See ``quantizes_by_range``.
         reads_lengths: See ``package.reads_lengths``.
+        own_operators: See ``uses_own_operators``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -61,6 +63,7 @@ class GraphFile:
     cache_scales: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rows_interact: bool = False
     reads_lengths: bool = False
+    own_operators: bool = False
     temporary: Path | None = None
 
     @classmethod
@@ -88,7 +91,7 @@ class GraphFile:
             chosen.path or Path(), chosen.inputs, chosen.outputs, value_limits(package),
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
             most_positions_alike(chosen.model), cache_scales_of(chosen.model),
-            quantizes_by_range(chosen.model), reads_lengths(chosen.model),
+            quantizes_by_range(chosen.model), reads_lengths(chosen.model), uses_own_operators(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -172,6 +175,7 @@ class GraphFile:
             "cache_scales": {name: scale.tolist() for name, scale in self.cache_scales.items()},
             "rows_interact": self.rows_interact,
             "reads_lengths": self.reads_lengths,
+            "own_operators": self.own_operators,
         }
 
     @classmethod
@@ -195,6 +199,7 @@ class GraphFile:
             {name: np.array(scale, np.float32) for name, scale in plain["cache_scales"].items()},
             plain["rows_interact"],
             plain["reads_lengths"],
+            plain["own_operators"],
         )
 
 

@@ -17,6 +17,7 @@ from onnxsmith.context_length import POSITIONS
 from onnxsmith.errors import ModelFileError, ProviderUnavailableError, require
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.graph_file import GraphFile
+from onnxsmith.runtime.kernel_library import register_kernels
 from onnxsmith.runtime.placement import Placement
 from onnxsmith.runtime.profiling import RunProfile, placement_of, read_profile
 from onnxsmith.runtime.providers import ProviderChoice, choose_provider
@@ -74,6 +75,7 @@ class OrtSession(Session):
             MissingDependencyError: No onnxruntime package is installed.
             ProviderUnavailableError: The provider is not in the installed package, or refused to start.
             ModelFileError: ONNX Runtime refuses the graph.
+            KernelsUnavailableError: The graph has onnxsmith's own operators, and their library cannot be had.
             UnknownNameError: No such provider or component.
         """
         self._ort: Any = require("onnxruntime", purpose="running an ONNX model")
@@ -308,6 +310,8 @@ class OrtSession(Session):
             levels = ort.GraphOptimizationLevel
             folds = self._graph.needs_folding
             options.graph_optimization_level = levels.ORT_ENABLE_BASIC if folds else levels.ORT_DISABLE_ALL
+        if self._graph.own_operators:
+            register_kernels(options)
         try:
             if self.choice.library:
                 self._add_plugin(options)

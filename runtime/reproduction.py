@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from onnxsmith.onnx_file import save_model
+from onnxsmith.own_operators import uses_own_operators
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.backend import Backend
 from onnxsmith.runtime.divergence import Blame, Reproduction
+from onnxsmith.runtime.kernel_library import SCRIPT_LINES, SOURCES, kernel_files
 from onnxsmith.runtime.session import Array, Session
 from onnxsmith.runtime.tensor_errors import ErrorSum
 
@@ -149,13 +151,21 @@ def write_reproduction(
     # Half of what it makes now: a repaired node agrees.
     bound = "0.05" if math.isinf(smallest.error) else f"{smallest.error / 2:.3g}"
     script = _SCRIPT.replace("PROVIDER", provider).replace("BOUND", bound)
+    needed = "onnxruntime and numpy only"
+    if uses_own_operators(part.main.model):
+        script = script.replace("KERNELS", SCRIPT_LINES)
+        needed = "onnxruntime, numpy and a C++ compiler for the operators in `kernels/`"
+        (directory / SOURCES.name).mkdir()
+        for name, content in kernel_files().items():
+            (directory / name).write_bytes(content)
+    script = script.replace("KERNELS", "")
     (directory / "reproduce.py").write_text(script, encoding="utf-8")
     shapes = {name: array.shape for name, array in smallest.feeds.items()}
     listed = "\n".join(f"- {node}" for node in nodes)
     (directory / "README.md").write_text(
         f"# {blame.node} ({blame.operator}) on {provider}\n\n"
         f"`python reproduce.py` runs `minimal.onnx` on `inputs.npz` and compares the output `{output}` with "
-        "`expected.npz`.\nIt needs onnxruntime and numpy only, and ends with status 1 while they differ.\n\n"
+        f"`expected.npz`.\nIt needs {needed}, and ends with status 1 while they differ.\n\n"
         f"Relative error: {_number(smallest.error)}. {blame.detail}\n\nNodes:\n\n{listed}\n",
         encoding="utf-8",
     )
@@ -184,7 +194,7 @@ TOLERANCE = BOUND  # relative error of the whole output, and of the worst positi
 here = pathlib.Path(__file__).parent
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
-session = onnxruntime.InferenceSession(str(here / "minimal.onnx"), options, providers=PROVIDERS)
+KERNELSsession = onnxruntime.InferenceSession(str(here / "minimal.onnx"), options, providers=PROVIDERS)
 feeds = dict(np.load(here / "inputs.npz"))
 expected = dict(np.load(here / "expected.npz"))
 print("onnxruntime", onnxruntime.__version__, "providers", session.get_providers())

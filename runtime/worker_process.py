@@ -22,6 +22,7 @@ from onnxsmith import errors
 from onnxsmith.errors import OnnxsmithError, WorkerError
 from onnxsmith.runtime.environments import Environment
 from onnxsmith.runtime.graph_file import GraphFile
+from onnxsmith.runtime.kernel_library import kernel_library
 from onnxsmith.runtime.providers import ProviderChoice
 from onnxsmith.runtime.tensor_channel import TensorReader, TensorWriter, channel_directories
 
@@ -125,6 +126,9 @@ class WorkerProcess:
         Raises:
             OnnxsmithError: See ``OrtSession``.
         """
+        if graph.own_operators:
+            # Compiled here, where it is said: the time of loading a model is measured there.
+            kernel_library()
         return self.ask(
             {
                 "do": "open",

@@ -55,6 +55,19 @@ def onnx_package(tmp_path: Path) -> Callable[..., ModelPackage]:
 
 
 @pytest.fixture(scope="session")
+def kernels() -> Path:
+    """The library with onnxsmith's own operators, compiled once for all tests."""
+    from onnxsmith.runtime.kernel_library import kernel_library
+    from onnxsmith.runtime.kernels.build import BuildError, find_compiler
+
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    return kernel_library().path
+
+
+@pytest.fixture(scope="session")
 def save_tiny_bert(tiny_llama_dir: Path) -> Callable[..., None]:
     """Saves a random BERT without a head, two layers of 64 neurons, with the tokenizer of the tiny Llama."""
     torch = pytest.importorskip("torch")

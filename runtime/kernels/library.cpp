@@ -102,6 +102,13 @@ const Operator* const* operators(size_t* count) {
 // The instruction set that was chosen, for `onnxsmith kernels`.
 ONNXSMITH_EXPORT const char* onnxsmith_kernels_isa() { return onnxsmith::tiles().name; }
 
+// The name of an operator, for the same; null behind the last one.
+ONNXSMITH_EXPORT const char* onnxsmith_kernels_operator(size_t index) {
+  size_t count = 0;
+  const onnxsmith::Operator* const* all = onnxsmith::operators(&count);
+  return index < count ? all[index]->signature.name : nullptr;
+}
+
 ONNXSMITH_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi table = base->GetApi(kApiVersion);
   if (table == nullptr) {

@@ -18,6 +18,7 @@
     └── LackingError               exit status 3: something this environment does not have
         ├── MissingDependencyError a Python package; the message names the pip command
         ├── ProviderUnavailableError
+        ├── KernelsUnavailableError onnxsmith's own operators, which are compiled where they run
         └── ResourceError          memory or disk
 
 Every message says where, what was got, what was expected, and the remedy, in that order.
@@ -36,6 +37,7 @@ __all__ = [
     "DestinationError",
     "ExportError",
     "FeedError",
+    "KernelsUnavailableError",
     "LackingError",
     "MissingDependencyError",
     "ModelFileError",
@@ -170,6 +172,10 @@ class MissingDependencyError(LackingError):
 
 class ProviderUnavailableError(LackingError):
     """An execution provider that the installed onnxruntime does not offer."""
+
+
+class KernelsUnavailableError(LackingError):
+    """The library with onnxsmith's own operators, which cannot be compiled or loaded here."""
 
 
 class ResourceError(LackingError):
