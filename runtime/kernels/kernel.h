@@ -1,6 +1,8 @@
 // What operators share: errors that become ONNX Runtime's, tensors, and loops over its threads.
 #pragma once
 
+#include <atomic>
+#include <exception>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -63,9 +65,25 @@ class Run {
       body(0);
       return;
     }
+    // An exception may not pass through ONNX Runtime: the first is kept, and thrown here.
+    struct Shared {
+      const Body& body;
+      std::atomic_flag failed;
+      std::exception_ptr error;
+    };
+    Shared shared{body, ATOMIC_FLAG_INIT, nullptr};
     check(ort_.parallel_for(
-        context_, [](void* data, size_t i) { (*static_cast<const Body*>(data))(i); }, count, 0,
-        const_cast<Body*>(&body)));
+        context_,
+        [](void* data, size_t i) {
+          Shared& shared = *static_cast<Shared*>(data);
+          try {
+            shared.body(i);
+          } catch (...) {
+            if (!shared.failed.test_and_set()) shared.error = std::current_exception();
+          }
+        },
+        count, 0, &shared));
+    if (shared.error) std::rethrow_exception(shared.error);
   }
 
  private:

@@ -2,6 +2,7 @@
 #include <exception>
 #include <memory>
 
+#include "attention.h"
 #include "gather.h"
 #include "matmul.h"
 
@@ -88,7 +89,14 @@ const Operator* const* operators(size_t* count) {
                                                 {kInt64, kUint8, kUndefined, kUndefined},
                                                 {false, false, false, true},
                                                 {kFloat}});
-  static const Operator* const all[] = {&matmul, &gather};
+  // query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache,
+  // position_ids, attention_bias, head_sink
+  static const OperatorOf<GroupQueryAttention> attention(
+      {"GroupQueryAttention",
+       {kFloat, kFloat, kFloat, kFloat, kFloat, kInt32, kInt32, kFloat, kFloat, kInt64, kFloat, kFloat},
+       {false, true, true, false, false, false, false, true, true, true, true, true},
+       {kFloat, kFloat, kFloat}});
+  static const Operator* const all[] = {&matmul, &gather, &attention};
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }

@@ -1,5 +1,7 @@
 #include "tiles.h"
 
+#include "attend.h"
+
 #include <cstdlib>
 #include <cstring>
 
@@ -31,6 +33,13 @@ const Tiles& choose() {
 const Tiles& tiles() {
   static const Tiles& chosen = choose();
   return chosen;
+}
+
+const Attend& attend() {
+#if defined(__x86_64__)
+  if (&tiles() == &avx512vnni_tiles()) return avx512_attend();
+#endif
+  return generic_attend();
 }
 
 }  // namespace onnxsmith

@@ -1,0 +1,48 @@
+// Attention of some query rows over a piece of the keys, compiled once for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace onnxsmith {
+
+// Keys are taken in pieces that begin at multiples of this, so that a row's result does not depend on how
+// many rows or keys are computed with it.
+constexpr int64_t kPiece = 128;
+
+// One query row and what it sees: keys [first, end) of its own sequence.
+struct QueryRow {
+  const float* query;  // [size], already scaled
+  const float* bias;   // [keys] or null
+  int64_t first;
+  int64_t end;
+};
+
+// A softmax that is not finished: sum of e^(score - highest), and the values weighted by that.
+struct Partial {
+  float highest;
+  float sum;
+};
+
+struct Attend {
+  const char* name;
+  // Rows over keys [begin, begin + kPiece), cut at `end`. keys and values are [*, size] from key 0.
+  // partials[r], values_out[r * size ...]; a row that sees none of them gets sum 0.
+  void (*piece)(const QueryRow* rows, int64_t count, const float* keys, const float* values, int64_t size,
+                int64_t begin, int64_t end, float softcap, Partial* partials, float* values_out);
+  // into += from, both unfinished.
+  void (*merge)(Partial* into, float* into_values, const Partial& from, const float* from_values, int64_t size);
+};
+
+const Attend& generic_attend();
+#if defined(__x86_64__)
+const Attend& avx512_attend();
+#endif
+
+// The one that goes with `tiles()`.
+const Attend& attend();
+
+}  // namespace onnxsmith
