@@ -4,6 +4,8 @@ namespace onnxsmith {
 
 namespace {
 
+constexpr int64_t kMost = 2147483647;  // what sizes are computed from stays far from overflow
+
 void check_shape(const std::string& where, const Tensor& tensor, const std::vector<int64_t>& expected) {
   if (tensor.shape != expected) fail(where, text(tensor.shape), text(expected));
 }
@@ -28,9 +30,9 @@ PackedAttributes::PackedAttributes(const Attributes& attributes, const char* nam
   if (block_size < 16 || (block_size != 16 && block_size % kActivations != 0)) {
     fail(where + ", block_size", std::to_string(block_size), "16 or a multiple of 32");
   }
-  if (rows < 1) fail(where + ", N", std::to_string(rows), "at least 1");
-  if (columns < 1 || columns % block_size != 0 || columns % kActivations != 0) {
-    fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size");
+  if (rows < 1 || rows > kMost) fail(where + ", N", std::to_string(rows), "at least 1, and less than 2^31");
+  if (columns < 1 || columns > kMost || columns % block_size != 0 || columns % kActivations != 0) {
+    fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size, less than 2^31");
   }
 }
 

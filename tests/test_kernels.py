@@ -1,0 +1,364 @@
+"""onnxsmith's own operators against numpy: all kinds of weights, odd sizes, the same bits everywhere, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxsmith.errors import ModelFileError
+from onnxsmith.package_io import load_package
+from onnxsmith.runtime import OrtSession
+from packed_matrices import (
+    ACTIVATIONS,
+    OFFSETS,
+    Array,
+    Matrix,
+    gather_node,
+    matmul_model,
+    matmul_node,
+    model_of,
+    product,
+    random_matrix,
+    rounded,
+    save,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+HERE = Path(__file__).parent
+INSTRUCTION_SETS = ("generic", "avx2", "avx512vnni")
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+def open_session(directory: Path, model: Any, *, threads: int = 1) -> OrtSession:
+    return OrtSession(load_package(save(model, directory / "packed.onnx")), threads=threads)
+
+
+def most_error(a: Array, matrix: Matrix) -> Array:
+    """What float32 may lose of each result: half a unit for each block, of what is added up."""
+    scales = np.repeat(matrix.scales.astype(np.float64), matrix.block_size, axis=1)
+    largest = scales * matrix.codes
+    if matrix.offsets is not None:
+        offsets = np.abs(np.repeat(matrix.offsets.astype(np.float64), matrix.block_size, axis=1))
+        largest = largest + (scales * offsets if matrix.offsets.dtype == np.uint8 else offsets)
+    else:
+        largest = largest + scales * 2 ** (matrix.bits - 1)
+    blocks = matrix.shape[1] // min(matrix.block_size, 32)
+    return np.asarray(np.abs(rounded(a)) @ largest.T * EPSILON * (blocks + 4))
+
+
+def assert_product(directory: Path, matrix: Matrix, a: Array, *, bias: Array | None = None) -> None:
+    with open_session(directory, matmul_model(matrix, bias=bias, rank=a.ndim)) as session:
+        got = session.run({"A": a})["Y"]
+    expected = product(a, matrix, bias)
+    assert got.dtype == np.float32 and got.shape == expected.shape
+    allowed = most_error(a, matrix) + (0 if bias is None else np.abs(bias) * 2 * EPSILON) + 1e-30
+    assert (np.abs(got - expected) <= allowed).all(), np.max(np.abs(got - expected) / allowed)
+
+
+@pytest.mark.parametrize("scales", [np.float16, np.float32])
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products(bits: int, block_size: int, offsets: str, scales: type[Any], tmp_path: Path) -> None:
+    random = np.random.default_rng(bits + block_size)
+    matrix = random_matrix(
+        random, 40, 2 * max(block_size, 32), bits=bits, block_size=block_size, offsets=offsets, scales=scales
+    )
+    a = random.standard_normal((11, matrix.shape[1])).astype(np.float32)
+    assert_product(tmp_path, matrix, a)
+
+
+def test_a_wrong_scale_is_seen(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    matrix = random_matrix(random, 40, 64)
+    a = random.standard_normal((3, 64)).astype(np.float32)
+    scales = matrix.scales.copy()
+    scales[17, 1] *= np.float16(1.01)
+    wrong = dataclasses.replace(matrix, scales=scales)
+    with open_session(tmp_path, matmul_model(wrong)) as session:
+        error = np.abs(session.run({"A": a})["Y"] - product(a, matrix))
+    assert (error > most_error(a, matrix)).any(axis=0).tolist() == [n == 17 for n in range(40)]
+
+
+def test_minimums_may_have_another_type_than_scales(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    matrix = random_matrix(random, 32, 64, offsets="minimums")
+    assert matrix.offsets is not None
+    a = random.standard_normal((2, 64)).astype(np.float32)
+    for scales, offsets in ((np.float16, np.float32), (np.float32, np.float16)):
+        mixed = dataclasses.replace(
+            matrix, scales=matrix.scales.astype(scales), offsets=matrix.offsets.astype(offsets)
+        )
+        assert_product(tmp_path, mixed, a)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (2, 3), (2, 0), (2, 2, 3), (65,), (200,)])
+def test_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    matrix = random_matrix(random, 50, 96, offsets="zero_points")
+    bias = random.standard_normal(50).astype(np.float32)
+    assert_product(tmp_path, matrix, random.standard_normal((*shape, 96)).astype(np.float32), bias=bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gates(bits: int, activation: str, with_bias: bool, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    matrix = random_matrix(random, 96, 128, bits=bits)
+    bias = random.standard_normal(96).astype(np.float32) * 3 if with_bias else None
+    a = random.standard_normal((9, 128)).astype(np.float32) * np.float32(4)
+    with open_session(tmp_path, matmul_model(matrix, bias=bias, activation=activation)) as session:
+        got = session.run({"A": a})["Y"]
+    expected = product(a, matrix, bias, activation)
+    assert got.shape == expected.shape == (9, 48)
+    plain = product(a, matrix, bias)
+    # Far from zero both sides of each gate are met.
+    assert plain[:, :48].min() < -4 and plain[:, :48].max() > 4
+    scale = np.abs(plain).max() * np.maximum(np.abs(plain[:, 48:]), 1)
+    assert (np.abs(got - expected) <= 2e-6 * scale).all()
+
+
+@pytest.mark.parametrize("scales", [np.float16, np.float32])
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_exact(bits: int, offsets: str, scales: type[Any], tmp_path: Path) -> None:
+    matrix = random_matrix(
+        np.random.default_rng(4), 37, 96, bits=bits, block_size=16, offsets=offsets, scales=scales
+    )
+    ids = np.array([[0, 36, 5], [-1, -37, 5]], np.int64)
+    model = model_of(gather_node(matrix), matrix.inputs(), {"ids": ["rows", "columns"]})
+    with open_session(tmp_path, model) as session:
+        got = session.run({"ids": ids})["Y"]
+        assert session.run({"ids": ids[:, :0]})["Y"].shape == (2, 0, 96)
+    steps = np.repeat(matrix.scales.astype(np.float32), 16, axis=1)
+    if matrix.offsets is None:
+        rows = steps * (matrix.codes.astype(np.float32) - 2 ** (bits - 1))
+    else:
+        offset = np.repeat(matrix.offsets.astype(np.float32), 16, axis=1)
+        codes = matrix.codes.astype(np.float32)
+        rows = steps * (codes - offset) if offsets == "zero_points" else steps * codes + offset
+    np.testing.assert_array_equal(got, rows[ids])
+
+
+@given(
+    rows=st.integers(1, 80),
+    blocks=st.integers(1, 6),
+    count=st.integers(1, 70),
+    bits=st.sampled_from([4, 8]),
+    block_size=st.sampled_from([16, 32, 64, 128]),
+    offsets=st.sampled_from(OFFSETS),
+    threads=st.integers(1, 3),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_size(
+    rows: int,
+    blocks: int,
+    count: int,
+    bits: int,
+    block_size: int,
+    offsets: str,
+    threads: int,
+    exponent: int,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    random = np.random.default_rng(seed)
+    columns = blocks * max(block_size, 32)
+    matrix = random_matrix(random, rows, columns, bits=bits, block_size=block_size, offsets=offsets)
+    a = np.ldexp(random.standard_normal((count, columns)), exponent).astype(np.float32)
+    a[random.random(count) < 0.1] = 0
+    with open_session(tmp_path_factory.mktemp("any"), matmul_model(matrix), threads=threads) as session:
+        got = session.run({"A": a})["Y"]
+        # A row does not depend on those beside it.
+        alone = np.concatenate([session.run({"A": row[None]})["Y"] for row in a])
+    np.testing.assert_array_equal(got, alone)
+    assert (np.abs(got - product(a, matrix)) <= most_error(a, matrix) + 1e-30).all()
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_threads_change_nothing(activation: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    matrix = random_matrix(random, 1024, 576, offsets="minimums")
+    a = random.standard_normal((130, 576)).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3, 5):
+        with open_session(tmp_path, matmul_model(matrix, activation=activation), threads=threads) as session:
+            results += [session.run({"A": a})["Y"], session.run({"A": a[:1]})["Y"]]
+    for many, one in zip(results[::2], results[1::2], strict=True):
+        np.testing.assert_array_equal(many, results[0])
+        np.testing.assert_array_equal(one, results[0][:1])
+
+
+def test_numbers_that_are_none_stay_in_their_row(tmp_path: Path) -> None:
+    random = np.random.default_rng(6)
+    matrix = random_matrix(random, 32, 64)
+    a = random.standard_normal((4, 64)).astype(np.float32)
+    a[1, 3], a[2, 5] = np.inf, np.nan
+    with open_session(tmp_path, matmul_model(matrix)) as session:
+        got = session.run({"A": a})["Y"]
+    assert not np.isfinite(got[1:3]).any()
+    assert (np.abs(got[[0, 3]] - product(a[[0, 3]], matrix)) <= most_error(a[[0, 3]], matrix)).all()
+
+
+CASES = """
+import sys, numpy as np
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from onnxsmith.package_io import load_package
+from onnxsmith.runtime import OrtSession
+from onnxsmith.runtime.kernel_library import instruction_set, kernel_library
+from packed_matrices import ACTIVATIONS, OFFSETS, matmul_model, random_matrix, save
+directory = Path(sys.argv[1])
+print(instruction_set(kernel_library()))
+random = np.random.default_rng(7)
+results = {{}}
+for bits in (4, 8):
+    for offsets in OFFSETS:
+        for block_size in (16, 32, 128):
+            for scales in (np.float16, np.float32):
+                for activation in ("none", *(ACTIVATIONS if block_size == 32 else ())):
+                    matrix = random_matrix(random, 96, 256, bits=bits, block_size=block_size,
+                                           offsets=offsets, scales=scales)
+                    # All codes of 8 bits at their ends: sums of products in 16 bits would overflow.
+                    matrix.codes[:40] = 2**bits - 1
+                    bias = random.standard_normal(96).astype(np.float32)
+                    a = random.standard_normal((13, 256)).astype(np.float32)
+                    a[5] = 1
+                    a[6] = 0
+                    a[7] = -1e-38
+                    a[8] *= np.float32(1e20)
+                    path = save(matmul_model(matrix, bias=bias, activation=activation), directory / "m.onnx")
+                    with OrtSession(load_package(path), threads=1) as session:
+                        key = f"{{bits}} {{offsets}} {{block_size}} {{np.dtype(scales)}} {{activation}}"
+                        results[key] = session.run({{"A": a}})["Y"]
+np.savez(directory / "results.npz", **results)
+"""
+
+
+def results_of(isa: str, directory: Path) -> dict[str, Array]:
+    directory.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", CASES.format(here=str(HERE)), str(directory)],
+        env={**os.environ, "ONNXSMITH_KERNELS_ISA": isa},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != isa:
+        pytest.skip(f"this processor, or the library, has no {isa}")
+    with np.load(directory / "results.npz") as stored:
+        return dict(stored)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[1:])
+def test_every_instruction_set_gives_the_same_bits(isa: str, tmp_path: Path) -> None:
+    theirs = results_of(isa, tmp_path / isa)
+    plain = results_of("generic", tmp_path / "generic")
+    assert len(plain) > 40 and plain.keys() == theirs.keys()
+    for name, array in plain.items():
+        assert array.any(), name
+        np.testing.assert_array_equal(theirs[name].view(np.int32), array.view(np.int32), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"bits": 3}, "bits: got 3, expected 4 or 8"),
+        ({"block_size": 24}, "block_size: got 24, expected"),
+        ({"block_size": 0}, "block_size: got 0, expected"),
+        ({"block_size": -32}, "block_size: got -32, expected"),
+        ({"K": 48}, "K: got 48, expected a multiple of 32"),
+        ({"K": -64}, "K: got -64, expected a multiple of 32"),
+        ({"K": 128}, r"B: got \[2, 8, 64\], expected \[2, 16, 64\]"),
+        ({"N": 0}, "N: got 0, expected at least 1"),
+        ({"N": 48}, r"B: got \[2, 8, 64\], expected \[3, 8, 64\]"),
+        ({"N": 2**62}, "N: got .*less than"),
+        ({"K": 2**62}, "K: got .*less than"),
+        ({"block_size": 64}, r"scales: got \[2, 2, 16\], expected \[2, 1, 16\]"),
+        ({"activation": "relu"}, "activation: got 'relu', expected none, silu, gelu or gelu_tanh"),
+    ],
+)
+def test_wrong_attributes_of_a_product(changed: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(8), 32, 64)
+    model = model_of(matmul_node(matrix, **changed), matrix.inputs(), {"A": ["rows", "K"]})
+    with (
+        pytest.raises(ModelFileError, match=f"MatMulPacked, .*{reason}"),
+        open_session(tmp_path, model) as session,
+    ):
+        session.run({"A": np.ones((2, 64), np.float32)})
+
+
+@pytest.mark.parametrize("missing", ["K", "N", "bits", "block_size"])
+def test_missing_attributes(missing: str, tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(8), 32, 64)
+    node = matmul_node(matrix)
+    kept = [attribute for attribute in node.attribute if attribute.name != missing]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    with pytest.raises(ModelFileError, match=f"attribute {missing}"):
+        open_session(tmp_path, model_of(node, matrix.inputs(), {"A": ["rows", 64]}))
+
+
+def test_half_a_gate(tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(8), 48, 64)
+    with pytest.raises(ModelFileError, match="N with an activation: got 48, expected a multiple of 32"):
+        open_session(tmp_path, matmul_model(matrix, activation="silu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "reason"),
+    [
+        ("B", np.zeros((2, 8, 32), np.uint8), r"B: got \[2, 8, 32\]"),
+        ("scales", np.ones((2, 16, 2), np.float16), r"scales: got \[2, 16, 2\]"),
+        ("scales", np.ones((2, 2, 16), np.int32), "scales: got element type 6, expected float32 or float16"),
+        ("offsets", np.ones((1, 2, 16), np.uint8), r"offsets: got \[1, 2, 16\]"),
+        ("offsets", np.ones((2, 2, 16), np.int64), "offsets: got element type 7"),
+        ("bias", np.ones(33, np.float32), r"bias: got \[33\], expected \[32\]"),
+    ],
+)
+def test_wrong_inputs(name: str, array: Array, reason: str, tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(9), 32, 64, offsets="zero_points")
+    bias = np.zeros(32, np.float32)
+    weights = matrix.inputs() | {"bias": bias, name: array}
+    model = model_of(matmul_node(matrix, bias=True), weights, {"A": ["rows", 64]})
+    with (
+        pytest.raises(ModelFileError, match=f"MatMulPacked, {reason}"),
+        open_session(tmp_path, model) as session,
+    ):
+        session.run({"A": np.ones((2, 64), np.float32)})
+
+
+@pytest.mark.parametrize("shape", [(2, 32), (2, 128), (64, 1), ()])
+def test_activations_of_another_width(shape: tuple[int, ...], tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(9), 32, 64)
+    model = model_of(matmul_node(matrix), matrix.inputs(), {"A": [f"axis{n}" for n in range(len(shape))]})
+    with (
+        open_session(tmp_path, model) as session,
+        pytest.raises(ModelFileError, match=r"MatMulPacked, A: got \[.*expected K = 64 columns"),
+    ):
+        session.run({"A": np.ones(shape, np.float32)})
+
+
+@pytest.mark.parametrize("row", [37, -38, 2**62, -(2**63)])
+def test_rows_that_are_not_there(row: int, tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(10), 37, 64)
+    model = model_of(gather_node(matrix), matrix.inputs(), {"ids": ["rows"]})
+    with (
+        open_session(tmp_path, model) as session,
+        pytest.raises(ModelFileError, match=f"GatherPacked, ids: got {row}, expected numbers in"),
+    ):
+        session.run({"ids": np.array([0, row], np.int64)})
