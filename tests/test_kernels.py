@@ -1,4 +1,4 @@
-"""onnxsmith's own operators against numpy: all kinds of weights, odd sizes, the same bits everywhere, errors."""
+"""Operators of onnxsmith against numpy: all kinds of weights, odd sizes, the same bits everywhere, errors."""
 
 from __future__ import annotations
 
