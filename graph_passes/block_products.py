@@ -13,7 +13,15 @@ from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.graph_passes.weights import constant_of
 from onnxsmith.onnx_file import drop_pages
 
-__all__ = ["FOLDED", "Reading", "deferred", "is_computed_constant", "offsets_product", "product_with_offsets"]
+__all__ = [
+    "FOLDED",
+    "Reading",
+    "deferred",
+    "is_computed_constant",
+    "offsets_product",
+    "product_with_offsets",
+    "sums_blocks",
+]
 
 _DOMAIN = "com.microsoft"
 FOLDED = frozenset({"Add", "Cast", "Gather", "Mul", "Reshape"})
@@ -52,6 +60,14 @@ def offsets_product(result: ir.Value, offsets: ir.Value | None) -> ir.Node | Non
     return next(
         (one for one in makers if one is not None and one.op_type == "FusedMatMul" and offsets in one.inputs),
         None,
+    )
+
+
+def sums_blocks(node: ir.Node) -> bool:
+    """Whether a product makes the sums that ``fold_minimums`` appends to what it sums."""
+    return any(
+        use.node.op_type == "Concat" and use.node.inputs[0] is node.inputs[0]
+        for use in node.outputs[0].uses()
     )
 
 

@@ -32,6 +32,7 @@ from onnxsmith.graph_passes.block_products import (
     is_computed_constant,
     offsets_product,
     product_with_offsets,
+    sums_blocks,
 )
 from onnxsmith.graph_passes.blocks import pack_zero_points, unpack_codes
 from onnxsmith.graph_passes.contract import Changes, GraphPass
@@ -119,7 +120,7 @@ class FinerActivations(GraphPass):
         return changes
 
     def _gains(self, node: ir.Node) -> bool:
-        if int_attribute(node, "N") > self.widest * int_attribute(node, "K") or _sums_blocks(node):
+        if int_attribute(node, "N") > self.widest * int_attribute(node, "K") or sums_blocks(node):
             return False
         return self.after == "any" or _is_of_norm(node.inputs[0])
 
@@ -128,14 +129,6 @@ class FinerActivations(GraphPass):
         names = (node.name or "", (weight.name or "") if weight is not None else "")
         fitting = [p for p in self.skip_nodes if any(fnmatch.fnmatchcase(name, p) for name in names)]
         return f"skip_nodes has {fitting[0]!r}" if fitting else ""
-
-
-def _sums_blocks(node: ir.Node) -> bool:
-    """Whether it makes the sums that ``fold_minimums`` appends to what it sums."""
-    return any(
-        use.node.op_type == "Concat" and use.node.inputs[0] is node.inputs[0]
-        for use in node.outputs[0].uses()
-    )
 
 
 def _is_of_norm(x: ir.Value | None) -> bool:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxsmith.finding import Finding
 from onnxsmith.graph_passes.attention_lengths import why_not_lengths
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, label
+from onnxsmith.own_operators import OWN_DOMAIN
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes.findings import Target
@@ -71,7 +72,7 @@ def cuda_kernels(model: ir.Model, target: Target) -> Iterator[Finding]:
     """Nodes that CUDA's kernels refuse when they run, and those that fall back to the CPU without a word."""
     if target.provider != _CUDA:
         return
-    nodes = [node for node in model.graph.all_nodes() if node.domain == _DOMAIN]
+    nodes = [node for node in model.graph.all_nodes() if node.domain in (_DOMAIN, OWN_DOMAIN)]
     yield from _biased(model, [node for node in nodes if node.op_type == "GroupQueryAttention"])
     refused: dict[str, list[ir.Node]] = {}
     lacking: dict[str, list[ir.Node]] = {}

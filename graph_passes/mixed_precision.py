@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError, PassError
 from onnxsmith.graph_passes.context import Activations, context_of
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import label
+from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.precision import complete_types, convert_floats
 
 __all__ = ["MixedPrecision"]
@@ -119,7 +119,7 @@ class MixedPrecision(GraphPass):
         run = context_of(model).activations
         assert run is not None
         dtype, limit = _TARGETS[self.target]
-        common.InlinePass()(model)
+        inline_functions(model)
         complete_types(model, self.name)
         reference = model.clone()
         kept = self._by_range(reference, run, limit)
@@ -138,7 +138,6 @@ class MixedPrecision(GraphPass):
                     candidate = model.clone()
                     changes = convert_floats(candidate, dtype, kept=kept, keep_io_types=False, name=self.name)
                 model.graph = candidate.graph
-                model.functions.clear()
                 model.metadata_props.update(candidate.metadata_props)
                 changes.details |= {"error": error, "kept_for_range": by_range, "rounds": measured}
                 return changes

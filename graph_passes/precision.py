@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import label
+from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.shapes import infer_shapes
 from onnxsmith.onnx_file import drop_pages
 
@@ -145,7 +145,7 @@ def convert_floats(
     Raises:
         PreconditionError: The type of a value is not known.
     """
-    common.InlinePass()(model)
+    inline_functions(model)
     complete_types(model, name)
     graph = model.graph
     before = _float_bytes(model)

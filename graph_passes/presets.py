@@ -72,6 +72,9 @@ _FINISH: tuple[PassSpec, ...] = (
     ("lower_opset", {}),
     ("lower_ir_version", {}),
 )
+# Query, key and value are joined by the last pass, where their formats agree: each keeps its own.
+_FOR_KERNELS: tuple[PassSpec, ...] = (*_ON_CPU, ("rotary_in_attention", {}), ("logits_to_keep", {}))
+_KERNELS: tuple[PassSpec, ...] = (("use_packed_kernels", {}), *_FINISH)
 
 PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "clean": (("transpose_weights", {}), ("cleanup", {}), *_FINISH),
@@ -103,6 +106,9 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
         _FINER,
         *_FINISH,
     ),
+    "cpu-gguf-kernels": (*_FOR_KERNELS, ("keep_gguf_blocks", {}), *_KERNELS),
+    "cpu-int4-kernels": (*_FOR_KERNELS, _INT4, *_KERNELS),
+    "cpu-int8-kernels": (*_FOR_KERNELS, _INT8, *_KERNELS),
 }
 
 PURPOSES: Mapping[str, str] = {
@@ -127,6 +133,9 @@ PURPOSES: Mapping[str, str] = {
     "cpu-gguf-newest": "As cpu-gguf, minimums in 8 bits, and what is faster but needs ONNX Runtime 1.32.",
     "cpu-int4-fastest": "As cpu-int4-newest, with prompts on 8 bit integers: much faster, twice the size.",
     "cpu-gguf-fastest": "As cpu-gguf-newest, with prompts on 8 bit integers: much faster, twice the size.",
+    "cpu-gguf-kernels": "As cpu-gguf, by kernels of our own that are compiled where it runs: fastest.",
+    "cpu-int4-kernels": "As cpu-int4, by kernels of our own that are compiled where it runs: fastest.",
+    "cpu-int8-kernels": "As cpu-int8, by kernels of our own that are compiled where it runs; encoders too.",
 }
 
 REASONS: Mapping[str, str] = {
@@ -154,6 +163,7 @@ REASONS: Mapping[str, str] = {
     "fold_minimums": "after fast_prompts, which reads the minimums beside the products",
     "finer_activations": "after fold_minimums, which wants weights without zero points",
     "float_columns": "after finer_activations, which finds block sums alone beside the products",
+    "use_packed_kernels": "after quantization, whose blocks it puts in the order that the kernels read",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",

@@ -71,6 +71,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "to_float16": "onnxsmith.graph_passes.precision:ToFloat16",
         "to_float32": "onnxsmith.graph_passes.type_repairs:ToFloat32",
         "transpose_weights": "onnxsmith.graph_passes.weights:TransposeWeights",
+        "use_packed_kernels": "onnxsmith.graph_passes.packed_kernels:UsePackedKernels",
     }
 )
 

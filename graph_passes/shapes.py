@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.folding import node_inference
 from onnxsmith.graph_passes.matching import Axes, axes_of, int_attribute
+from onnxsmith.own_operators import OWN_DOMAIN
 
 __all__ = ["InferShapes", "infer_shapes"]
 
@@ -136,6 +137,18 @@ def _columns(node: ir.Node) -> list[_Result]:
     return [(_type(node), None if not axes else (*axes[:-1], int_attribute(node, "N")))]
 
 
+def _packed_columns(node: ir.Node) -> list[_Result]:
+    """MatMulPacked: the last axis becomes N, or half of it with the gate of an MLP."""
+    axes, rows, gate = axes_of(node.inputs[0]), int_attribute(node, "N"), node.attributes.get("activation")
+    width = rows if gate is None or gate.as_string() == "none" else rows // 2
+    return [(_type(node), None if not axes else (*axes[:-1], width))]
+
+
+def _packed_rows(node: ir.Node) -> list[_Result]:
+    ids = axes_of(node.inputs[0])
+    return [(ir.DataType.FLOAT, None if ids is None else (*ids, int_attribute(node, "K")))]
+
+
 def _fused_matmul(node: ir.Node) -> list[_Result]:
     left, right = axes_of(node.inputs[0]), axes_of(node.inputs[1])
     flags = ("transA", "transBatchA", "transBatchB")
@@ -219,4 +232,6 @@ _RULES: Mapping[tuple[str, str], Callable[[ir.Node], list[_Result]]] = {
     (_CONTRIB, "GroupQueryAttention"): _grouped_attention,
     (_CONTRIB, "MultiHeadAttention"): _multi_head_attention,
     (_CONTRIB, "Attention"): _attention,
+    (OWN_DOMAIN, "MatMulPacked"): _packed_columns,
+    (OWN_DOMAIN, "GatherPacked"): _packed_rows,
 }  # fmt: skip

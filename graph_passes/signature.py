@@ -16,8 +16,10 @@ import onnx_ir.passes.common as common
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
 from onnxsmith.graph_passes.matching import axes_of, label, small_constant
+from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.shapes import infer_shapes
 from onnxsmith.graph_passes.weights import constant_of
+from onnxsmith.own_operators import OWN_DOMAIN
 
 __all__ = ["LogitsToKeep", "RemoveUnusedInputs", "SelectOutputs", "SetAxes"]
 
@@ -33,7 +35,14 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = MappingPro
 _FIXED_AXES = "onnxsmith.fixed_axes"
 # Between the output head and the logits: each number of the result is made of one number.
 _POINTWISE = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Tanh"})
-_HEADS = frozenset({("", "MatMul"), ("com.microsoft", "FusedMatMul"), ("com.microsoft", "MatMulNBits")})
+_HEADS = frozenset(
+    {
+        ("", "MatMul"),
+        ("com.microsoft", "FusedMatMul"),
+        ("com.microsoft", "MatMulNBits"),
+        (OWN_DOMAIN, "MatMulPacked"),
+    }
+)
 
 
 class SetAxes(GraphPass):
@@ -223,7 +232,7 @@ class SelectOutputs(GraphPass):
         values = _main_values(model)
         if any(values[name].dtype is None for name in self.names):
             # Types are not inferred through calls of functions.
-            common.InlinePass()(model)
+            inline_functions(model)
             infer_shapes(model)
             values = _main_values(model)
         for name in self.names:

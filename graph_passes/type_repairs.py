@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.precision import complete_types
 
 __all__ = ["HALVES", "CastChain", "RemoveCasts", "ToFloat32", "cast_chains", "computes_in_half"]
@@ -161,8 +162,7 @@ class ToFloat32(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Converts every graph of the model."""
-        if any(model.functions):
-            common.InlinePass()(model)
+        inline_functions(model)
         complete_types(model, self.name)
         if not any(computes_in_half(node) for node in model.graph.all_nodes()):
             return Changes()

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
+from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.structure import require_signature, signature
 
 __all__ = ["ConvertOpset", "LowerIrVersion", "LowerOpset"]
@@ -91,7 +91,7 @@ class ConvertOpset(GraphPass):
         from onnxscript import version_converter
 
         interface = signature(model)
-        common.InlinePass()(model)
+        inline_functions(model)
         if before < _ONNXSCRIPT_FROM:
             # onnxscript changes nothing in a graph below 18 but the number, and says nothing.
             _convert_with_onnx(model, min(self.version, _ONNXSCRIPT_FROM))
@@ -168,22 +168,21 @@ class LowerOpset(GraphPass):
         needed = max(needed, self.lowest)
         if needed >= before:
             return Changes(0, {"opset": before, "because_of": culprit} if culprit else {})
-        if model.functions:
-            return Changes(
-                0, {}, {"opset": "the model has functions, which declare operator sets themselves"}
-            )
+        if any(_opset(function) != before for function in model.functions.values()):
+            return Changes(0, {}, {"opset": "the model has functions of other operator sets"})
         _set_opset(model, needed)
         return Changes(1, {"before": before, "after": needed, "because_of": culprit})
 
 
-def _opset(model: ir.Model) -> int:
+def _opset(model: ir.Model | ir.Function) -> int:
     return max((model.opset_imports.get(domain, 0) for domain in _DEFAULT_DOMAINS), default=0)
 
 
 def _set_opset(model: ir.Model, version: int) -> None:
-    for domain in _DEFAULT_DOMAINS:
-        if domain in model.opset_imports:
-            model.opset_imports[domain] = version
+    for imports in (model.opset_imports, *(one.opset_imports for one in model.functions.values())):
+        for domain in _DEFAULT_DOMAINS:
+            if domain in imports:
+                imports[domain] = version
 
 
 def _needed_opset(model: ir.Model) -> tuple[int, str]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxsmith.packed_tiles import OPERATORS
+
 __all__ = ["weight_bits"]
 
-_BLOCKS = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+_BLOCKS = frozenset({"MatMulNBits", "GatherBlockQuantized"}) | OPERATORS
 # A weight has at least so many values; what is smaller is a bias, a norm or a constant.
 _LEAST = 256
 
@@ -45,6 +47,9 @@ def _weights_of(node: ir.Node) -> Iterator[tuple[str, int, int, list[ir.Value]]]
         dtype = first.const_value.dtype if first.const_value is not None else None
         packed = dtype in (ir.DataType.UINT8, ir.DataType.INT8)
         values = _size(first) * 8 // width if packed else _size(first)
+        if node.op_type in OPERATORS:
+            # Without the rows that fill up a tile.
+            values = node.attributes["N"].as_int() * node.attributes["K"].as_int()
         rest = [value for value in constants if value is not first]
         yield first.name or node.name or "?", width, values, [first, *rest]
         return

@@ -21,6 +21,7 @@ __all__ = [
     "PACKED_FROM",
     "MatMulWeight",
     "TransposeWeights",
+    "common_name",
     "constant_of",
     "find_matmul_weights",
     "is_transpose",
@@ -262,7 +263,7 @@ def joined_weights(graph: ir.Graph, sources: Sequence[ir.Value], *, axis: int) -
     assert len(kept) == len(sources)
     shape = [int(size) for size in kept[0].shape.numpy()]
     shape[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in kept)
-    name = _common_name([source.name or "" for source in sources])
+    name = common_name([source.name or "" for source in sources])
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kept[0].dtype))
     value.const_value = _joined(kept, shape, name, axis=axis)
     value.metadata_props[PACKED_FROM] = json.dumps([source.name for source in sources])
@@ -293,8 +294,11 @@ def _joined(
     return made
 
 
-def _common_name(names: Sequence[str]) -> str:
-    """``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``."""
+def common_name(names: Sequence[str]) -> str:
+    """A name for what is joined of several.
+
+    ``a.q_proj.weight``, ``a.k_proj.weight`` and ``a.v_proj.weight`` make ``a.qkv_proj.weight``.
+    """
     prefix = _common_start(names)
     suffix = _common_start([name[::-1] for name in names])[::-1]
     middles = [name[len(prefix) : len(name) - len(suffix)] for name in names]

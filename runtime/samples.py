@@ -372,6 +372,8 @@ def _table_rows(value: ir.Value) -> list[int]:
             table = node.inputs[0]
             if table is not None and table.const_value is not None:
                 rows.append(table.const_value.shape.numpy()[0])
+        elif node.op_type == "GatherPacked" and index == 0:
+            rows.append(node.attributes["N"].as_int())
         elif (
             node.op_type in ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze") and index == 0
         ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxsmith.packed_tiles import OPERATORS, packed_rows
 from onnxsmith.runtime.integer_weights import integer_weights
 from onnxsmith.runtime.session import Array
 
@@ -31,14 +32,14 @@ def audit_weights(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
     """Says which weight of a node is wrong.
 
     Args:
-        node: MatMulNBits or GatherBlockQuantized, or any node with a floating-point weight or one of integers
-            with a scale; see ``integer_weights``.
+        node: A product or lookup with a weight in blocks, or any node with a floating-point weight or one of
+            integers with a scale; see ``integer_weights``.
         weight: Gives the reference's weight for the name of one of the candidate's; None where it has none.
 
     Returns:
         A sentence; empty where nothing is wrong, or where there is nothing to compare with.
     """
-    if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+    if node.op_type in ("MatMulNBits", "GatherBlockQuantized") or node.op_type in OPERATORS:
         return _audit_blocks(node, weight)
     for value in node.inputs:
         if value is None or not value.is_initializer() or value.const_value is None or not value.name:
@@ -112,7 +113,7 @@ def _far(one: Array, two: Array) -> float:
 
 
 def _audit_blocks(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
-    packed = _stored(node.inputs[1] if node.op_type == "MatMulNBits" else node.inputs[0])
+    packed = _stored(node.inputs[0] if node.op_type == "GatherBlockQuantized" else node.inputs[1])
     if packed is None or not packed.name:
         return ""
     expected = weight(packed.name)
@@ -169,6 +170,11 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
 
 def _unpacked(node: ir.Node, bits: int) -> Iterator[tuple[int, Array]]:
     """The weights of some rows at a time, as (rows, blocks * block size)."""
+    if node.op_type in OPERATORS:
+        tiles, steps, offsets = (_computed(value) for value in [*node.inputs, None][1:4])
+        if tiles is not None and steps is not None:
+            yield from packed_rows(tiles, steps, offsets, bits=bits, rows=_integer(node, "N", 0))
+        return
     matmul = node.op_type == "MatMulNBits"
     inputs = [*node.inputs, None, None]
     stored = _stored(inputs[1] if matmul else inputs[0])

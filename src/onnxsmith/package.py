@@ -43,7 +43,9 @@ COMPONENT_ORDER = (
     "decoder_postnet_and_vocoder",
 )
 
-_BLOCK_QUANTIZED = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"})
+_BLOCK_QUANTIZED = frozenset(
+    {"GatherBlockQuantized", "GatherPacked", "MatMulBnb4", "MatMulNBits", "MatMulPacked"}
+)
 _INTEGER_OPERATORS = frozenset(
     {
         "ConvInteger",
