@@ -33,6 +33,9 @@ struct Attend {
   // partials[r], values_out[r * size ...]; a row that sees none of them gets sum 0.
   void (*piece)(const QueryRow* rows, int64_t count, const float* keys, const float* values, int64_t size,
                 int64_t begin, int64_t end, float softcap, Partial* partials, float* values_out);
+  // The same for keys and values that no cache has: they are asked for ahead.
+  void (*far_piece)(const QueryRow* rows, int64_t count, const float* keys, const float* values, int64_t size,
+                    int64_t begin, int64_t end, float softcap, Partial* partials, float* values_out);
   // into += from, both unfinished.
   void (*merge)(Partial* into, float* into_values, const Partial& from, const float* from_values, int64_t size);
 };

@@ -3,6 +3,8 @@
 // from who includes it.
 #include "exponential.inl"
 
+constexpr int64_t kAhead = 32;  // keys
+
 // Scores of a row with 16 keys: 16 sums side by side, so that none waits for another. SIZE is the size of a
 // head where it is known when this is compiled, or 0.
 template <int64_t SIZE>
@@ -72,13 +74,22 @@ inline void weighted(const float* weights, const float* values, int64_t size, in
   }
 }
 
-template <int R, int64_t SIZE>
+template <int R, int64_t SIZE, bool FETCH>
 void some_rows(const QueryRow* rows, const float* keys, const float* values, int64_t size, int64_t begin,
                int64_t count, float softcap, Partial* partials, float* out) {
   alignas(64) float scores[R * kPiece];
   const int64_t whole = count / 16 * 16;
   for (int64_t j = 0; j < whole; j += 16) {
     const float* some = keys + (begin + j) * size;
+    // Both come from memory: what is needed next is asked for while this is computed.
+    if (FETCH) {
+      const float* next = some + kAhead * size;
+      const float* values_next = values + (begin + j) * size;
+      for (int64_t d = 0; d < 16 * size; d += 16) {
+        __builtin_prefetch(next + d);
+        __builtin_prefetch(values_next + d);
+      }
+    }
     for (int r = 0; r < R; ++r) scores_of_16<SIZE>(rows[r].query, some, size, scores + r * kPiece + j);
   }
   // What is behind the last key is not read.
@@ -100,11 +111,11 @@ void some_rows(const QueryRow* rows, const float* keys, const float* values, int
   for (; d < size; d += 16) weighted<R, 1>(scores, from + d, size, count, out + d);
 }
 
-template <int64_t SIZE>
+template <int64_t SIZE, bool FETCH>
 void piece_of(const QueryRow* rows, int64_t count, const float* keys, const float* values, int64_t size,
               int64_t begin, int64_t present, float softcap, Partial* partials, float* out) {
   const auto some = [&](auto number, int64_t r) {
-    some_rows<number, SIZE>(rows + r, keys, values, size, begin, present, softcap, partials + r, out + r * size);
+    some_rows<number, SIZE, FETCH>(rows + r, keys, values, size, begin, present, softcap, partials + r, out + r * size);
   };
   int64_t r = 0;
   for (; r + 4 <= count; r += 4) some(std::integral_constant<int, 4>(), r);
@@ -113,10 +124,14 @@ void piece_of(const QueryRow* rows, int64_t count, const float* keys, const floa
   if (count - r == 1) some(std::integral_constant<int, 1>(), r);
 }
 
+template <bool FETCH>
 void piece(const QueryRow* rows, int64_t count, const float* keys, const float* values, int64_t size,
            int64_t begin, int64_t end, float softcap, Partial* partials, float* out) {
   const int64_t present = end - begin < kPiece ? end - begin : kPiece;
-  const auto function = size == 64 ? piece_of<64> : size == 96 ? piece_of<96> : size == 128 ? piece_of<128> : piece_of<0>;
+  const auto function = size == 64    ? piece_of<64, FETCH>
+                        : size == 96  ? piece_of<96, FETCH>
+                        : size == 128 ? piece_of<128, FETCH>
+                                      : piece_of<0, FETCH>;
   function(rows, count, keys, values, size, begin, present, softcap, partials, out);
 }
 

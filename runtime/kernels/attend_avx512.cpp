@@ -44,7 +44,7 @@ inline void sums_of(const Vector* v, float* out) {
 }  // namespace avx512
 
 const Attend& avx512_attend() {
-  static const Attend attend{"avx512", avx512::piece, avx512::merge};
+  static const Attend attend{"avx512", avx512::piece<false>, avx512::piece<true>, avx512::merge};
   return attend;
 }
 

@@ -39,7 +39,7 @@ inline void sums_of(const Vector* vectors, float* out) {
 }  // namespace generic
 
 const Attend& generic_attend() {
-  static const Attend attend{"generic", generic::piece, generic::merge};
+  static const Attend attend{"generic", generic::piece<false>, generic::piece<true>, generic::merge};
   return attend;
 }
 

@@ -233,9 +233,9 @@ void GroupQueryAttention::compute(const Run& run) const {
       QueryRow some[kFew];
       for (int64_t i = 0; i < together; ++i) some[i] = query_row(b, head % kv_heads_ * group + i % group, i / group);
       float* part = parts + (head * pieces + piece) * width;
-      isa.piece(some, together, keys.as<float>() + head * capacity * size,
-                values.as<float>() + head * capacity * size, size, piece * kPiece, call.total, softcap_,
-                reinterpret_cast<Partial*>(part), part + 2 * together);
+      isa.far_piece(some, together, keys.as<float>() + head * capacity * size,
+                    values.as<float>() + head * capacity * size, size, piece * kPiece, call.total, softcap_,
+                    reinterpret_cast<Partial*>(part), part + 2 * together);
     });
     for (int64_t head = 0; head < key_heads; ++head) {
       for (int64_t i = 0; i < together; ++i) {
