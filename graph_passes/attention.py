@@ -24,7 +24,7 @@ from onnxsmith.graph_passes.matching import (
     small_constant,
 )
 
-__all__ = ["FlattenAttention", "RotaryInAttention"]
+__all__ = ["FlattenAttention", "RotaryInAttention", "range_of_rows"]
 
 _DOMAIN = "com.microsoft"
 _QUERY, _KEY, _VALUE, _TOTAL = 0, 1, 2, 6
@@ -286,7 +286,7 @@ class RotaryInAttention(GraphPass):
         if len(node.inputs) > _COS and any(node.inputs[_COS : _POSITIONS + 1]):
             return "the operator has a table already"
         for table in query.inputs[2:4]:
-            if table is None or (table.const_value is None and _range_of(table) is None):
+            if table is None or (table.const_value is None and range_of_rows(table) is None):
                 return "the table of angles is computed in a way that no rule knows"
         return ""
 
@@ -296,7 +296,7 @@ def _turns_back(node: ir.Node | None) -> bool:
     return inner is not None and is_operator(inner.producer(), "Transpose")
 
 
-def _range_of(table: ir.Value) -> ir.Node | None:
+def range_of_rows(table: ir.Value) -> ir.Node | None:
     """The Range of positions that a table of cosines or sines is made of, row by row, or None."""
     value: ir.Value | None = table
     while value is not None:
@@ -318,7 +318,7 @@ def _range_of(table: ir.Value) -> ir.Node | None:
 
 def _lengthen(table: ir.Value, total: ir.Value | None) -> None:
     """Makes a table as long as the cache: the operator checks that, whatever positions it is given."""
-    node = _range_of(table)
+    node = range_of_rows(table)
     if node is None or total is None:
         return
     limit = node.inputs[1]

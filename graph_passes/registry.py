@@ -70,6 +70,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "to_bfloat16": "onnxsmith.graph_passes.precision:ToBfloat16",
         "to_float16": "onnxsmith.graph_passes.precision:ToFloat16",
         "to_float32": "onnxsmith.graph_passes.type_repairs:ToFloat32",
+        "use_own_attention": "onnxsmith.graph_passes.own_attention:UseOwnAttention",
         "transpose_weights": "onnxsmith.graph_passes.weights:TransposeWeights",
         "use_packed_kernels": "onnxsmith.graph_passes.packed_kernels:UsePackedKernels",
     }
