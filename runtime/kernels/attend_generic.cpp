@@ -1,4 +1,4 @@
-// flags: -ffp-contract=fast
+// flags: -ffp-contract=fast -Wno-psabi
 #include "attend.h"
 #include "tiles.h"
 

@@ -85,6 +85,11 @@ const Operator* const* operators(size_t* count) {
                                                 {kFloat, kUint8, kUndefined, kUndefined, kFloat},
                                                 {false, false, false, true, true},
                                                 {kFloat}});
+  static const OperatorOf<NormMatMulPacked> norm_matmul(
+      {"NormMatMulPacked",
+       {kFloat, kFloat, kFloat, kUint8, kUndefined, kUndefined, kFloat},
+       {false, true, false, false, false, true, true},
+       {kFloat, kFloat}});
   static const OperatorOf<GatherPacked> gather({"GatherPacked",
                                                 {kInt64, kUint8, kUndefined, kUndefined},
                                                 {false, false, false, true},
@@ -96,7 +101,7 @@ const Operator* const* operators(size_t* count) {
        {kFloat, kFloat, kFloat, kFloat, kFloat, kInt32, kInt32, kFloat, kFloat, kInt64, kFloat, kFloat},
        {false, true, true, false, false, false, false, true, true, true, true, true},
        {kFloat, kFloat, kFloat}});
-  static const Operator* const all[] = {&matmul, &gather, &attention};
+  static const Operator* const all[] = {&matmul, &norm_matmul, &gather, &attention};
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }

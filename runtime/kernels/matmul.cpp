@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kPieces = 32;
 constexpr int64_t kLeastBytes = 16 << 10;  // of codes, for one piece
 constexpr int64_t kRowsAtOnce = 64;
+constexpr int64_t kRowsOfTask = 16;  // that one thread rounds
 
 Gate gate_of(const std::string& word) {
   if (word == "none") return Gate::kNone;
@@ -41,22 +42,20 @@ Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_
 
 }  // namespace
 
-MatMulPacked::MatMulPacked(const Attributes& attributes)
-    : packed_(attributes, "MatMulPacked"), gate_(gate_of(attributes.word("activation", "none"))) {
+MatMulPacked::MatMulPacked(const Attributes& attributes, const char* name)
+    : name_(name), packed_(attributes, name), gate_(gate_of(attributes.word("activation", "none"))) {
   if (gate_ != Gate::kNone && packed_.rows % (2 * kTile) != 0) {
-    fail("MatMulPacked, N with an activation", std::to_string(packed_.rows), "a multiple of 32");
+    fail(std::string(name) + ", N with an activation", std::to_string(packed_.rows), "a multiple of 32");
   }
 }
 
-void MatMulPacked::compute(const Run& run) const {
-  const Tensor a = run.input(0);
-  const Weight weight = packed_.weight(run.input(1), run.input(2), run.input(3));
-  const Tensor bias = run.input(4);
-  if (a.shape.empty() || a.shape.back() != packed_.columns) {
-    fail("MatMulPacked, A", text(a.shape), "K = " + std::to_string(packed_.columns) + " columns");
-  }
+template <typename Prepare>
+void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input, const Prepare& prepare) const {
+  const Weight weight =
+      packed_.weight(run.input(first_input), run.input(first_input + 1), run.input(first_input + 2));
+  const Tensor bias = run.input(first_input + 3);
   if (bias && bias.shape != std::vector<int64_t>{packed_.rows}) {
-    fail("MatMulPacked, bias", text(bias.shape), text({packed_.rows}));
+    fail(std::string(name_) + ", bias", text(bias.shape), text({packed_.rows}));
   }
   const bool gated = gate_ != Gate::kNone;
   const int64_t columns = packed_.columns;
@@ -70,11 +69,12 @@ void MatMulPacked::compute(const Run& run) const {
   const Tiles& isa = tiles();
   const int64_t unit = weight.unit();
   const Activations rounded = rounded_rows(rows, columns, unit);
-  const int64_t rows_in_task = 16;
-  run.parallel((rows + rows_in_task - 1) / rows_in_task, [&](size_t task) {
-    const int64_t end = std::min<int64_t>(rows, (task + 1) * rows_in_task);
-    for (int64_t r = task * rows_in_task; r < end; ++r) {
-      isa.round(a.as<float>() + r * columns, columns, unit, row_of(rounded, r, columns, unit));
+  run.parallel((rows + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
+    struct Row;
+    float* memory = reinterpret_cast<float*>(scratch<Row>(sizeof(float) * columns));
+    const int64_t end = std::min<int64_t>(rows, (task + 1) * kRowsOfTask);
+    for (int64_t r = task * kRowsOfTask; r < end; ++r) {
+      isa.round(prepare(r, memory), columns, unit, row_of(rounded, r, columns, unit));
     }
   });
 
@@ -113,6 +113,33 @@ void MatMulPacked::compute(const Run& run) const {
         }
       }
     }
+  });
+}
+
+void MatMulPacked::compute(const Run& run) const {
+  const Tensor a = run.input(0);
+  packed_.check_rows(a, "A");
+  multiply(run, a, 1, [&](int64_t r, float*) { return a.as<float>() + r * packed_.columns; });
+}
+
+NormMatMulPacked::NormMatMulPacked(const Attributes& attributes)
+    : MatMulPacked(attributes, "NormMatMulPacked"), epsilon_(attributes.number("epsilon", 1e-5f)) {}
+
+void NormMatMulPacked::compute(const Run& run) const {
+  const Tensor a = run.input(0);
+  const Tensor skip = run.input(1);
+  const Tensor norm = run.input(2);
+  const int64_t columns = packed_.columns;
+  packed_.check_rows(a, "A");
+  if (norm.size() != columns) fail(std::string(name_) + ", norm", text(norm.shape), text({columns}));
+  if (skip && skip.shape != a.shape) fail(std::string(name_) + ", skip", text(skip.shape), text(a.shape));
+  const Tensor sum = run.output(1, a.shape, kFloat);
+  if (!skip && a.size() != 0) std::copy(a.as<float>(), a.as<float>() + a.size(), sum.as<float>());
+  const Tiles& isa = tiles();
+  multiply(run, a, 3, [&](int64_t r, float* memory) {
+    isa.normalize(a.as<float>() + r * columns, skip ? skip.as<float>() + r * columns : nullptr,
+                  norm.as<float>(), epsilon_, columns, sum.as<float>() + r * columns, memory);
+    return memory;
   });
 }
 

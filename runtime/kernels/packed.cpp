@@ -59,4 +59,10 @@ Weight PackedAttributes::weight(const Tensor& codes, const Tensor& scales, const
   return weight;
 }
 
+void PackedAttributes::check_rows(const Tensor& operand, const char* what) const {
+  if (operand.shape.empty() || operand.shape.back() != columns) {
+    fail(std::string(name_) + ", " + what, text(operand.shape), "K = " + std::to_string(columns) + " columns");
+  }
+}
+
 }  // namespace onnxsmith

@@ -17,6 +17,8 @@ struct PackedAttributes {
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
   // The weight, after a check of types and sizes. `offsets` may be absent.
   Weight weight(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const;
+  // Throws where the last axis of an operand is not K numbers.
+  void check_rows(const Tensor& operand, const char* what) const;
 
  private:
   const char* name_;

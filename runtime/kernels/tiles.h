@@ -49,6 +49,10 @@ struct Tiles {
   bool (*supported)();
   // Rounds one row of `columns` numbers to int8 in blocks of 32: scale = max|a| / 127.
   void (*round)(const float* row, int64_t columns, int64_t unit, Activations out);
+  // sum = row (+ skip); out = sum / sqrt(mean(sum^2) + epsilon) * weight. `skip` may be null, and then sum is
+  // not written.
+  void (*normalize)(const float* row, const float* skip, const float* weight, float epsilon, int64_t columns,
+                    float* sum, float* out);
   // out[r * stride + c] = the products of `rows` rows with the 16 rows of the tile at `tile`.
   void (*product)(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
                   int64_t stride);

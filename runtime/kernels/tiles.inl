@@ -74,3 +74,21 @@ void round(const float* __restrict row, int64_t columns, int64_t unit, Activatio
     }
   }
 }
+
+void normalize(const float* row, const float* skip, const float* weight, float epsilon, int64_t columns,
+               float* sum, float* out) {
+  if (skip != nullptr) {
+    for (int64_t i = 0; i < columns; ++i) sum[i] = row[i] + skip[i];
+    row = sum;
+  }
+  // Sixteen sums side by side, added up in a fixed order.
+  float squares[16] = {};
+  for (int64_t i = 0; i < columns; i += 16) {
+    for (int c = 0; c < 16; ++c) squares[c] = std::fma(row[i + c], row[i + c], squares[c]);
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int c = 0; c < half; ++c) squares[c] += squares[c + half];
+  }
+  const float factor = 1.0f / std::sqrt(squares[0] / static_cast<float>(columns) + epsilon);
+  for (int64_t i = 0; i < columns; ++i) out[i] = row[i] * factor * weight[i];
+}

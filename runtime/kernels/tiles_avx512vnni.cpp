@@ -128,7 +128,7 @@ bool supported() {
 }  // namespace avx512vnni
 
 const Tiles& avx512vnni_tiles() {
-  static const Tiles tiles{"avx512vnni", avx512vnni::supported, avx512vnni::round, avx512vnni::product,
+  static const Tiles tiles{"avx512vnni", avx512vnni::supported, avx512vnni::round, avx512vnni::normalize, avx512vnni::product,
                            avx512vnni::gate};
   return tiles;
 }
