@@ -10,10 +10,9 @@ constexpr int64_t kAhead = 32;  // keys
 template <int64_t SIZE>
 inline void scores_of_16(const float* query, const float* keys, int64_t size, float* out) {
   const int64_t stride = SIZE ? SIZE : size;
-  Vector sums[16];
-  const Vector first = load(query);
-  for (int j = 0; j < 16; ++j) sums[j] = first * load(keys + j * stride);
-  for (int64_t d = 16; d < stride; d += 16) {
+  // From zero: of two products in one sum a compiler may round either.
+  Vector sums[16] = {};
+  for (int64_t d = 0; d < stride; d += 16) {
     const Vector some = load(query + d);
     for (int j = 0; j < 16; ++j) sums[j] += some * load(keys + j * stride + d);
   }
@@ -95,8 +94,8 @@ void some_rows(const QueryRow* rows, const float* keys, const float* values, int
   // What is behind the last key is not read.
   for (int r = 0; r < R; ++r) {
     for (int64_t j = whole; j < count; ++j) {
-      Vector sum = load(rows[r].query) * load(keys + (begin + j) * size);
-      for (int64_t d = 16; d < size; d += 16) sum += load(rows[r].query + d) * load(keys + (begin + j) * size + d);
+      Vector sum = {};
+      for (int64_t d = 0; d < size; d += 16) sum += load(rows[r].query + d) * load(keys + (begin + j) * size + d);
       Vector sums[16] = {};
       sums[0] = sum;
       alignas(64) float out_sums[16];
