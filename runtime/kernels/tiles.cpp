@@ -13,6 +13,7 @@ const Tiles& choose() {
   const Tiles* known[] = {
 #if defined(__x86_64__)
       &avx512vnni_tiles(),
+      &avx2_tiles(),
 #endif
       &generic_tiles(),
   };

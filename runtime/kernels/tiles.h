@@ -62,6 +62,7 @@ struct Tiles {
 
 const Tiles& generic_tiles();
 #if defined(__x86_64__)
+const Tiles& avx2_tiles();
 const Tiles& avx512vnni_tiles();
 #endif
 
