@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.pipeline.console import print_table
+from onnxsmith.pipeline.console import print_table, red
+from onnxsmith.runtime.kernel_library import FUNCTIONS
 
 if TYPE_CHECKING:
     from onnxsmith.runtime import BenchResult
@@ -69,6 +70,13 @@ def show_bench(results: Sequence[BenchResult]) -> None:
             shares = (("this graph", r.placement), ("all graphs", r.model_placement))
             said = "; ".join(f"{what} {shares_on(placement, r.provider)}" for what, placement in shares)
             sys.stdout.write(f"PLACEMENT  {r.name}: {said}\n")
+        if r.own_kernels == FUNCTIONS:
+            sys.stdout.write(
+                f"KERNELS    {r.name}: {red('none of its own')}: standard operators in their place, slowly; "
+                "`onnxsmith kernels` says why\n"
+            )
+        elif r.own_kernels:
+            sys.stdout.write(f"KERNELS    {r.name}: its own, with {r.own_kernels}\n")
         if r.copies:
             size = f" of {(r.copied_bytes or 0) / 1e6:.2f} MB" if r.copied_bytes else ""
             sys.stdout.write(f"COPIES     {r.name}: {r.copies} copies between devices{size} in each call\n")

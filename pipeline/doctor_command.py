@@ -92,6 +92,8 @@ def _show(result: Diagnosis) -> None:
     write("" if machine.cpu_quota is None else f", {machine.cpu_quota:g} granted")
     write(f", {machine.available_bytes / 1e9:.1f} of {machine.memory_bytes / 1e9:.1f} GB free\n")
     write(f"kernels    {features}\n")
+    if machine.own_kernels:
+        write(f"its own    {machine.own_kernels}\n")
     if machine.runtimes:
         write("runtime    " + ", ".join(f"{name} {version}" for name, version in machine.runtimes.items()))
         write(f": {', '.join(name.removesuffix('ExecutionProvider') for name in machine.providers)}\n")

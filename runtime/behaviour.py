@@ -11,6 +11,7 @@ from onnxsmith.errors import OnnxsmithError
 from onnxsmith.finding import Finding
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.backend import OrtBackend
+from onnxsmith.runtime.kernel_library import FUNCTIONS
 from onnxsmith.runtime.ort_session import OrtSession
 from onnxsmith.runtime.placement import Placement
 from onnxsmith.runtime.samples import cases_for, value_limits
@@ -77,6 +78,16 @@ def _observed(session: OrtSession | WorkerSession, package: ModelPackage, seed: 
                     for operator in list(operators)[:_FEW]
                 ),
                 sum(count for other, count in placement.nodes.items() if other != session.provider),
+            )
+        )
+    if session.own_kernels == FUNCTIONS:
+        findings.append(
+            Finding(
+                "own_kernels",
+                "slow",
+                "standard operators run in the place of onnxsmith's own",
+                "they unpack each weight into float32 each time; the library is not here",
+                "`onnxsmith kernels` says what brings it",
             )
         )
     executed = {node.name: node.op_type for node in profile.nodes}

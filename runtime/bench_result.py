@@ -230,6 +230,8 @@ class BenchResult:
         copied_bytes: What they copy in one call.
         profile: Operators and nodes by time; None where it was not asked for.
         versions: Of the packages in its environment.
+        own_kernels: What ran onnxsmith's own operators: an instruction set, or ``functions`` of standard
+            operators; empty where the graph has none, None where it was not opened.
         other_load_pct: Share of the machine's processors that other programs used meanwhile, in percent.
         settings: What was measured.
         interrupted: Whether fewer rounds were measured than were asked for.
@@ -258,6 +260,7 @@ class BenchResult:
     copied_bytes: int | None = None
     profile: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
+    own_kernels: str | None = None
     other_load_pct: float | None = None
     interrupted: bool = False
     error: str = ""

@@ -246,7 +246,7 @@ class _Runner:
         }
         for key in (
             "load_s", "placement", "model_placement", "peak_rss_mb", "device_memory_mb", "size_mb", "copies",
-            "copied_bytes", "profile", "versions",
+            "copied_bytes", "profile", "versions", "own_kernels",
         ):  # fmt: skip
             common[key] = self.facts.get(key)
         if self.failure is not None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from onnxsmith._onnx_slots import weight_slots
 from onnxsmith.errors import ModelFileError, UnknownNameError
 from onnxsmith.known_graphs import recall, remember
-from onnxsmith.own_operators import uses_own_operators
+from onnxsmith.own_operators import brings_own_operators, uses_own_operators
 from onnxsmith.package import ModelPackage, TensorSpec, cache_is_shareable, reads_lengths
 from onnxsmith.package_io import load_package, sole_graph
 
@@ -30,7 +30,7 @@ __all__ = ["GraphFile"]
 
 Array = npt.NDArray[Any]
 # To be changed with what ``to_json`` gives.
-_NOTE = "graph-5"
+_NOTE = "graph-6"
 
 
 @dataclasses.dataclass
@@ -50,6 +50,7 @@ class GraphFile:
         rows_interact: See ``quantizes_by_range``.
         reads_lengths: See ``package.reads_lengths``.
         own_operators: See ``uses_own_operators``.
+        brings_operators: See ``brings_own_operators``.
         temporary: The directory that goes when this is closed; None where the file is the user's.
     """
 
@@ -64,6 +65,7 @@ class GraphFile:
     rows_interact: bool = False
     reads_lengths: bool = False
     own_operators: bool = False
+    brings_operators: bool = False
     temporary: Path | None = None
 
     @classmethod
@@ -92,6 +94,7 @@ class GraphFile:
             cache_is_shareable(chosen.model), scales_are_computed(chosen.model),
             most_positions_alike(chosen.model), cache_scales_of(chosen.model),
             quantizes_by_range(chosen.model), reads_lengths(chosen.model), uses_own_operators(chosen.model),
+            brings_own_operators(chosen.model),
         )  # fmt: skip
         if chosen.path is None:
             graph.temporary = Path(tempfile.mkdtemp(prefix="onnxsmith-session-"))
@@ -176,6 +179,7 @@ class GraphFile:
             "rows_interact": self.rows_interact,
             "reads_lengths": self.reads_lengths,
             "own_operators": self.own_operators,
+            "brings_operators": self.brings_operators,
         }
 
     @classmethod
@@ -200,6 +204,7 @@ class GraphFile:
             plain["rows_interact"],
             plain["reads_lengths"],
             plain["own_operators"],
+            plain["brings_operators"],
         )
 
 

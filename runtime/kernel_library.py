@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ except ImportError:  # pragma: no cover - Windows, for which nothing is compiled
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "FUNCTIONS",
     "ISA_VARIABLE",
     "LIBRARY_VARIABLE",
     "SCRIPT_LINES",
@@ -49,11 +51,15 @@ __all__ = [
     "kernel_files",
     "kernel_library",
     "operators",
+    "prepare_kernels",
+    "ready_library",
     "register_kernels",
 ]
 
 LIBRARY_VARIABLE = "ONNXSMITH_KERNELS_LIBRARY"
 ISA_VARIABLE = "ONNXSMITH_KERNELS_ISA"
+# What runs the operators of a graph where the library is not there.
+FUNCTIONS = "functions"
 SOURCES = Path(__file__).with_name("kernels")
 # For programs that run such a graph without onnxsmith: compiles what ``kernel_files`` put beside them, once.
 SCRIPT_LINES = f"""\
@@ -62,8 +68,9 @@ if not library.exists():
     import subprocess
     import sys
 
-    subprocess.run([sys.executable, str(library.with_name("build.py"))], check=True)
-options.register_custom_ops_library(str(library))
+    subprocess.run([sys.executable, str(library.with_name("build.py"))])
+if library.exists():  # else the graph's own functions run, slowly, where it has some
+    options.register_custom_ops_library(str(library))
 """
 _OTHERS_WRITE = 0o022
 _STICKY = 0o1000
@@ -84,13 +91,24 @@ class KernelLibrary:
     seconds: float = 0.0
 
 
-def register_kernels(options: Any) -> None:
+def register_kernels(options: Any, *, replaceable: bool = False) -> str:
     """Makes the operators known to the sessions that ``onnxruntime.SessionOptions`` are for.
 
+    Args:
+        options: Of the sessions.
+        replaceable: Whether the graph brings functions of standard operators for them; see
+            ``brings_own_operators``.
+
+    Returns:
+        The instruction set that they run with; ``functions`` where there is no library, which is said once.
+
     Raises:
-        KernelsUnavailableError: See ``kernel_library``; or this ONNX Runtime refuses it.
+        KernelsUnavailableError: See ``kernel_library``; or this ONNX Runtime refuses it. Not for a graph that
+            brings functions.
     """
-    library = kernel_library()
+    library = prepare_kernels(replaceable=replaceable)
+    if library is None:
+        return FUNCTIONS
     try:
         options.register_custom_ops_library(str(library.path))
     except Exception as error:  # ONNX Runtime's errors have no common base
@@ -100,6 +118,25 @@ def register_kernels(options: Any) -> None:
             expected="ONNX Runtime 1.17 or later, and a library that was compiled for this processor",
             remedy="Run `onnxsmith kernels --build`, which compiles it again",
         ) from error
+    return instruction_set(library)
+
+
+def prepare_kernels(*, replaceable: bool) -> KernelLibrary | None:
+    """The library for a graph; None where there is none and the graph can be run without, which is said once.
+
+    Args:
+        replaceable: See ``register_kernels``.
+
+    Raises:
+        KernelsUnavailableError: There is none, and the graph needs it.
+    """
+    try:
+        return kernel_library()
+    except KernelsUnavailableError as error:
+        if not replaceable:
+            raise
+        _say_once(f"standard operators run in the place of onnxsmith's own, slowly. {error}")
+        return None
 
 
 def kernel_library(
@@ -119,8 +156,24 @@ def kernel_library(
         KernelsUnavailableError: No compiler, a file that it does not take, a directory that cannot be
             written, or one to which others can write.
     """
+    found = None if again else ready_library(sources)
+    if isinstance(found, KernelLibrary):
+        return found
+    try:
+        kept, compiler = _directory() / _sources_key(sources), found or find_compiler()
+        return _compiled(sources, kept, compiler, again=again, on_step=on_step or _say)
+    except BuildError as error:
+        raise _unavailable(error) from error
+
+
+def ready_library(sources: Path = SOURCES) -> KernelLibrary | Compiler:
+    """The library if it is ready, else what would compile it. Nothing is compiled.
+
+    Raises:
+        KernelsUnavailableError: Neither is here, or others can write where the library is.
+    """
     given = os.environ.get(LIBRARY_VARIABLE)
-    if given and not again:
+    if given:
         path = Path(given).expanduser().resolve()
         if not path.is_file():
             raise KernelsUnavailableError(LIBRARY_VARIABLE, got=f"no file {path}", expected="a library")
@@ -128,23 +181,22 @@ def kernel_library(
         return KernelLibrary(path)
     try:
         kept = _directory() / _sources_key(sources)
-        compiler, missing = None, None
         try:
             compiler = find_compiler()
-        except BuildError as error:
-            missing = error
-        if not again:
-            found = _found(kept, compiler)
-            if found is not None:
-                return found
-        if compiler is None:
-            assert missing is not None
-            raise missing
-        return _compiled(sources, kept, compiler, again=again, on_step=on_step or _say)
+        except BuildError:
+            found = _found(kept, None)
+            if found is None:
+                raise
+            return found
+        return _found(kept, compiler) or compiler
     except BuildError as error:
-        raise KernelsUnavailableError(
-            error.where, got=error.got, expected=error.expected or None, remedy=error.remedy or None
-        ) from error
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: BuildError) -> KernelsUnavailableError:
+    return KernelsUnavailableError(
+        error.where, got=error.got, expected=error.expected or None, remedy=error.remedy or None
+    )
 
 
 def kernel_files() -> dict[str, bytes]:
@@ -196,6 +248,11 @@ def _function(library: KernelLibrary, name: str) -> Any:
 def _say(what: str) -> None:
     sys.stderr.write(f"onnxsmith: {what}\n")
     sys.stderr.flush()
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    _say(what)
 
 
 def _directory() -> Path:

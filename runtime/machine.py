@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from onnxsmith.environment import usable_cpus
+from onnxsmith.errors import KernelsUnavailableError
 from onnxsmith.finding import Finding
+from onnxsmith.runtime.kernel_library import KernelLibrary, instruction_set, ready_library
 from onnxsmith.runtime.providers import PROVIDERS
 
 __all__ = ["MACHINE_RULES", "Machine", "machine_findings", "read_machine"]
@@ -48,6 +50,8 @@ class Machine:
         has_nvidia: Whether a driver of NVIDIA is loaded.
         providers: ONNX Runtime's names of the providers in this environment; empty without ONNX Runtime.
         other_load_pct: Share of the processors that other programs use now; None where not watched.
+        own_kernels: What runs onnxsmith's own operators, or what would compile them; empty where nothing can.
+        no_own_kernels: Why nothing can.
     """
 
     cpu: str = ""
@@ -64,6 +68,8 @@ class Machine:
     has_nvidia: bool = False
     providers: tuple[str, ...] = ()
     other_load_pct: float | None = None
+    own_kernels: str = ""
+    no_own_kernels: str = ""
 
     @property
     def threads(self) -> int:
@@ -94,6 +100,7 @@ def read_machine(root: Path = _ROOT, *, load_pct: float | None = None) -> Machin
     if limit is not None and limit < total:
         total, free = int(limit), min(free, max(0, int(limit - (used or 0))))
     described = describe_environment()
+    own_kernels, no_own_kernels = _own_kernels()
     governor = root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
     return Machine(
         cpu=described["cpu"],
@@ -110,6 +117,8 @@ def read_machine(root: Path = _ROOT, *, load_pct: float | None = None) -> Machin
         has_nvidia=any((root / path).exists() for path in _NVIDIA),
         providers=tuple(described["providers"]),
         other_load_pct=load_pct,
+        own_kernels=own_kernels,
+        no_own_kernels=no_own_kernels,
     )
 
 
@@ -171,6 +180,17 @@ def _runtimes() -> dict[str, str]:
         if name in names or (name.startswith("ort-") and name.endswith("nightly")):
             found[name] = distribution.version
     return dict(sorted(found.items()))
+
+
+def _own_kernels() -> tuple[str, str]:
+    """What runs or would compile onnxsmith's own operators, and why nothing can."""
+    try:
+        found = ready_library()
+        if isinstance(found, KernelLibrary):
+            return instruction_set(found), ""
+        return f"to be compiled by {found.name} when they are first used", ""
+    except KernelsUnavailableError as error:
+        return "", f"{error.where}: {error.got}"
 
 
 def machine_findings(machine: Machine) -> list[Finding]:
@@ -245,6 +265,18 @@ def _no_vnni(machine: Machine) -> Finding | None:
     )
 
 
+def _no_own_kernels(machine: Machine) -> Finding | None:
+    if not machine.no_own_kernels:
+        return None
+    return Finding(
+        "no_own_kernels",
+        "note",
+        f"onnxsmith's own operators cannot be used here: {machine.no_own_kernels}",
+        "graphs that were made with them run by standard operators, slowly, or not at all",
+        "`onnxsmith kernels` says what is missing and what brings it; other presets do not need them",
+    )
+
+
 def _governor(machine: Machine) -> Finding | None:
     if machine.governor != "powersave":
         return None
@@ -308,6 +340,7 @@ MACHINE_RULES: Mapping[str, Callable[[Machine], Finding | None]] = MappingProxyT
         "memory": _memory,
         "governor": _governor,
         "no_vnni": _no_vnni,
+        "no_own_kernels": _no_own_kernels,
         "thread_variables": _variables,
         "idle_gpu": _idle_gpu,
         "busy": _load,

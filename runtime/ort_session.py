@@ -44,6 +44,8 @@ class OrtSession(Session):
         device: ONNX Runtime's name of the memory that ``ort_value`` puts tensors into.
         limits: For integer inputs, one above the highest valid value.
         shares_cache: Whether past and present of the KV cache may be one buffer; see ``cache_is_shareable``.
+        own_kernels: What runs onnxsmith's own operators: an instruction set, or ``functions``; empty where
+            the graph has none.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class OrtSession(Session):
             else GraphFile.of(package, component=component, name=name)
         )
         self._session: Any = None
+        self.own_kernels = ""
         self._record = Path(tempfile.mkdtemp(prefix="onnxsmith-kernels-")) if record else None
         try:
             self._session = self._open(profile=self._record / "profile" if self._record else None)
@@ -311,7 +314,7 @@ class OrtSession(Session):
             folds = self._graph.needs_folding
             options.graph_optimization_level = levels.ORT_ENABLE_BASIC if folds else levels.ORT_DISABLE_ALL
         if self._graph.own_operators:
-            register_kernels(options)
+            self.own_kernels = register_kernels(options, replaceable=self._graph.brings_operators)
         try:
             if self.choice.library:
                 self._add_plugin(options)

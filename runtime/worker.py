@@ -178,6 +178,7 @@ class _Worker:
         return {
             "load_s": loaded,
             "provider": self._session.provider,
+            "own_kernels": self._session.own_kernels,
             "versions": _versions(),
         }
 

@@ -22,7 +22,7 @@ from onnxsmith import errors
 from onnxsmith.errors import OnnxsmithError, WorkerError
 from onnxsmith.runtime.environments import Environment
 from onnxsmith.runtime.graph_file import GraphFile
-from onnxsmith.runtime.kernel_library import kernel_library
+from onnxsmith.runtime.kernel_library import prepare_kernels
 from onnxsmith.runtime.providers import ProviderChoice
 from onnxsmith.runtime.tensor_channel import TensorReader, TensorWriter, channel_directories
 
@@ -128,7 +128,7 @@ class WorkerProcess:
         """
         if graph.own_operators:
             # Compiled here, where it is said: the time of loading a model is measured there.
-            kernel_library()
+            prepare_kernels(replaceable=graph.brings_operators)
         return self.ask(
             {
                 "do": "open",

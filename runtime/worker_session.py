@@ -22,6 +22,7 @@ class WorkerSession(Session):
 
     Attributes:
         load_s: Seconds that opening took.
+        own_kernels: See ``OrtSession``.
         versions: Of the packages in the worker's environment.
     """
 
@@ -65,6 +66,7 @@ class WorkerSession(Session):
             self.close()
             raise
         self.provider = answer["provider"]
+        self.own_kernels: str = answer["own_kernels"]
         self.load_s: float = answer["load_s"]
         self.versions: Mapping[str, str] = answer["versions"]
 

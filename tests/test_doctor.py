@@ -49,6 +49,7 @@ DISEASES: Mapping[str, dict[str, Any]] = {
     "memory": {"available_bytes": 500_000_000},
     "governor": {"governor": "powersave"},
     "no_vnni": {"features": frozenset({"avx2"})},
+    "no_own_kernels": {"no_own_kernels": "no C++ compiler is installed"},
     "thread_variables": {"variables": {"OMP_NUM_THREADS": "1"}},
     "idle_gpu": {"has_nvidia": True},
     "busy": {"other_load_pct": 60.0},
@@ -71,7 +72,7 @@ def test_each_disease_of_a_machine_is_found(rule: str) -> None:
 
 def test_every_rule_is_documented() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
-    seen_at_work = ("does_not_run", "not_finite", "constant", "fallback", "threads")
+    seen_at_work = ("does_not_run", "not_finite", "constant", "fallback", "own_kernels", "threads")
     for rule in (*RULES, *MACHINE_RULES, *seen_at_work):
         assert f"| `{rule}` |" in text, rule
 

@@ -17,8 +17,10 @@ from onnx import helper
 from onnxsmith.errors import KernelsUnavailableError
 from onnxsmith.own_operators import OWN_DOMAIN, uses_own_operators
 from onnxsmith.package_io import load_package
+from onnxsmith.pipeline.bench_tables import show_bench
 from onnxsmith.pipeline.cli import run_command
-from onnxsmith.runtime import OrtSession
+from onnxsmith.runtime import BenchSettings, Candidate, OrtBackend, OrtSession, benchmark
+from onnxsmith.runtime.behaviour import observe
 from onnxsmith.runtime.graph_file import GraphFile
 from onnxsmith.runtime.kernel_library import instruction_set, kernel_library
 from onnxsmith.runtime.kernels.build import FLAGS, compile_commands, find_compiler, machine_name
@@ -257,6 +259,47 @@ def test_operators_are_found_in_subgraphs_and_functions(tmp_path: Path) -> None:
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("local", 1))
     assert uses_own_operators(load_package(save(model, tmp_path / "functions.onnx")).main.model)
+
+
+def bringing_a_function(directory: Path) -> Path:
+    """A product whose graph has a function in its place, which gives zeros: one can tell them apart."""
+    model = matmul_model(random_matrix(np.random.default_rng(0), 64, 64))
+    [node] = model.graph.node
+    node.overload = "form"
+    zero = helper.make_node("Sub", ["A", "A"], ["Y"])
+    function = helper.make_function(
+        OWN_DOMAIN, node.op_type, list(node.input), ["Y"], [zero], list(model.opset_import)[:1],
+        attributes=["K", "N", "bits", "block_size"],
+    )  # fmt: skip
+    function.overload = "form"
+    model.functions.append(function)
+    model.ir_version = 10
+    return save(model, directory / "bringing.onnx")
+
+
+def test_a_graph_with_functions_runs_without_the_library(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del sources  # for its empty home
+    package = load_package(bringing_a_function(tmp_path))
+    a = np.ones((2, 64), np.float32)
+    with OrtSession(package) as session:
+        assert session.own_kernels in ("avx512vnni", "avx2", "generic")
+        assert session.run({"A": a})["Y"].any()
+    monkeypatch.setenv("ONNXSMITH_HOME", str(tmp_path / "other"))
+    without_compilers(monkeypatch, tmp_path)
+    capsys.readouterr()
+    for _ in range(2):
+        with OrtSession(package) as session:
+            assert session.own_kernels == "functions"
+            assert not session.run({"A": a})["Y"].any()
+    assert capsys.readouterr().err.count("standard operators run in the place of onnxsmith's own") == 1
+    behaviour = observe(package, OrtBackend("cpu"), name="model")
+    assert "own_kernels" in [finding.rule for finding in behaviour.findings]
+    [result] = benchmark([Candidate("m", path=tmp_path / "bringing.onnx")], BenchSettings(runs=1, threads=1))
+    assert result.own_kernels == "functions" and result.latency_ms is not None
+    show_bench([result])
+    assert "KERNELS    m: none of its own" in capsys.readouterr().out
 
 
 def test_the_command_shows_it(

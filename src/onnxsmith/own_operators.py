@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OWN_DOMAIN", "uses_own_operators"]
+__all__ = ["OWN_DOMAIN", "brings_own_operators", "own_nodes", "uses_own_operators"]
 
 OWN_DOMAIN = "onnxsmith"
 
 
-def uses_own_operators(model: ir.Model) -> bool:
-    """Whether a graph, its subgraphs or its functions have such operators: who runs it needs the library."""
+def own_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes with such operators: of the graph, its subgraphs and its functions."""
     nodes = itertools.chain(
         model.graph.all_nodes(), *(function.all_nodes() for function in model.functions.values())
     )
-    return any(node.domain == OWN_DOMAIN for node in nodes)
+    return (node for node in nodes if node.domain == OWN_DOMAIN)
+
+
+def uses_own_operators(model: ir.Model) -> bool:
+    """Whether a graph has such operators: who runs it fast needs the library."""
+    return any(True for _ in own_nodes(model))
+
+
+def brings_own_operators(model: ir.Model) -> bool:
+    """Whether a graph has a function for each of its nodes with such operators.
+
+    ONNX Runtime takes these where nobody has registered the library. They compute the same with standard
+    operators, slowly.
+    """
+    return all(node.op_identifier() in model.functions for node in own_nodes(model))
