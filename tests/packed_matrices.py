@@ -132,6 +132,15 @@ def matmul_node(matrix: Matrix, *, bias: bool = False, activation: str = "none",
     )
 
 
+def norm_node(matrix: Matrix, *, skip: bool, epsilon: float = 1e-5) -> Any:
+    inputs = ["A", "skip" if skip else "", "norm", "B", "scales"]
+    inputs += ["offsets"] if matrix.offsets is not None else []
+    attributes = _attributes(matrix) | {"epsilon": epsilon}
+    return helper.make_node(
+        "NormMatMulPacked", inputs, ["Y", "sum"], "packed", domain=OWN_DOMAIN, **attributes
+    )
+
+
 def gather_node(matrix: Matrix, **changed: Any) -> Any:
     inputs = ["ids", "B", "scales", *(["offsets"] if matrix.offsets is not None else [])]
     return helper.make_node(
