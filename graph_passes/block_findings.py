@@ -11,7 +11,7 @@ from onnxsmith.finding import Finding
 from onnxsmith.graph_passes.block_operators import find_weights, node_label
 from onnxsmith.graph_passes.block_repairs import slow_form
 from onnxsmith.onnx_file import weight_bytes
-from onnxsmith.packed_tiles import OPERATORS
+from onnxsmith.own_operators import PACKED_OPERATORS
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes.findings import Target
@@ -135,5 +135,5 @@ _QUANTIZED = frozenset(
         "QLinearMatMul",
         "DequantizeLinear",
     }
-    | OPERATORS
+    | PACKED_OPERATORS
 )

@@ -14,7 +14,7 @@ from onnxsmith.graph_passes.channel_layout import LAYOUT_RULES, constant_axes, g
 from onnxsmith.graph_passes.channels import ChannelGraph, constant_source, spread_over
 from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.graph_passes.weights import constant_of
-from onnxsmith.packed_tiles import OPERATORS
+from onnxsmith.own_operators import PACKED_OPERATORS
 
 __all__ = ["WITH_CONSTANTS", "follow_channels"]
 
@@ -382,7 +382,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "BatchNormalization": _batch_norm,
         "LogSoftmax": _softmax,
         "MatMulNBits": _quantized,
-        **dict.fromkeys(OPERATORS, _quantized),
+        **dict.fromkeys(PACKED_OPERATORS, _quantized),
         "Shape": _shape_only,
         "Size": _shape_only,
         "Softmax": _softmax,

@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.graph_passes.attention import range_of_rows
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label, small_constant
+from onnxsmith.graph_passes.packed_functions import make_callable
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import depends_on_values
 
@@ -69,6 +70,7 @@ class UseOwnAttention(GraphPass):
         if taken:
             model.opset_imports.setdefault(OWN_DOMAIN, 1)
             angles = _rows_of_angles(model, taken)
+            make_callable(model)
             common.RemoveUnusedNodesPass()(model)
             changes.count = len(taken)
             changes.details = {"attention": len(taken), "angles of new tokens only": angles}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from onnxsmith.graph_passes.attention_function import attention_form, attention_text
 from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.own_operators import OWN_DOMAIN
 
@@ -144,13 +145,35 @@ _LOOKUP = """
 """
 
 
+# The inputs before those of the weight.
+_BEFORE = {"MatMulPacked": ("A",), "GatherPacked": ("ids",), "NormMatMulPacked": ("x", "skip", "norm")}
+_NORM = """
+  total = Add (x, skip)
+  square = Mul (total, total)
+  mean = {mean}
+  tiny = Constant <value_float: float = @epsilon> ()
+  raised = Add (mean, tiny)
+  deviation = Sqrt (raised)
+  level = Div (total, deviation)
+  A = Mul (level, norm)
+"""
+# From this operator set on, axes are an input.
+_AXES_AS_INPUT = 18
+_MEANS = {
+    False: "ReduceMean <axes = [-1], keepdims = 1> (square)",
+    True: "ReduceMean <keepdims = 1> (square, rest)",
+}
+
+
 def overload_of(node: ir.Node) -> str:
     """The name of a node's form: one function computes all nodes of a form."""
+    if node.op_type == "GroupQueryAttention":
+        return attention_form(node)
     parts = [str(int_attribute(node, "bits")), _kind(node)]
     activation = node.attributes.get("activation")
     if activation is not None and activation.as_string() != "none":
         parts.append(activation.as_string())
-    if len(node.inputs) > 4 and node.inputs[4] is not None:
+    if _weight_input(node, 3) is not None:
         parts.append("bias")
     return "_".join(parts)
 
@@ -189,16 +212,23 @@ def inline_functions(model: ir.Model) -> None:
 
 
 def _kind(node: ir.Node) -> str:
-    offsets = node.inputs[3] if len(node.inputs) > 3 else None
+    offsets = _weight_input(node, 2)
     if offsets is None:
         return "middle"
     return "zero_points" if offsets.dtype is ir.DataType.UINT8 else "minimums"
 
 
+def _weight_input(node: ir.Node, index: int) -> ir.Value | None:
+    """Of codes, scales, offsets and bias."""
+    at = len(_BEFORE[node.op_type]) + index
+    return node.inputs[at] if len(node.inputs) > at else None
+
+
 def _function(node: ir.Node, opset: int) -> ir.Function:
     import onnx.parser
 
-    proto = onnx.parser.parse_function(_text(node, opset))
+    make = attention_text if node.op_type == "GroupQueryAttention" else _text
+    proto = onnx.parser.parse_function(make(node, opset))
     proto.overload = node.overload
     return ir.serde.deserialize_function(proto)
 
@@ -207,7 +237,10 @@ def _text(node: ir.Node, opset: int) -> str:
     bits, kind = int_attribute(node, "bits"), _kind(node)
     names = ["scales", *(["offsets"] if kind != "middle" else [])]
     lookup = node.op_type == "GatherPacked"
+    norm = node.op_type == "NormMatMulPacked"
     body = [_SIZES, *([_OFFSETS] if kind != "middle" else [])]
+    if norm:
+        body.append(_NORM.format(mean=_MEANS[opset >= _AXES_AS_INPUT]))
     if lookup:
         body += [_PICK.format(width=bits), *(_PICK_NUMBERS.format(name=name) for name in names)]
     source = "chosen" if lookup else "turned"
@@ -219,7 +252,7 @@ def _text(node: ir.Node, opset: int) -> str:
     else:
         body.append(_PRODUCT)
         whole = "product"
-        if len(node.inputs) > 4 and node.inputs[4] is not None:
+        if _weight_input(node, 3) is not None:
             body.append("  biased = Add (product, bias)")
             whole = "biased"
         activation = node.attributes["activation"].as_string()
@@ -227,9 +260,10 @@ def _text(node: ir.Node, opset: int) -> str:
             body.append(f"  Y = Identity ({whole})")
         else:
             body += [_HALVES.format(whole=whole), _ACTIVATIONS[activation], "  Y = Mul (active, up)"]
-    given = (["ids"] if lookup else ["A"]) + ["B", "scales", "offsets", "bias"][: len(node.inputs) - 1]
+    before = _BEFORE[node.op_type]
+    given = [*before, *["B", "scales", "offsets", "bias"][: len(node.inputs) - len(before)]]
     attributes = ", ".join(node.attributes)
     return (
         f'<domain: "{OWN_DOMAIN}", opset_import: ["": {opset}]> {node.op_type} <{attributes}> '
-        f"({', '.join(given)}) => (Y) {{\n" + "\n".join(body) + "\n}"
+        f"({', '.join(given)}) => (Y{', total' if norm else ''}) {{\n" + "\n".join(body) + "\n}"
     )

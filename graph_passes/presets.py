@@ -74,7 +74,12 @@ _FINISH: tuple[PassSpec, ...] = (
 )
 # Query, key and value are joined by the last pass, where their formats agree: each keeps its own.
 _FOR_KERNELS: tuple[PassSpec, ...] = (*_ON_CPU, ("rotary_in_attention", {}), ("logits_to_keep", {}))
-_KERNELS: tuple[PassSpec, ...] = (("use_packed_kernels", {}), *_FINISH)
+_KERNELS: tuple[PassSpec, ...] = (
+    ("use_packed_kernels", {}),
+    ("use_own_attention", {}),
+    ("norms_in_products", {}),
+    *_FINISH,
+)
 
 PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "clean": (("transpose_weights", {}), ("cleanup", {}), *_FINISH),

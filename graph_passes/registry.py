@@ -43,6 +43,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "lower_opset": "onnxsmith.graph_passes.versions:LowerOpset",
         "mask_in_keys": "onnxsmith.graph_passes.key_masks:MaskInKeys",
         "mixed_precision": "onnxsmith.graph_passes.mixed_precision:MixedPrecision",
+        "norms_in_products": "onnxsmith.graph_passes.own_norms:NormsInProducts",
         "pack_projections": "onnxsmith.graph_passes.projections:PackProjections",
         "prune_vocabulary": "onnxsmith.graph_passes.vocabulary:PruneVocabulary",
         "prune_weights": "onnxsmith.graph_passes.sparsity:PruneWeights",

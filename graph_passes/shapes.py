@@ -144,6 +144,10 @@ def _packed_columns(node: ir.Node) -> list[_Result]:
     return [(_type(node), None if not axes else (*axes[:-1], width))]
 
 
+def _norm_packed(node: ir.Node) -> list[_Result]:
+    return [*_packed_columns(node), (_type(node), axes_of(node.inputs[0]))]
+
+
 def _packed_rows(node: ir.Node) -> list[_Result]:
     ids = axes_of(node.inputs[0])
     return [(ir.DataType.FLOAT, None if ids is None else (*ids, int_attribute(node, "K")))]
@@ -233,5 +237,7 @@ _RULES: Mapping[tuple[str, str], Callable[[ir.Node], list[_Result]]] = {
     (_CONTRIB, "MultiHeadAttention"): _multi_head_attention,
     (_CONTRIB, "Attention"): _attention,
     (OWN_DOMAIN, "MatMulPacked"): _packed_columns,
+    (OWN_DOMAIN, "NormMatMulPacked"): _norm_packed,
+    (OWN_DOMAIN, "GroupQueryAttention"): _grouped_attention,
     (OWN_DOMAIN, "GatherPacked"): _packed_rows,
 }  # fmt: skip

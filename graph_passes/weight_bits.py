@@ -7,11 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxsmith.packed_tiles import OPERATORS
+from onnxsmith.own_operators import PACKED_OPERATORS, WEIGHT_INPUT
 
 __all__ = ["weight_bits"]
 
-_BLOCKS = frozenset({"MatMulNBits", "GatherBlockQuantized"}) | OPERATORS
+_BLOCKS = frozenset({"MatMulNBits", "GatherBlockQuantized"})
 # A weight has at least so many values; what is smaller is a bias, a norm or a constant.
 _LEAST = 256
 
@@ -40,6 +40,14 @@ def weight_bits(model: ir.Model) -> list[dict[str, Any]]:
 
 def _weights_of(node: ir.Node) -> Iterator[tuple[str, int, int, list[ir.Value]]]:
     constants = [value for value in node.inputs if value is not None and value.const_value is not None]
+    if node.op_type in PACKED_OPERATORS:
+        start = WEIGHT_INPUT[node.op_type]
+        parts = [value for value in node.inputs[start : start + 3] if value in constants]
+        if parts:
+            # Without the rows that fill up a tile.
+            values = node.attributes["N"].as_int() * node.attributes["K"].as_int()
+            yield parts[0].name or node.name or "?", node.attributes["bits"].as_int(), values, parts
+        constants = [value for value in constants if value not in parts]
     if node.op_type in _BLOCKS and constants:
         bits = node.attributes.get("bits")
         width = bits.as_int() if bits is not None else 4
@@ -47,9 +55,6 @@ def _weights_of(node: ir.Node) -> Iterator[tuple[str, int, int, list[ir.Value]]]
         dtype = first.const_value.dtype if first.const_value is not None else None
         packed = dtype in (ir.DataType.UINT8, ir.DataType.INT8)
         values = _size(first) * 8 // width if packed else _size(first)
-        if node.op_type in OPERATORS:
-            # Without the rows that fill up a tile.
-            values = node.attributes["N"].as_int() * node.attributes["K"].as_int()
         rest = [value for value in constants if value is not first]
         yield first.name or node.name or "?", width, values, [first, *rest]
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxsmith.comparison import Tolerance
-from onnxsmith.packed_tiles import OPERATORS
+from onnxsmith.own_operators import PACKED_OPERATORS
 from onnxsmith.runtime.divergence import ROUNDING, Blame, TensorTrace
 from onnxsmith.runtime.graph_parts import GraphValues
 from onnxsmith.runtime.matching import Match
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["blame_nodes"]
 
 # Operators whose weights are rounded: their results are not exact, and need not be.
-_ROUGH = frozenset({"GatherBlockQuantized", "MatMulNBits"}) | OPERATORS
+_ROUGH = frozenset({"GatherBlockQuantized", "MatMulNBits"}) | PACKED_OPERATORS
 # A node that is so far off on right inputs may have been given a scale that another one takes back.
 _FAR = 0.2
 # A node stands out where it makes so many times the error that is usual for its kind.

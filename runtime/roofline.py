@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.own_operators import PACKED_OPERATORS
 from onnxsmith.packed_tiles import TILE_ROWS
 from onnxsmith.runtime.profiling import NodeProfile, RunProfile, item_bytes
 
@@ -23,7 +24,8 @@ __all__ = ["NodeCost", "Roofs", "describe_profile", "node_cost", "weight_bytes_o
 _MATRIX = frozenset(
     {
         "DynamicQuantizeMatMul", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MatMulBnb4", "MatMulInteger",
-        "MatMulIntegerToFloat", "MatMulNBits", "MatMulPacked", "QGemm", "QLinearMatMul", "TransposeMatMul",
+        "MatMulIntegerToFloat", "MatMulNBits", "MatMulPacked", "NormMatMulPacked", "QGemm", "QLinearMatMul",
+        "TransposeMatMul",
     }
 )  # fmt: skip
 _CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "FusedConv", "NhwcFusedConv", "QLinearConv"})
@@ -117,9 +119,10 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
         rows = count // out[-1] if out[-1] else 0
         inner = math.prod(shapes[0]) // rows if rows else 0
         operations = 2.0 * count * inner
-        if node.op_type == "MatMulPacked" and len(shapes) > 1:
+        tiles = next((shape for shape in shapes if len(shape) == 3 and shape[2] == 4 * TILE_ROWS), None)
+        if node.op_type in PACKED_OPERATORS and tiles is not None:
             # Two rows of the weight for one number of the result where it has the gate of an MLP.
-            operations = 2.0 * rows * inner * TILE_ROWS * shapes[1][0]
+            operations = 2.0 * rows * inner * TILE_ROWS * tiles[0]
         if len(shapes) < 2 or node.op_type == "MatMulNBits":
             item = 1.0 if node.op_type in _INTEGER_WEIGHTS else item_bytes(kind)
             item = 0.5 if node.op_type in ("MatMulNBits", "MatMulBnb4") else item

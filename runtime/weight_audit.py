@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxsmith.packed_tiles import OPERATORS, packed_rows
+from onnxsmith.own_operators import PACKED_OPERATORS, WEIGHT_INPUT
+from onnxsmith.packed_tiles import packed_rows
 from onnxsmith.runtime.integer_weights import integer_weights
 from onnxsmith.runtime.session import Array
 
@@ -39,7 +40,7 @@ def audit_weights(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
     Returns:
         A sentence; empty where nothing is wrong, or where there is nothing to compare with.
     """
-    if node.op_type in ("MatMulNBits", "GatherBlockQuantized") or node.op_type in OPERATORS:
+    if node.op_type in ("MatMulNBits", "GatherBlockQuantized") or node.op_type in PACKED_OPERATORS:
         return _audit_blocks(node, weight)
     for value in node.inputs:
         if value is None or not value.is_initializer() or value.const_value is None or not value.name:
@@ -170,8 +171,9 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
 
 def _unpacked(node: ir.Node, bits: int) -> Iterator[tuple[int, Array]]:
     """The weights of some rows at a time, as (rows, blocks * block size)."""
-    if node.op_type in OPERATORS:
-        tiles, steps, offsets = (_computed(value) for value in [*node.inputs, None][1:4])
+    if node.op_type in PACKED_OPERATORS:
+        start = WEIGHT_INPUT[node.op_type]
+        tiles, steps, offsets = (_computed(value) for value in [*node.inputs, None][start : start + 3])
         if tiles is not None and steps is not None:
             yield from packed_rows(tiles, steps, offsets, bits=bits, rows=_integer(node, "N", 0))
         return

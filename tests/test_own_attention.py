@@ -15,6 +15,7 @@ from generated_graphs import Array
 from onnxsmith.errors import ModelFileError
 from onnxsmith.graph_passes import load_pass, operator_counts
 from onnxsmith.graph_passes.own_attention import UseOwnAttention
+from onnxsmith.onnx_file import check_model, save_model
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import Component, ModelPackage
 from onnxsmith.package_io import load_package
@@ -331,3 +332,78 @@ def test_lengths_of_rows_stay_with_onnx_runtime(decoder: ir.Model) -> None:
     load_pass("lengths_in_attention").create({})(model)
     outcome = UseOwnAttention()(model)
     assert set(outcome.changes.skipped.values()) == {"its rows have lengths of their own"}
+
+
+def raw_session(path: Path) -> Any:
+    """ONNX Runtime without the library."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_without_the_library_functions_compute_it(decoder: ir.Model, quantized: bool, tmp_path: Path) -> None:
+    """Attention exactly; products of the quantized weights without the rounding of activations."""
+    before = decoder.clone()
+    if quantized:
+        load_pass("quantize_weights").create({"bits": 8, "block_size": 32})(before)
+    model = before.clone()
+    if quantized:
+        load_pass("set_accuracy_level").create({"level": 1})(before)
+        assert load_pass("use_packed_kernels").create({})(model).modified
+    UseOwnAttention()(model)
+    if quantized:
+        outcome = load_pass("norms_in_products").create({})(model)
+        assert outcome.changes.count == 4 and not outcome.changes.skipped
+        counts = operator_counts(model)
+        assert counts["onnxsmith.NormMatMulPacked"] == 4
+    assert model.ir_version >= 10
+    check_shapes(model)
+    paths = [tmp_path / f"{name}.onnx" for name in ("before", "after")]
+    for one, path in zip((before, model), paths, strict=True):
+        save_model(one, path)
+    check_model(paths[1])
+    random = np.random.default_rng(0)
+    mask = np.array([[1] * 6, [0] * 2 + [1] * 4])
+    given: dict[str, Array] = {
+        "input_ids": random.integers(0, 64, (2, 6)),
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0),
+    }
+    empty = {f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 16), np.float32)
+             for layer in range(2) for kind in ("key", "value")}  # fmt: skip
+    theirs, ours = (raw_session(path) for path in paths)
+    names = [output.name for output in ours.get_outputs()]
+    first = ours.run(names, given | empty)
+    np.testing.assert_allclose(first[0][mask == 1], theirs.run(names, given | empty)[0][mask == 1], atol=5e-5)
+    # A second call, with a cache and several tokens.
+    given["input_ids"] = random.integers(0, 64, (2, 3))
+    given["attention_mask"] = np.concatenate([mask, np.ones((2, 3), np.int64)], axis=1)
+    given["position_ids"] = given["attention_mask"].cumsum(axis=1)[:, 6:] - 1
+    past = {
+        name.replace("present", "past_key_values"): value
+        for name, value in zip(names, first, strict=True)
+        if name.startswith("present")
+    }
+    got, expected = (session.run(names, given | past)[0] for session in (ours, theirs))
+    np.testing.assert_allclose(got, expected, atol=5e-5)
+
+
+def check_shapes(model: ir.Model) -> None:
+    """The results of the own operators have known types and ranks."""
+    load_pass("infer_shapes").create({})(model)
+    for node in model.graph:
+        if node.domain == OWN_DOMAIN:
+            assert all(output.shape is not None and output.dtype is not None for output in node.outputs)
+
+
+def test_a_norm_that_two_products_read_stays(decoder: ir.Model) -> None:
+    model = decoder.clone()
+    load_pass("quantize_weights").create({"bits": 8, "block_size": 32})(model)
+    load_pass("use_packed_kernels").create({})(model)
+    norm = next(node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization")
+    model.graph.outputs.append(norm.outputs[0])
+    outcome = load_pass("norms_in_products").create({})(model)
+    assert outcome.changes.count == 3
+    assert list(outcome.changes.skipped.values()) == ["more than one product reads it"]

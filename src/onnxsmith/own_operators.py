@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OWN_DOMAIN", "brings_own_operators", "own_nodes", "uses_own_operators"]
+__all__ = [
+    "OWN_DOMAIN",
+    "PACKED_OPERATORS",
+    "WEIGHT_INPUT",
+    "brings_own_operators",
+    "own_nodes",
+    "uses_own_operators",
+]
 
 OWN_DOMAIN = "onnxsmith"
+WEIGHT_INPUT: Mapping[str, int] = MappingProxyType(
+    {"GatherPacked": 1, "MatMulPacked": 1, "NormMatMulPacked": 3}
+)
+"""Operators with a matrix in tiles, to the first of its three inputs: codes, scales and offsets."""
+PACKED_OPERATORS = frozenset(WEIGHT_INPUT)
 
 
 def own_nodes(model: ir.Model) -> Iterator[ir.Node]:

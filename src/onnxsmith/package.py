@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxsmith.own_operators import PACKED_OPERATORS
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -43,9 +45,7 @@ COMPONENT_ORDER = (
     "decoder_postnet_and_vocoder",
 )
 
-_BLOCK_QUANTIZED = frozenset(
-    {"GatherBlockQuantized", "GatherPacked", "MatMulBnb4", "MatMulNBits", "MatMulPacked"}
-)
+_BLOCK_QUANTIZED = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"} | PACKED_OPERATORS)
 _INTEGER_OPERATORS = frozenset(
     {
         "ConvInteger",

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "OPERATORS",
     "TILE_ROWS",
     "pack_tiles",
     "packed_rows",
@@ -30,8 +29,6 @@ __all__ = [
     "untile_values",
 ]
 
-OPERATORS = frozenset({"GatherPacked", "MatMulPacked"})
-"""Those that compute with such matrices, all of the same domain."""
 TILE_ROWS = 16
 # What is turned at a time stays in the processor's cache.
 _CHUNK_BYTES = 1 << 19
