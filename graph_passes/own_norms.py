@@ -88,5 +88,5 @@ def _move(norm: ir.Node, product: ir.Node) -> None:
         old.name, new.name = f"{name}_before", name
     if len(olds) == 1:
         made.outputs[1].name = f"{product.outputs[0].name}_sum"
-        made.outputs[1].type, made.outputs[1].shape = norm.inputs[0].type, norm.inputs[0].shape
+        made.outputs[1].type, made.outputs[1].shape = norm.outputs[0].type, norm.outputs[0].shape
     product.graph.remove(product, safe=True)
