@@ -14,7 +14,7 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
 from onnxsmith.graph_passes.folding import constants_as_tensors, fold_constants, local_rules
 from onnxsmith.graph_passes.names import doubled_names, left_out_stay_so
-from onnxsmith.graph_passes.packed_functions import inline_functions
+from onnxsmith.graph_passes.own_functions import own_functions_aside
 from onnxsmith.graph_passes.rule_dispatch import rules_by_operator
 from onnxsmith.graph_passes.structure import (
     Fingerprint,
@@ -97,7 +97,7 @@ class Cleanup(GraphPass):
         rules = local_rules(model.opset_imports.get("", 0))
         renamed = doubled_names(model)
         rounds = 0
-        with without_passed_through(model.graph):
+        with own_functions_aside(model), without_passed_through(model.graph):
             state = Fingerprint(model)
             for _ in range(_ROUNDS):
                 with left_out_stay_so(model):
@@ -126,7 +126,8 @@ class Cleanup(GraphPass):
         outputs = [(value.type, value.shape) for value in model.graph.outputs]
         # Constants become initializers, so that equal ones can be found and stored once.
         lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-        inline_functions(model)
+        if model.functions:
+            common.InlinePass()(model)
         lift(model)
         with only_small_constants(model, max_elements=self.max_input_elements, keep=_normalized(model)):
             with corrected_onnxscript(model):

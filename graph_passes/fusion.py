@@ -14,6 +14,7 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.corrections import corrected_onnxscript
 from onnxsmith.graph_passes.fusion_repairs import repair_fusions
 from onnxsmith.graph_passes.near_misses import NearMisses
+from onnxsmith.graph_passes.own_functions import own_functions_aside
 from onnxsmith.graph_passes.structure import (
     only_small_constants,
     release_dead_users,
@@ -58,6 +59,7 @@ class FuseTransformer(GraphPass):
         before, interface = operator_counts(model), signature(model)
         near = NearMisses()
         with (
+            own_functions_aside(model),
             without_passed_through(model.graph),
             only_small_constants(model, max_elements=_MAX_CONSTANT_ELEMENTS),
         ):
