@@ -121,6 +121,6 @@ def _precision(before: ModelPackage, after: ModelPackage, step: StepRecord) -> s
     order = list(TOLERANCES)
     precisions = {package.precision for package in (before, after)}
     if len(precisions) == 1 and not precisions & {"float64", "float32"} and "arithmetic" not in step.details:
-        # This pass rounds nothing in another way; but what is rounded in both may tip over to the next number.
+        # This pass rounds nothing anew; but what is rounded in both may tip over to the next number.
         return "float16"
     return max(precisions, key=order.index)

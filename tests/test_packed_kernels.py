@@ -27,6 +27,7 @@ from onnxsmith.graph_passes.shapes import InferShapes
 from onnxsmith.graph_passes.transcoding import KeepGgufBlocks
 from onnxsmith.graph_passes.weight_bits import weight_bits
 from onnxsmith.packed_tiles import packed_rows, unpack_tiles, untile_values
+from onnxsmith.runtime.weight_audit import audit_weights
 from packed_matrices import Matrix
 from test_gguf_blocks import raw_rows, values, write
 
@@ -473,7 +474,9 @@ def test_cleaning_leaves_the_nodes_and_lowering_takes_the_functions_along(tiny_p
     specs = [
         ("quantize_weights", {"bits": 4, "block_size": 16, "minimums": True}),
         ("use_packed_kernels", {}),
+        ("fuse_transformer", {}),
         ("cleanup", {}),
+        ("to_float32", {}),
         ("strip_metadata", {}),
         ("lower_opset", {}),
         ("lower_ir_version", {}),
@@ -490,3 +493,28 @@ def test_cleaning_leaves_the_nodes_and_lowering_takes_the_functions_along(tiny_p
         assert function.opset_imports[""] == model.opset_imports[""]
     (step,) = (step for step in package.steps if step.name == "use_packed_kernels")
     assert step.details["needs"].startswith("the kernels of onnxsmith")
+
+
+@pytest.mark.parametrize("name", ["half minimums", "zero points", "8 bits"])
+def test_a_wrong_scale_is_found(name: str) -> None:
+    text = f"""<ir_version: 9, opset_import: ["": 18]>
+    g (int64[b] ids, float[b, {COLUMNS}] x) => (float[b, {COLUMNS}] e, float[b, 24] y) {{
+      e = Gather(table, ids)
+      y = MatMul(x, w)
+    }}"""
+    weights = {"table": random(41, COLUMNS), "w": random(COLUMNS, 24)}
+    model = graph(text, **weights)
+    QuantizeWeights(**FORMS[name], block_size=32, search_steps=20)(model)
+    packed(model)
+
+    def reference(weight: str) -> Array | None:
+        return weights["table"] if weight.startswith("table") else weights["w"]
+
+    for node in model.graph:
+        assert audit_weights(node, reference) == ""
+        scales, value = arrays(node)[1], node.inputs[2]
+        assert scales is not None and value is not None
+        scales[1, 2, 5] *= 3
+        value.const_value = ir.tensor(scales, name=value.name)
+        found = audit_weights(node, reference)
+        assert "(block 2 of row 21)" in found, found
