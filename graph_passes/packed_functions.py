@@ -149,7 +149,7 @@ _LOOKUP = """
 _BEFORE = {"MatMulPacked": ("A",), "GatherPacked": ("ids",), "NormMatMulPacked": ("x", "skip", "norm")}
 _NORM = """
   total = Add (x, skip)
-  square = Mul (total, total)
+  power = Mul (total, total)
   mean = {mean}
   tiny = Constant <value_float: float = @epsilon> ()
   raised = Add (mean, tiny)
@@ -160,8 +160,8 @@ _NORM = """
 # From this operator set on, axes are an input.
 _AXES_AS_INPUT = 18
 _MEANS = {
-    False: "ReduceMean <axes = [-1], keepdims = 1> (square)",
-    True: "ReduceMean <keepdims = 1> (square, rest)",
+    False: "ReduceMean <axes = [-1], keepdims = 1> (power)",
+    True: "ReduceMean <keepdims = 1> (power, rest)",
 }
 
 
