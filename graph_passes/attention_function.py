@@ -15,7 +15,7 @@ _INPUTS = (
 )  # fmt: skip
 _POSITIONS = 9
 # Behind them: scales of an integer cache and weights of norms, which the kernel has not.
-_NONE_OF = ["", "", "", ""]
+_NONE_OF = ("",) * 4
 _SIZES = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()

@@ -146,7 +146,11 @@ _LOOKUP = """
 
 
 # The inputs before those of the weight.
-_BEFORE = {"MatMulPacked": ("A",), "GatherPacked": ("ids",), "NormMatMulPacked": ("x", "skip", "norm")}
+_BEFORE: Mapping[str, tuple[str, ...]] = {
+    "MatMulPacked": ("A",),
+    "GatherPacked": ("ids",),
+    "NormMatMulPacked": ("x", "skip", "norm"),
+}
 _NORM = """
   total = Add (x, skip)
   power = Mul (total, total)
@@ -159,7 +163,7 @@ _NORM = """
 """
 # From this operator set on, axes are an input.
 _AXES_AS_INPUT = 18
-_MEANS = {
+_MEANS: Mapping[bool, str] = {
     False: "ReduceMean <axes = [-1], keepdims = 1> (power)",
     True: "ReduceMean <keepdims = 1> (power, rest)",
 }
