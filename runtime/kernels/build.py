@@ -41,7 +41,7 @@ SCRATCH_PREFIX = ".build-"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden")
 # A Python from conda brings a C++ library that may be older than the compiler's: ours goes with us where
 # there is a static one.
-_LINKS = (("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"), ())
+_LINKS = (("-static-libstdc++", "-static-libgcc", "-s", "-Wl,--exclude-libs,ALL"), ("-s",), ())
 _SOURCES = (".cpp", ".h", ".inl")
 _CANDIDATES = ("c++", "g++", "clang++")
 _REMEDY = (

@@ -3,6 +3,7 @@
 // Two registers hold 16 rows of a weight by 4 columns. Sums stay below the ends of their integers: products
 // of 4 bits are added up in 16, and those of 8 bits, whose pairs would not fit 16 bits, in 32.
 #include "tiles.h"
+#include "x86.h"
 
 #include <immintrin.h>
 
@@ -179,9 +180,7 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
   if (weight.bits == 8 && weight.unit() == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+bool supported() { return x86().avx2; }
 
 }  // namespace avx2
 

@@ -2,6 +2,7 @@
 // flags: -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512
 // One register holds 16 rows of a weight by 4 columns, and a `vpdpbusd` multiplies it with 4 activations.
 #include "tiles.h"
+#include "x86.h"
 
 #include <immintrin.h>
 
@@ -118,12 +119,7 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
   if (weight.bits == 8 && weight.unit() == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
 }
 
-bool supported() {
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("fma");
-}
+bool supported() { return x86().avx512vnni; }
 
 }  // namespace avx512vnni
 
