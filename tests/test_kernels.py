@@ -317,6 +317,18 @@ def test_every_instruction_set_gives_the_same_bits(isa: str, tmp_path: Path) -> 
         np.testing.assert_array_equal(theirs[name].view(np.int32), array.view(np.int32), err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[:-1])
+def test_attention_holds_on_every_instruction_set(isa: str) -> None:
+    """Its own tests took the fastest one that is here."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_own_attention.py"],
+        env={**os.environ, "ONNXSMITH_KERNELS_ISA": isa}, cwd=HERE,
+        capture_output=True, check=False, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [

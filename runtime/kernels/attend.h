@@ -42,6 +42,7 @@ struct Attend {
 
 const Attend& generic_attend();
 #if defined(__x86_64__)
+const Attend& avx2_attend();
 const Attend& avx512_attend();
 #endif
 

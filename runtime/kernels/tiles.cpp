@@ -39,6 +39,7 @@ const Tiles& tiles() {
 const Attend& attend() {
 #if defined(__x86_64__)
   if (&tiles() == &avx512vnni_tiles()) return avx512_attend();
+  if (&tiles() == &avx2_tiles()) return avx2_attend();
 #endif
   return generic_attend();
 }
