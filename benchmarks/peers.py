@@ -79,6 +79,7 @@ class Candidate:
     note: str = ""
 
 
+_OWN_KERNELS = "kernels of onnxsmith, compiled here for this processor"
 DECODERS = (
     Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "gguf"),
@@ -87,8 +88,11 @@ DECODERS = (
               note="needs ONNX Runtime 1.32"),
     Candidate("onnxsmith cpu-gguf-fastest", "onnxsmith", "cpu-gguf-fastest", "gguf",
               note="prompts on 8 bit integers, kept beside the blocks"),
+    Candidate("onnxsmith cpu-gguf-kernels", "onnxsmith", "cpu-gguf-kernels", "gguf", note=_OWN_KERNELS),
     Candidate("onnxsmith cpu-int4-newest", "onnxsmith", "cpu-int4-newest", "checkpoint",
               note="from float weights, as genai's builder"),
+    Candidate("onnxsmith cpu-int4-kernels", "onnxsmith", "cpu-int4-kernels", "checkpoint",
+              note=f"from float weights, {_OWN_KERNELS}"),
     Candidate("onnxsmith int4 symmetric", "onnxsmith", "symmetric", "checkpoint",
               note="one scale to a block and nothing else, as genai's builder"),
     Candidate("genai fp32", "genai", "fp32", "checkpoint"),
@@ -118,7 +122,9 @@ ENCODERS = (
         "checkpoint",
         note="calibrated on lines of Python's help",
     ),
-)
+    Candidate("onnxsmith cpu-int8-kernels", "onnxsmith", "cpu-int8-kernels", "checkpoint",
+              note=f"blocks of 32, {_OWN_KERNELS}"),
+)  # fmt: skip
 _FROM_FLOATS = "4 bits, from float weights"
 _FLOAT_HEAD = "embedding and head, one weight, stay in float"
 QUANTIZERS = (
