@@ -30,10 +30,16 @@ class Matrix:
     offsets: Array | None
     bits: int
     block_size: int
+    activation_block: int = 32
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def unit(self) -> int:
+        """Columns that share a scale, of the weight and of the activations."""
+        return min(self.block_size, self.activation_block)
 
     def inputs(self) -> dict[str, Array]:
         """As the operators take them, by name."""
@@ -95,9 +101,9 @@ def pack_blocks(values: Array) -> Array:
     return np.ascontiguousarray(whole.reshape(-1, TILE, whole.shape[1]).transpose(0, 2, 1))
 
 
-def rounded(activations: Array) -> Array:
-    """Activations [..., K] as the kernel sees them: int8 in blocks of 32 with the scale max|a| / 127."""
-    blocks = activations.astype(np.float32).reshape(-1, 32)
+def rounded(activations: Array, unit: int = 32) -> Array:
+    """Activations [..., K] as the kernel sees them: int8 in blocks with the scale max|a| / 127."""
+    blocks = activations.astype(np.float32).reshape(-1, unit)
     top = np.abs(blocks).max(axis=1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 1e-35)
     codes = np.rint(blocks * inverse).astype(np.float64)
@@ -114,7 +120,7 @@ ACTIVATIONS = {
 
 def product(a: Array, matrix: Matrix, bias: Array | None = None, activation: str = "none") -> Array:
     """``MatMulPacked`` in float64, on activations that are rounded as the kernel rounds them."""
-    y = rounded(a) @ matrix.weight().T
+    y = rounded(a, matrix.unit) @ matrix.weight().T
     if bias is not None:
         y = y + bias.astype(np.float64)
     if activation == "none":
@@ -150,7 +156,8 @@ def gather_node(matrix: Matrix, **changed: Any) -> Any:
 
 def _attributes(matrix: Matrix) -> dict[str, Any]:
     rows, columns = matrix.shape
-    return {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block_size}
+    found = {"K": columns, "N": rows, "bits": matrix.bits, "block_size": matrix.block_size}
+    return found if matrix.activation_block == 32 else found | {"activation_block": matrix.activation_block}
 
 
 def model_of(

@@ -54,8 +54,8 @@ def most_error(a: Array, matrix: Matrix) -> Array:
         largest = largest + (scales * offsets if matrix.offsets.dtype == np.uint8 else offsets)
     else:
         largest = largest + scales * 2 ** (matrix.bits - 1)
-    blocks = matrix.shape[1] // min(matrix.block_size, 32)
-    return np.asarray(np.abs(rounded(a)) @ largest.T * EPSILON * (blocks + 4))
+    blocks = matrix.shape[1] // matrix.unit
+    return np.asarray(np.abs(rounded(a, matrix.unit)) @ largest.T * EPSILON * (blocks + 4))
 
 
 def assert_product(directory: Path, matrix: Matrix, a: Array, *, bias: Array | None = None) -> None:

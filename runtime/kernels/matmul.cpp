@@ -24,19 +24,18 @@ struct Rounded;
 
 // Memory for `rows` rounded rows, of this thread until its next product.
 Activations rounded_rows(int64_t rows, int64_t columns, int64_t unit) {
-  const int64_t blocks = rows * (columns / kActivations);
   const int64_t units = rows * (columns / unit);
-  char* memory = scratch<Rounded>(rows * columns + 4 * blocks + 8 * units);
+  char* memory = scratch<Rounded>(rows * columns + 12 * units);
   Activations out;
   out.codes = reinterpret_cast<int8_t*>(memory);
   out.scales = reinterpret_cast<float*>(memory + rows * columns);
-  out.sums = reinterpret_cast<int32_t*>(out.scales + blocks);
+  out.sums = reinterpret_cast<int32_t*>(out.scales + units);
   out.scaled_sums = reinterpret_cast<float*>(out.sums + units);
   return out;
 }
 
 Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_t unit) {
-  return {rows.codes + row * columns, rows.scales + row * (columns / kActivations),
+  return {rows.codes + row * columns, rows.scales + row * (columns / unit),
           rows.sums + row * (columns / unit), rows.scaled_sums + row * (columns / unit)};
 }
 
@@ -67,7 +66,7 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
   if (rows == 0) return;
 
   const Tiles& isa = tiles();
-  const int64_t unit = weight.unit();
+  const int64_t unit = weight.unit;
   const Activations rounded = rounded_rows(rows, columns, unit);
   run.parallel((rows + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
     struct Row;

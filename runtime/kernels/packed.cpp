@@ -24,14 +24,18 @@ PackedAttributes::PackedAttributes(const Attributes& attributes, const char* nam
       rows(attributes.integer("N")),
       bits(attributes.integer("bits")),
       block_size(attributes.integer("block_size")),
+      activation_block(attributes.integer("activation_block", 32)),
       name_(name) {
   const std::string where(name);
   if (bits != 4 && bits != 8) fail(where + ", bits", std::to_string(bits), "4 or 8");
-  if (block_size < 16 || (block_size != 16 && block_size % kActivations != 0)) {
+  if (block_size < 16 || (block_size != 16 && block_size % 32 != 0)) {
     fail(where + ", block_size", std::to_string(block_size), "16 or a multiple of 32");
   }
+  if (activation_block != 16 && activation_block != 32) {
+    fail(where + ", activation_block", std::to_string(activation_block), "16 or 32");
+  }
   if (rows < 1 || rows > kMost) fail(where + ", N", std::to_string(rows), "at least 1, and less than 2^31");
-  if (columns < 1 || columns > kMost || columns % block_size != 0 || columns % kActivations != 0) {
+  if (columns < 1 || columns > kMost || columns % block_size != 0 || columns % 32 != 0) {
     fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size, less than 2^31");
   }
 }
@@ -42,6 +46,7 @@ Weight PackedAttributes::weight(const Tensor& codes, const Tensor& scales, const
   weight.bits = static_cast<int>(bits);
   weight.columns = columns;
   weight.block_size = block_size;
+  weight.unit = block_size < activation_block ? block_size : activation_block;
   if (codes.type != kUint8) fail(where + ", B", "element type " + std::to_string(codes.type), "uint8");
   check_shape(where + ", B", codes, {tiles(), columns * bits / 32, 64});
   weight.codes = codes.as<uint8_t>();

@@ -11,6 +11,7 @@ struct PackedAttributes {
   int64_t rows;     // N
   int64_t bits;
   int64_t block_size;
+  int64_t activation_block;
 
   // Throws std::invalid_argument where they do not fit each other.
   PackedAttributes(const Attributes& attributes, const char* name);

@@ -12,7 +12,6 @@
 namespace onnxsmith {
 
 constexpr int64_t kTile = 16;         // rows of a weight that lie interleaved
-constexpr int64_t kActivations = 32;  // activations that share a scale
 
 enum class Offsets { kMiddle, kZeroPoints, kMinimums };
 
@@ -27,14 +26,14 @@ struct Weight {
   int bits;
   int64_t columns;     // K
   int64_t block_size;  // of its scales, along K
+  int64_t unit;        // 16 or 32: what has one scale, of the weight and of the activations
 
   int64_t code_bytes() const { return columns * kTile * bits / 8; }  // of one tile
   int64_t blocks() const { return columns / block_size; }
-  int64_t unit() const { return block_size < kActivations ? block_size : kActivations; }
 };
 
-// Rounded rows of activations: codes [rows, K]; scales [rows, K / 32]; sums of the codes of each unit, as
-// they are [rows, K / unit] and times the scale (the same shape). A unit is the smaller of the two blocks.
+// Rounded rows of activations: codes [rows, K]; of each unit its scale, the sum of its codes, and that sum
+// times the scale, [rows, K / unit] each.
 struct Activations {
   int8_t* codes;
   float* scales;
@@ -47,7 +46,7 @@ enum class Gate { kNone, kSilu, kGelu, kGeluTanh };
 struct Tiles {
   const char* name;
   bool (*supported)();
-  // Rounds one row of `columns` numbers to int8 in blocks of 32: scale = max|a| / 127.
+  // Rounds one row of `columns` numbers to int8 in blocks of `unit`: scale = max|a| / 127.
   void (*round)(const float* row, int64_t columns, int64_t unit, Activations out);
   // sum = row (+ skip); out = sum / sqrt(mean(sum^2) + epsilon) * weight. `skip` may be null, and then sum is
   // not written.

@@ -44,12 +44,13 @@ void gate(Gate function, float* gate, const float* up, int64_t count) {
   if (function == Gate::kGeluTanh) gate_by<Gate::kGeluTanh>(gate, up, count);
 }
 
-void round(const float* __restrict row, int64_t columns, int64_t unit, Activations out) {
-  for (int64_t b = 0; b < columns / kActivations; ++b) {
-    const float* values = row + b * kActivations;
+template <int UNIT>
+void round_by(const float* __restrict row, int64_t columns, Activations out) {
+  for (int64_t u = 0; u < columns / UNIT; ++u) {
+    const float* values = row + u * UNIT;
     // Among numbers that are not negative, floats are ordered as their bits are.
     int32_t largest = 0;
-    for (int i = 0; i < kActivations; ++i) {
+    for (int i = 0; i < UNIT; ++i) {
       int32_t bits;
       std::memcpy(&bits, values + i, sizeof(bits));
       bits &= 0x7fffffff;
@@ -60,18 +61,24 @@ void round(const float* __restrict row, int64_t columns, int64_t unit, Activatio
     const float scale = top / 127.0f;
     // A scale too small to have an inverse rounds to zeros.
     const float inverse = top > 1e-35f ? 127.0f / top : 0.0f;
-    int8_t* codes = out.codes + b * kActivations;
-    for (int i = 0; i < kActivations; ++i) {
-      codes[i] = static_cast<int8_t>(static_cast<int32_t>(nearest(values[i] * inverse)));
+    int8_t* codes = out.codes + u * UNIT;
+    int32_t sum = 0;
+    for (int i = 0; i < UNIT; ++i) {
+      const int32_t code = static_cast<int32_t>(nearest(values[i] * inverse));
+      codes[i] = static_cast<int8_t>(code);
+      sum += code;
     }
-    out.scales[b] = scale;
-    for (int64_t u = 0; u < kActivations / unit; ++u) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < unit; ++i) sum += codes[u * unit + i];
-      const int64_t at = b * (kActivations / unit) + u;
-      out.sums[at] = sum;
-      out.scaled_sums[at] = scale * static_cast<float>(sum);
-    }
+    out.scales[u] = scale;
+    out.sums[u] = sum;
+    out.scaled_sums[u] = scale * static_cast<float>(sum);
+  }
+}
+
+void round(const float* row, int64_t columns, int64_t unit, Activations out) {
+  if (unit == 16) {
+    round_by<16>(row, columns, out);
+  } else {
+    round_by<32>(row, columns, out);
   }
 }
 

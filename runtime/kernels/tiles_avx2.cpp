@@ -99,7 +99,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
                int64_t stride) {
   const int64_t units = weight.columns / UNIT;
   const int64_t per_block = weight.block_size / UNIT;
-  const int64_t scales_of_row = weight.columns / kActivations;
+  const int64_t scales_of_row = weight.columns / UNIT;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int8_t* row = rows.codes + first * weight.columns;
   const float* row_scales = rows.scales + first * scales_of_row;
@@ -131,7 +131,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
     if (BITS == 8) products_of_8<R, UNIT>(codes, row + u * UNIT, weight.columns, dot);
     for (int r = 0; r < R; ++r) {
       const __m256i sum = _mm256_set1_epi32(sums[r * units + u]);
-      const __m256 scale = _mm256_set1_ps(row_scales[r * scales_of_row + u * UNIT / kActivations]);
+      const __m256 scale = _mm256_set1_ps(row_scales[r * scales_of_row + u]);
       for (int h = 0; h < kHalves; ++h) {
         __m256i exact = dot[r][h];
         if (KIND == Offsets::kMiddle) exact = _mm256_sub_epi32(exact, _mm256_slli_epi32(sum, BITS - 1));
@@ -174,10 +174,10 @@ void by_kind(const Weight& weight, int64_t tile, const Activations& rows, int64_
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  if (weight.bits == 4 && weight.unit() == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 4 && weight.unit() == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit() == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit() == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.unit == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.unit == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.unit == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.unit == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
 }
 
 bool supported() { return x86().avx2; }

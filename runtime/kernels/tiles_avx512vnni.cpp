@@ -28,7 +28,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
   const int64_t scales_at = tile * weight.blocks() * kTile;
   const __m512i low = _mm512_set1_epi8(15);
   const int8_t* row = rows.codes + first * weight.columns;
-  const float* row_scales = rows.scales + first * (weight.columns / kActivations);
+  const float* row_scales = rows.scales + first * units;
   const int32_t* sums = rows.sums + first * units;
   const float* scaled_sums = rows.scaled_sums + first * units;
   __m512 acc[R];
@@ -79,7 +79,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
         // Both fit 16 bits; the upper halves of the zero points are zero.
         dot = _mm512_sub_epi32(dot, _mm512_madd_epi16(zero_points, _mm512_set1_epi32(sums[r * units + u])));
       }
-      const float scale = row_scales[r * (weight.columns / kActivations) + u * UNIT / kActivations];
+      const float scale = row_scales[r * units + u];
       acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scales, _mm512_set1_ps(scale)), acc[r]);
       if (KIND == Offsets::kMinimums) {
         acc[r] = _mm512_fmadd_ps(minimums, _mm512_set1_ps(scaled_sums[r * units + u]), acc[r]);
@@ -113,10 +113,10 @@ void by_kind(const Weight& weight, int64_t tile, const Activations& rows, int64_
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  if (weight.bits == 4 && weight.unit() == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 4 && weight.unit() == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit() == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit() == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.unit == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.unit == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.unit == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.unit == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
 }
 
 bool supported() { return x86().avx512vnni; }

@@ -68,7 +68,7 @@ inline void load(const void* from, bool half, int64_t at, float* out) {
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  const int64_t unit = weight.unit();
+  const int64_t unit = weight.unit;
   const int64_t units = weight.columns / unit;
   const int64_t unit_bytes = unit * kTile * weight.bits / 8;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
@@ -77,7 +77,7 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
     float acc[kTile] = {};
     for (int64_t u = 0; u < units; ++u) {
       const int64_t at = scales_at + u * unit / weight.block_size * kTile;
-      const float scale_of_row = rows.scales[r * (weight.columns / kActivations) + u * unit / kActivations];
+      const float scale_of_row = rows.scales[r * units + u];
       const int32_t sum = rows.sums[r * units + u];
       int32_t dot[kTile];
       unit_product(codes + u * unit_bytes, weight.bits, rows.codes + r * weight.columns + u * unit, unit, dot);
