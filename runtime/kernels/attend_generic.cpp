@@ -1,11 +1,16 @@
-// flags: -ffp-contract=fast -Wno-psabi
+// flags: -ffp-contract=fast
 #include "attend.h"
 #include "tiles.h"
 
 namespace onnxsmith {
 namespace generic {
 
-typedef float Vector __attribute__((vector_size(64)));
+// Four vectors, which every processor has instructions for.
+typedef float Four __attribute__((vector_size(16)));
+
+struct Vector {
+  Four part[4] = {};
+};
 
 inline Vector load(const float* from) {
   Vector out;
@@ -13,21 +18,38 @@ inline Vector load(const float* from) {
   return out;
 }
 
+inline Vector operator*(Vector a, Vector b) {
+  for (int i = 0; i < 4; ++i) a.part[i] *= b.part[i];
+  return a;
+}
+
+inline Vector operator*(float a, Vector b) {
+  for (int i = 0; i < 4; ++i) b.part[i] *= a;
+  return b;
+}
+
+inline Vector& operator+=(Vector& a, Vector b) {
+  for (int i = 0; i < 4; ++i) a.part[i] += b.part[i];
+  return a;
+}
+
+inline Four larger(Four a, Four b) { return b > a ? b : a; }
+
 inline Vector larger(Vector a, Vector b) {
-  for (int i = 0; i < 16; ++i) a[i] = b[i] > a[i] ? b[i] : a[i];
+  for (int i = 0; i < 4; ++i) a.part[i] = larger(a.part[i], b.part[i]);
   return a;
 }
 
 inline float largest_of(Vector v) {
-  float largest = v[0];
-  for (int i = 1; i < 16; ++i) largest = v[i] > largest ? v[i] : largest;
+  const Four four = larger(larger(v.part[0], v.part[1]), larger(v.part[2], v.part[3]));
+  float largest = four[0];
+  for (int i = 1; i < 4; ++i) largest = four[i] > largest ? four[i] : largest;
   return largest;
 }
 
 inline float sum_of(Vector v) {
-  float sum = 0.0f;
-  for (int i = 0; i < 16; ++i) sum += v[i];
-  return sum;
+  const Four four = (v.part[0] + v.part[1]) + (v.part[2] + v.part[3]);
+  return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
 inline void sums_of(const Vector* vectors, float* out) {
