@@ -78,37 +78,52 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
   });
 
   const int64_t outputs = (width + kTile - 1) / kTile;
-  const int64_t bytes = weight.code_bytes() * (gated ? 2 : 1);
+  // Tiles of a step: a gate and its values, or of several rows two that lie side by side.
+  const int64_t together = !gated && rows > 1 ? 2 : 1;
+  const int64_t steps = (outputs + together - 1) / together;
+  const int64_t bytes = weight.code_bytes() * (gated ? 2 : together);
   const int64_t work = bytes * std::min<int64_t>(rows, 8);
-  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, outputs), outputs * work / kLeastBytes));
+  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, steps), steps * work / kLeastBytes));
   run.parallel(pieces, [&](size_t piece) {
     alignas(64) float out[kRowsAtOnce * kTile];
-    alignas(64) float up[kRowsAtOnce * kTile];
+    alignas(64) float other[kRowsAtOnce * kTile];
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - first);
       const Activations some = row_of(rounded, first, columns, unit);
-      for (int64_t t = outputs * piece / pieces; t < outputs * int64_t(piece + 1) / pieces; ++t) {
-        const int64_t present = std::min(kTile, width - t * kTile);
-        isa.product(weight, t, some, count, out, kTile);
-        if (bias) {
-          const float* add = bias.as<float>() + t * kTile;
-          for (int64_t r = 0; r < count; ++r) {
-            for (int64_t c = 0; c < present; ++c) out[r * kTile + c] += add[c];
-          }
-        }
-        if (gated) {
-          isa.product(weight, t + outputs, some, count, up, kTile);
-          if (bias) {
-            const float* add = bias.as<float>() + width + t * kTile;
-            for (int64_t r = 0; r < count; ++r) {
-              for (int64_t c = 0; c < kTile; ++c) up[r * kTile + c] += add[c];
-            }
-          }
-          isa.gate(gate_, out, up, count * kTile);
-        }
+      const auto add_bias = [&](float* sums, int64_t tile) {
+        if (!bias) return;
+        const float* add = bias.as<float>() + tile * kTile;
+        const int64_t present = std::min(kTile, packed_.rows - tile * kTile);
         for (int64_t r = 0; r < count; ++r) {
-          std::copy(out + r * kTile, out + r * kTile + present,
-                    y.as<float>() + (first + r) * width + t * kTile);
+          for (int64_t c = 0; c < present; ++c) sums[r * kTile + c] += add[c];
+        }
+      };
+      const auto write = [&](const float* sums, int64_t tile) {
+        const int64_t present = std::min(kTile, width - tile * kTile);
+        for (int64_t r = 0; r < count; ++r) {
+          std::copy(sums + r * kTile, sums + r * kTile + present,
+                    y.as<float>() + (first + r) * width + tile * kTile);
+        }
+      };
+      for (int64_t s = steps * piece / pieces; s < steps * int64_t(piece + 1) / pieces; ++s) {
+        const int64_t tile = s * together;
+        if (gated) {
+          // N / 2 is a multiple of the tile's rows.
+          isa.products(weight, tile, tile + outputs, some, count, out, other, kTile);
+          add_bias(out, tile);
+          add_bias(other, tile + outputs);
+          isa.gate(gate_, out, other, count * kTile);
+          write(out, tile);
+        } else if (together == 2 && tile + 1 < outputs) {
+          isa.products(weight, tile, tile + 1, some, count, out, other, kTile);
+          add_bias(out, tile);
+          add_bias(other, tile + 1);
+          write(out, tile);
+          write(other, tile + 1);
+        } else {
+          isa.product(weight, tile, some, count, out, kTile);
+          add_bias(out, tile);
+          write(out, tile);
         }
       }
     }

@@ -55,9 +55,20 @@ struct Tiles {
   // out[r * stride + c] = the products of `rows` rows with the 16 rows of the tile at `tile`.
   void (*product)(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
                   int64_t stride);
+  // The same for two tiles, each with an `out` of its own.
+  void (*products)(const Weight& weight, int64_t one, int64_t other, const Activations& rows, int64_t count,
+                   float* out, float* other_out, int64_t stride);
   // gate[i] = function(gate[i]) * up[i]
   void (*gate)(Gate function, float* gate, const float* up, int64_t count);
 };
+
+// `Tiles::products` of an instruction set that gains nothing by two tiles at once.
+template <void (*product)(const Weight&, int64_t, const Activations&, int64_t, float*, int64_t)>
+void one_by_one(const Weight& weight, int64_t one, int64_t other, const Activations& rows, int64_t count, float* out,
+                float* other_out, int64_t stride) {
+  product(weight, one, rows, count, out, stride);
+  product(weight, other, rows, count, other_out, stride);
+}
 
 const Tiles& generic_tiles();
 #if defined(__x86_64__)

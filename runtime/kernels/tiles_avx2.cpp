@@ -185,7 +185,8 @@ bool supported() { return x86().avx2; }
 }  // namespace avx2
 
 const Tiles& avx2_tiles() {
-  static const Tiles tiles{"avx2", avx2::supported, avx2::round, avx2::normalize, avx2::product, avx2::gate};
+  static const Tiles tiles{"avx2",       avx2::supported, avx2::round, avx2::normalize, avx2::product,
+                           one_by_one<avx2::product>, avx2::gate};
   return tiles;
 }
 

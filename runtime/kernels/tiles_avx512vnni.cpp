@@ -17,6 +17,11 @@ inline __m512 load(const void* from, bool half, int64_t at) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(from) + at)));
 }
 
+inline __m512i load_bytes(const void* from, int64_t at) {
+  return _mm512_cvtepu8_epi32(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(from) + at)));
+}
+
 // `R` rows at once: the codes of a unit are unpacked once for all of them.
 template <int R, int BITS, int UNIT, Offsets KIND>
 void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t first, float* out,
@@ -44,10 +49,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       at += kTile;
       scales = load(weight.scales, weight.half_scales, at);
       if (KIND == Offsets::kMinimums) minimums = load(weight.offsets, weight.half_offsets, at);
-      if (KIND == Offsets::kZeroPoints) {
-        zero_points = _mm512_cvtepu8_epi32(_mm_loadu_si128(
-            reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(weight.offsets) + at)));
-      }
+      if (KIND == Offsets::kZeroPoints) zero_points = load_bytes(weight.offsets, at);
     }
     --left;
     __m512i q[kGroups];
@@ -89,34 +91,142 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
   for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + (first + r) * stride, acc[r]);
 }
 
-template <int BITS, int UNIT, Offsets KIND>
-void all_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
-              int64_t stride) {
-  int64_t r = 0;
-  for (; r + 8 <= count; r += 8) some_rows<8, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
-  if (r + 4 <= count) some_rows<4, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 4;
-  if (r + 2 <= count) some_rows<2, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 2;
-  if (r < count) some_rows<1, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
+// `R` rows and two tiles at once, for prompts: an activation is loaded once for both, which a processor with two
+// units for `vpdpbusd` cannot do for each of them. Bitwise what `some_rows` gives.
+template <int R, int BITS, int UNIT, Offsets KIND>
+void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Activations& rows, int64_t first,
+                      float* const (&out)[2], int64_t stride) {
+  const int64_t units = weight.columns / UNIT;
+  const int64_t per_block = weight.block_size / UNIT;
+  const __m512i low = _mm512_set1_epi8(15);
+  const int8_t* row = rows.codes + first * weight.columns;
+  const float* row_scales = rows.scales + first * units;
+  const int32_t* sums = rows.sums + first * units;
+  const float* scaled_sums = rows.scaled_sums + first * units;
+  const uint8_t* codes[2];
+  __m512 acc[R][2];
+  __m512 scales[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512 minimums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512i zero_points[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  int64_t at[2];
+  for (int t = 0; t < 2; ++t) {
+    codes[t] = weight.codes + tiles[t] * weight.code_bytes();
+    at[t] = (tiles[t] * weight.blocks() - 1) * kTile;
+    for (int r = 0; r < R; ++r) acc[r][t] = _mm512_setzero_ps();
+  }
+  int64_t left = 0;  // units of this block
+  for (int64_t u = 0; u < units; ++u) {
+    if (left == 0) {
+      left = per_block;
+      for (int t = 0; t < 2; ++t) {
+        at[t] += kTile;
+        scales[t] = load(weight.scales, weight.half_scales, at[t]);
+        if (KIND == Offsets::kMinimums) minimums[t] = load(weight.offsets, weight.half_offsets, at[t]);
+        if (KIND == Offsets::kZeroPoints) zero_points[t] = load_bytes(weight.offsets, at[t]);
+      }
+    }
+    --left;
+    __m512i dot[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __m512i begin = _mm512_setzero_si512();
+      if (KIND == Offsets::kMiddle) {
+        begin = _mm512_sub_epi32(begin, _mm512_slli_epi32(_mm512_set1_epi32(sums[r * units + u]), BITS - 1));
+      }
+      dot[r][0] = dot[r][1] = begin;
+    }
+    constexpr int kHalves = BITS == 4 ? 2 : 1;  // of a byte
+#pragma GCC unroll 8
+    for (int g = 0; g < UNIT / (4 * kHalves); ++g) {
+      __m512i q[2][2];
+      for (int t = 0; t < 2; ++t) {
+        const __m512i both = _mm512_loadu_si512(codes[t]);
+        codes[t] += 64;
+        q[t][0] = BITS == 4 ? _mm512_and_si512(both, low) : both;
+        if (BITS == 4) q[t][1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          std::memcpy(&four, row + r * weight.columns + u * UNIT + 4 * (kHalves * g + h), 4);
+          const __m512i activations = _mm512_set1_epi32(four);
+          dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], q[0][h], activations);
+          dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], q[1][h], activations);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512 scale = _mm512_set1_ps(row_scales[r * units + u]);
+      for (int t = 0; t < 2; ++t) {
+        __m512i exact = dot[r][t];
+        if (KIND == Offsets::kZeroPoints) {
+          exact = _mm512_sub_epi32(exact, _mm512_madd_epi16(zero_points[t], _mm512_set1_epi32(sums[r * units + u])));
+        }
+        acc[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(scales[t], scale), acc[r][t]);
+        if (KIND == Offsets::kMinimums) {
+          acc[r][t] = _mm512_fmadd_ps(minimums[t], _mm512_set1_ps(scaled_sums[r * units + u]), acc[r][t]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < 2; ++t) _mm512_storeu_ps(out[t] + (first + r) * stride, acc[r][t]);
+  }
 }
 
-template <int BITS, int UNIT>
-void by_kind(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
-             int64_t stride) {
-  if (weight.kind == Offsets::kMiddle) {
-    all_rows<BITS, UNIT, Offsets::kMiddle>(weight, tile, rows, count, out, stride);
-  } else if (weight.kind == Offsets::kZeroPoints) {
-    all_rows<BITS, UNIT, Offsets::kZeroPoints>(weight, tile, rows, count, out, stride);
-  } else {
-    all_rows<BITS, UNIT, Offsets::kMinimums>(weight, tile, rows, count, out, stride);
+struct OneTile {
+  template <int BITS, int UNIT, Offsets KIND>
+  static void run(const Weight& weight, int64_t tile, const Activations& rows, int64_t r, int64_t count, float* out,
+                  int64_t stride) {
+    for (; r + 8 <= count; r += 8) some_rows<8, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
+    if (r + 4 <= count) some_rows<4, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 4;
+    if (r + 2 <= count) some_rows<2, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 2;
+    if (r < count) some_rows<1, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
   }
+};
+
+struct TwoTiles {
+  template <int BITS, int UNIT, Offsets KIND>
+  static void run(const Weight& weight, const int64_t (&tiles)[2], const Activations& rows, int64_t count,
+                  float* const (&out)[2], int64_t stride) {
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) some_rows_of_two<4, BITS, UNIT, KIND>(weight, tiles, rows, r, out, stride);
+    for (int t = 0; t < 2; ++t) OneTile::run<BITS, UNIT, KIND>(weight, tiles[t], rows, r, count, out[t], stride);
+  }
+};
+
+template <typename Work, int BITS, int UNIT, typename... Given>
+void by_kind(const Weight& weight, const Given&... given) {
+  if (weight.kind == Offsets::kMiddle) {
+    Work::template run<BITS, UNIT, Offsets::kMiddle>(weight, given...);
+  } else if (weight.kind == Offsets::kZeroPoints) {
+    Work::template run<BITS, UNIT, Offsets::kZeroPoints>(weight, given...);
+  } else {
+    Work::template run<BITS, UNIT, Offsets::kMinimums>(weight, given...);
+  }
+}
+
+template <typename Work, typename... Given>
+void by_form(const Weight& weight, const Given&... given) {
+  if (weight.bits == 4 && weight.unit == 32) by_kind<Work, 4, 32>(weight, given...);
+  if (weight.bits == 4 && weight.unit == 16) by_kind<Work, 4, 16>(weight, given...);
+  if (weight.bits == 8 && weight.unit == 32) by_kind<Work, 8, 32>(weight, given...);
+  if (weight.bits == 8 && weight.unit == 16) by_kind<Work, 8, 16>(weight, given...);
 }
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  if (weight.bits == 4 && weight.unit == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 4 && weight.unit == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
+  by_form<OneTile>(weight, tile, rows, int64_t{0}, count, out, stride);
+}
+
+void products(const Weight& weight, int64_t one, int64_t other, const Activations& rows, int64_t count, float* out,
+              float* other_out, int64_t stride) {
+  const int64_t tiles[2] = {one, other};
+  float* const outs[2] = {out, other_out};
+  by_form<TwoTiles>(weight, tiles, rows, count, outs, stride);
 }
 
 bool supported() { return x86().avx512vnni; }
@@ -124,7 +234,8 @@ bool supported() { return x86().avx512vnni; }
 }  // namespace avx512vnni
 
 const Tiles& avx512vnni_tiles() {
-  static const Tiles tiles{"avx512vnni", avx512vnni::supported, avx512vnni::round, avx512vnni::normalize, avx512vnni::product,
+  static const Tiles tiles{"avx512vnni",          avx512vnni::supported, avx512vnni::round,
+                           avx512vnni::normalize, avx512vnni::product,   avx512vnni::products,
                            avx512vnni::gate};
   return tiles;
 }

@@ -104,7 +104,8 @@ bool supported() { return true; }
 }  // namespace generic
 
 const Tiles& generic_tiles() {
-  static const Tiles tiles{"generic", generic::supported, generic::round, generic::normalize, generic::product, generic::gate};
+  static const Tiles tiles{"generic",       generic::supported, generic::round, generic::normalize, generic::product,
+                           one_by_one<generic::product>, generic::gate};
   return tiles;
 }
 
