@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from onnxsmith._version import __version__
+from onnxsmith.own_operators import uses_own_operators
 from onnxsmith.package import ModelPackage, reads_lengths
 
 __all__ = ["CARD_NAME", "model_card"]
@@ -81,6 +82,13 @@ def _lines(
         yield (
             "**Pad prompts of a batch on the right.** Attention takes lengths of rows in this graph: padding "
             "on the left would be misread, without an error. onnxsmith's own runtime sees to it."
+        )
+    if any(uses_own_operators(component.model) for component in package.components.values()):
+        yield ""
+        yield (
+            "**It has operators of onnxsmith's own.** `python kernels/build.py` compiles their library; give "
+            "it to `SessionOptions.register_custom_ops_library`, or name it `custom_ops_library` among the "
+            "session options of `genai_config.json`. Without it standard operators run, slowly."
         )
     rows = list(_measured(measurements))
     yield from ("", "## Measured", "")
