@@ -50,7 +50,10 @@ _CODE = frozenset({".cpp", ".h", ".inl", ".py"})
 # What a model directory may be read for.
 _READ = frozenset({".bin", ".jinja", ".json", ".model", ".safetensors", ".txt"})
 # What decides how arithmetic is done, and so the last digits.
-_ARITHMETIC = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_ARITHMETIC = (
+    "MKL_NUM_THREADS", "OMP_NUM_THREADS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
+    "ONNXSMITH_KERNELS_ISA", "ONNXSMITH_KERNELS_LIBRARY",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
