@@ -33,6 +33,7 @@ class Product:
         weight: (N, K).
         bias: (N,), or None.
         result: (..., N), the value of all of it.
+        summed: The Sum of more than these two, behind the result, that the bias is taken out of; or None.
     """
 
     node: ir.Node
@@ -40,6 +41,7 @@ class Product:
     weight: BlockWeight
     bias: ir.Value | None
     result: ir.Value
+    summed: ir.Node | None = None
 
     @property
     def last(self) -> ir.Node:
@@ -178,11 +180,12 @@ def _product(node: ir.Node) -> Product | str:
     bias = inputs[5]
     if bias is not None and not _is_bias(bias, rows):
         return "its bias is not constant"
+    summed = None
     if bias is None:
-        result, bias = _with_bias(result, rows)
+        result, bias, summed = _with_bias(result, rows)
     if result.producer() is None or result.producer().graph is not node.graph:  # type: ignore[union-attr]
         return "what is added to it stands in another graph"
-    return Product(node, x, weight, bias, result)
+    return Product(node, x, weight, bias, result, summed)
 
 
 def _sums_stand_behind(concat: ir.Node) -> bool:
@@ -200,18 +203,32 @@ def _sums_stand_behind(concat: ir.Node) -> bool:
     return False
 
 
-def _with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None]:
-    """What a product becomes with a constant of N numbers that is added to it and nothing else."""
+def _with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None, ir.Node | None]:
+    """What a product becomes with a constant of N numbers that is added to it, alone or with other values."""
     users = result.consumers()
     if len(users) != 1 or result.is_graph_output() or len(result.uses()) != 1:
-        return result, None
+        return result, None, None
     add = users[0]
-    if not (is_operator(add, "Add") or is_operator(add, "Sum")) or len(add.inputs) != 2:
-        return result, None
-    other = next(value for value in add.inputs if value is not result)
-    if other is None or not _is_bias(other, rows):
-        return result, None
-    return add.outputs[0], other
+    if not (is_operator(add, "Add") or is_operator(add, "Sum")):
+        return result, None, None
+    others = [value for value in add.inputs if value is not None and value is not result]
+    biases = [value for value in others if _is_bias(value, rows)]
+    if len(biases) != 1:
+        return result, None, None
+    if len(others) == 1:
+        return add.outputs[0], biases[0], None
+    first = next((value.producer() for value in add.inputs if value is not None and _is_product(value)), None)
+    # Of two products in one sum, the first gets it.
+    return (result, biases[0], add) if first is result.producer() else (result, None, None)
+
+
+def _is_product(value: ir.Value) -> bool:
+    """Whether a value is a product with a weight in blocks, or the sum of one and its offsets."""
+    node = value.producer()
+    if node is not None and is_operator(node, "Add"):
+        makers = [one.producer() for one in node.inputs if one is not None]
+        return any(one is not None and is_operator(one, "MatMulNBits", _DOMAIN) for one in makers)
+    return is_operator(node, "MatMulNBits", _DOMAIN)
 
 
 def _is_bias(value: ir.Value, rows: int) -> bool:

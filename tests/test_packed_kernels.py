@@ -211,6 +211,38 @@ def test_a_bias_goes_into_the_product(name: str, adding: str) -> None:
     assert_near(outputs(model, x), before)
 
 
+def test_a_bias_in_a_longer_sum_goes_into_one_product() -> None:
+    """As where a residual is added, too; of two products the first gets it."""
+    model = graph(
+        f'<ir_version: 9, opset_import: ["": 18]> g (float[m, {COLUMNS}] x, float[m, 24] r) => '
+        "(float[m, 24] y, float[m, 24] z) "
+        "{ p = MatMul(x, w) y = Sum(r, p, b) q = MatMul(x, v) s = MatMul(x, u) z = Sum(q, b, s) }",
+        w=random(COLUMNS, 24), v=random(COLUMNS, 24, seed=1), u=random(COLUMNS, 24, seed=2),
+        b=random(24, seed=3),
+    )  # fmt: skip
+    QuantizeWeights(bits=4, block_size=32, minimums=True)(model)
+    feeds = {"x": random(5, COLUMNS, seed=1), "r": random(5, 24, seed=8)}
+    before = outputs(model, feeds)
+    packed(model)
+    assert sorted(kinds(model)) == ["MatMulPacked"] * 3 + ["Sum"] * 2
+    assert [len(node.inputs) for node in model.graph if node.op_type == "Sum"] == [2, 2]
+    biases = [arrays(node)[3] is not None for node in model.graph if node.op_type == "MatMulPacked"]
+    assert sorted(biases) == [False, True, True]
+    assert_near(outputs(model, feeds), before)
+
+
+def test_blocks_of_activations_are_smaller_where_there_is_a_cache(tiny_package: Any) -> None:
+    model = product({"bits": 4})
+    assert packed(model).details["arithmetic"].endswith("blocks of 32")
+    assert model.graph[0].attributes["activation_block"].as_int() == 32
+    model = product({"bits": 4})
+    packed(model, activation_block=16)
+    assert model.graph[0].attributes["activation_block"].as_int() == 16
+    specs = [("quantize_weights", {"bits": 4}), ("use_packed_kernels", {})]
+    decoder = run_passes(tiny_package, make_passes(specs))
+    assert decoder.steps[-1].details["arithmetic"].endswith("blocks of 16")
+
+
 GATES = {
     "silu": "a = com.microsoft.QuickGelu<alpha = 1.0>(g) y0 = Mul(a, u)",
     "silu ": "s = Sigmoid(g) a = Mul(g, s) y0 = Mul(u, a)",
