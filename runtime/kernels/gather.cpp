@@ -14,21 +14,25 @@ void unpack_row(const Weight& weight, int64_t row, float* out) {
   const int64_t tile = row / kTile;
   const int64_t c = row % kTile;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes() + 4 * c;
-  for (int64_t k = 0; k < weight.columns; ++k) {
-    const int64_t at = (tile * weight.blocks() + k / weight.block_size) * kTile + c;
-    int code;
-    if (weight.bits == 8) {
-      code = codes[k / 4 * 64 + k % 4];
-    } else {
-      code = (codes[k / 8 * 64 + k % 4] >> (k % 8 < 4 ? 0 : 4)) & 15;
-    }
+  const int64_t columns = weight.bits == 8 ? 4 : 8;  // of this row, in 64 bytes of a tile
+  for (int64_t block = 0; block < weight.blocks(); ++block) {
+    const int64_t at = (tile * weight.blocks() + block) * kTile + c;
     const float scale = element(weight.scales, weight.half_scales, at);
-    if (weight.kind == Offsets::kMinimums) {
-      out[k] = scale * float(code) + element(weight.offsets, weight.half_offsets, at);
-    } else {
-      const int zero = weight.kind == Offsets::kMiddle ? 1 << (weight.bits - 1)
-                                                       : static_cast<const uint8_t*>(weight.offsets)[at];
-      out[k] = scale * float(code - zero);
+    const bool minimums = weight.kind == Offsets::kMinimums;
+    float offset = static_cast<float>(1 << (weight.bits - 1));
+    if (minimums) offset = element(weight.offsets, weight.half_offsets, at);
+    if (weight.kind == Offsets::kZeroPoints) offset = static_cast<const uint8_t*>(weight.offsets)[at];
+    const int64_t end = (block + 1) * weight.block_size;
+    for (int64_t k = block * weight.block_size; k < end; k += columns) {
+      const uint8_t* four = codes + k / columns * 64;
+      float some[8];
+      for (int i = 0; i < 4; ++i) {
+        some[i] = static_cast<float>(weight.bits == 8 ? four[i] : four[i] & 15);
+        some[4 + i] = static_cast<float>(four[i] >> 4);
+      }
+      for (int64_t i = 0; i < columns; ++i) {
+        out[k + i] = minimums ? scale * some[i] + offset : scale * (some[i] - offset);
+      }
     }
   }
 }
