@@ -77,17 +77,25 @@ class Compiler:
     Attributes:
         command: The program with its first arguments.
         file: The program's file, which changes when it is upgraded.
-        target: Arguments that make it compile for any processor of this kind, where it would not by itself.
     """
 
     command: tuple[str, ...]
     file: Path
-    target: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As a person would call it."""
         return shlex.join(self.command)
+
+    def flags(self, flags: Sequence[str]) -> tuple[str, ...]:
+        """Flags as this compiler calls them: zig has its own names of processors.
+
+        By itself it compiles for the very one that it runs on, and a home may be shared by several.
+        """
+        if not any("zig" in Path(part).name for part in self.command):
+            return tuple(flags)
+        renamed = [re.sub(r"^-march=[\w.-]+\+", "-mcpu=baseline+", flag) for flag in flags]
+        return ("-mcpu=baseline", *renamed)
 
     def version(self) -> str:
         """The first line that it says of itself.
@@ -129,14 +137,14 @@ def find_compiler() -> Compiler:
             raise BuildError(
                 "$CXX", got=f"{given!r}, which is no program here", expected="a C++ compiler", remedy=_REMEDY
             )
-        return Compiler(command, _file_of(command, file), _target(command))
+        return Compiler(command, _file_of(command, file))
     for name in _CANDIDATES:
         file = shutil.which(name)
         if file is not None:
             return Compiler((name,), Path(file).resolve())
     command = (sys.executable, "-m", "ziglang", "c++")
     if importlib.util.find_spec("ziglang") is not None:
-        return Compiler(command, _file_of(command, sys.executable), _target(command))
+        return Compiler(command, _file_of(command, sys.executable))
     raise BuildError(
         "kernels of onnxsmith's own operators",
         got=f"no C++ compiler is installed ({', '.join(('$CXX', *_CANDIDATES, 'ziglang'))} were looked for)",
@@ -154,18 +162,13 @@ def _file_of(command: Sequence[str], program: str) -> Path:
     return Path(program).resolve()
 
 
-def _target(command: Sequence[str]) -> tuple[str, ...]:
-    # By itself zig compiles for the very processor that it runs on; a home may be shared by several.
-    return ("-mcpu=baseline",) if any("zig" in Path(part).name for part in command) else ()
-
-
 def sources_in(directory: Path) -> list[Path]:
     """All files that a library is made of: what is compiled, and what that includes."""
     return sorted(path for path in directory.iterdir() if path.suffix in _SOURCES)
 
 
-def compile_commands(directory: Path) -> dict[str, tuple[str, ...]]:
-    """The files that are compiled for this kind of processor, each with its flags.
+def compile_commands(directory: Path, *, machine: str = "") -> dict[str, tuple[str, ...]]:
+    """The files that are compiled for a kind of processor, this one's if none is named, each with its flags.
 
     The first lines of a file may say ``// flags: -mavx2 -mfma``, which are added to those of all files, and
     ``// only: x86_64`` where it is for one kind of processor.
@@ -173,7 +176,7 @@ def compile_commands(directory: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         BuildError: There is nothing to compile, or nothing can be compiled for this system.
     """
-    machine = machine_name()
+    machine = machine or machine_name()
     commands = {}
     for path in sources_in(directory):
         if path.suffix != ".cpp":
@@ -222,18 +225,17 @@ def build(directory: Path, library: Path, compiler: Compiler | None = None) -> N
 
         def compiled(name: str) -> str:
             made_file = os.path.join(made, f"{name}.o")
-            flags = (*compiler.target, *commands[name])
+            flags = compiler.flags(commands[name])
             _run([*compiler.command, *flags, "-c", str(directory / name), "-o", made_file], name)
             return made_file
 
         with ThreadPoolExecutor(_processors()) as pool:
             files = list(pool.map(compiled, commands))
         new = Path(made) / library.name
+        shared = (*compiler.command, *compiler.flags(()), "-shared")
         for number, link in enumerate(_LINKS):
             try:
-                _run(
-                    [*compiler.command, *compiler.target, "-shared", *files, *link, "-o", str(new)], "linker"
-                )
+                _run([*shared, *files, *link, "-o", str(new)], "linker")
             except BuildError:
                 if number == len(_LINKS) - 1:
                     raise

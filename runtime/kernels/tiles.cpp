@@ -11,6 +11,9 @@ namespace {
 
 const Tiles& choose() {
   const Tiles* known[] = {
+#if defined(__aarch64__)
+      &dotprod_tiles(),
+#endif
 #if defined(__x86_64__)
       &avx512vnni_tiles(),
       &avx2_tiles(),

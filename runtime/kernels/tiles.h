@@ -71,6 +71,9 @@ void one_by_one(const Weight& weight, int64_t one, int64_t other, const Activati
 }
 
 const Tiles& generic_tiles();
+#if defined(__aarch64__)
+const Tiles& dotprod_tiles();
+#endif
 #if defined(__x86_64__)
 const Tiles& avx2_tiles();
 const Tiles& avx512vnni_tiles();
