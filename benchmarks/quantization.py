@@ -51,6 +51,9 @@ DECODERS: Mapping[str, Specs] = {
     ),
     "8 bits (cpu-int8)": PRESETS["cpu-int8"],
     "4 bits, minimums (cpu-int4)": PRESETS["cpu-int4"],
+    "GGUF blocks, own kernels": with_pass("cpu-gguf-kernels", "keep_gguf_blocks", {"gguf": GGUF}),
+    "8 bits, own kernels": PRESETS["cpu-int8-kernels"],
+    "4 bits, minimums, own kernels": PRESETS["cpu-int4-kernels"],
     "4 bits, minimums, HQQ": with_pass("cpu-int4", "quantize_weights", {**MINIMUMS, "method": "hqq"}),
     "4 bits, minimums, GPTQ": with_pass("cpu-int4", "quantize_weights", {**MINIMUMS, "method": "gptq"}),
     "4 bits, zero points, RTN": with_pass("cpu-int4", "quantize_weights", {"bits": 4}),
@@ -73,6 +76,7 @@ ENCODERS: Mapping[str, Specs] = {
         {"calibration": "minmax", "smoothing": "none", "bias_correction": False},
     ),
     "8 bits (cpu-int8)": PRESETS["cpu-int8"],
+    "8 bits, own kernels": PRESETS["cpu-int8-kernels"],
 }  # fmt: skip
 
 

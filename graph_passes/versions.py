@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from onnxsmith.errors import BadInputError
 from onnxsmith.graph_passes.contract import Changes, GraphPass, PreconditionError
-from onnxsmith.graph_passes.packed_functions import inline_functions
+from onnxsmith.graph_passes.own_functions import own_functions_aside
+from onnxsmith.graph_passes.packed_functions import make_callable
 from onnxsmith.graph_passes.structure import require_signature, signature
 
 __all__ = ["ConvertOpset", "LowerIrVersion", "LowerOpset"]
@@ -91,17 +93,19 @@ class ConvertOpset(GraphPass):
         from onnxscript import version_converter
 
         interface = signature(model)
-        inline_functions(model)
-        if before < _ONNXSCRIPT_FROM:
-            # onnxscript changes nothing in a graph below 18 but the number, and says nothing.
-            _convert_with_onnx(model, min(self.version, _ONNXSCRIPT_FROM))
-        if self.version > _ONNXSCRIPT_FROM:
-            version_converter.convert_version(model, self.version)
+        with own_functions_aside(model):
+            common.InlinePass()(model)
+            if before < _ONNXSCRIPT_FROM:
+                # onnxscript changes nothing in a graph below 18 but the number, and says nothing.
+                _convert_with_onnx(model, min(self.version, _ONNXSCRIPT_FROM))
+            if self.version > _ONNXSCRIPT_FROM:
+                version_converter.convert_version(model, self.version)
         _set_opset(model, self.version)
         for graph in model.graphs():
             for node in graph:
                 if node.domain in _DEFAULT_DOMAINS:
                     node.version = None
+        make_callable(model)
         require_signature(model, interface, self.name)
         return Changes(1, {"before": before, "after": self.version})
 

@@ -509,6 +509,7 @@ def test_cleaning_leaves_the_nodes_and_lowering_takes_the_functions_along(tiny_p
         ("fuse_transformer", {}),
         ("cleanup", {}),
         ("to_float32", {}),
+        ("convert_opset", {"version": 21}),
         ("strip_metadata", {}),
         ("lower_opset", {}),
         ("lower_ir_version", {}),
