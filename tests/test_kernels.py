@@ -332,12 +332,12 @@ def test_attention_holds_on_every_instruction_set(isa: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"bits": 3}, "bits: got 3, expected 4 or 8"),
+        ({"bits": 3}, "bits: got 3, expected 4, 8 or 32"),
         ({"block_size": 24}, "block_size: got 24, expected"),
         ({"block_size": 0}, "block_size: got 0, expected"),
         ({"block_size": -32}, "block_size: got -32, expected"),
         ({"K": 48}, "K: got 48, expected a multiple of 32"),
-        ({"K": -64}, "K: got -64, expected a multiple of 32"),
+        ({"K": -64}, "K: got -64, expected at least 1"),
         ({"K": 128}, r"A: got \[2, 64\], expected K = 128 columns"),
         ({"N": 0}, "N: got 0, expected at least 1"),
         ({"N": 48}, r"B: got \[2, 8, 64\], expected \[3, 8, 64\]"),
@@ -370,7 +370,9 @@ def test_missing_attributes(missing: str, tmp_path: Path) -> None:
 
 def test_half_a_gate(tmp_path: Path) -> None:
     matrix = random_matrix(np.random.default_rng(8), 48, 64)
-    with pytest.raises(ModelFileError, match="N with an activation: got 48, expected a multiple of 32"):
+    with pytest.raises(
+        ModelFileError, match="N with an activation that is gated: got 48, expected a multiple of 32"
+    ):
         open_session(tmp_path, matmul_model(matrix, activation="silu"))
 
 

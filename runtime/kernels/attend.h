@@ -1,4 +1,5 @@
-// Attention of some query rows over a piece of the keys, compiled once for each instruction set.
+// What is computed in float32, compiled once for each instruction set: attention of some query rows over a piece of
+// the keys, and products.
 #pragma once
 
 #include <cmath>
@@ -38,6 +39,9 @@ struct Attend {
                     int64_t begin, int64_t end, float softcap, Partial* partials, float* values_out);
   // into += from, both unfinished.
   void (*merge)(Partial* into, float* into_values, const Partial& from, const float* from_values, int64_t size);
+  // Rows [count, columns] with each of `number` tiles [columns, 16]: out[t][r * stride + c].
+  void (*products)(const float* const* tiles, int number, int64_t columns, const float* rows, int64_t count,
+                   float* const* out, int64_t stride);
 };
 
 const Attend& generic_attend();

@@ -67,10 +67,20 @@ inline void sums_of(const Vector* v, float* out) {
 
 #include "attend.inl"
 
+inline void add_product(Vector& sum, float a, Vector b) {
+  const __m256 same = _mm256_set1_ps(a);
+  sum = {_mm256_fmadd_ps(same, b.low, sum.low), _mm256_fmadd_ps(same, b.high, sum.high)};
+}
+
+constexpr int kFloatRows = 4;
+constexpr int kFloatTiles = 1;
+
+#include "floats.inl"
+
 }  // namespace avx2
 
 const Attend& avx2_attend() {
-  static const Attend attend{"avx2", avx2::piece<false>, avx2::piece<true>, avx2::merge};
+  static const Attend attend{"avx2", avx2::piece<false>, avx2::piece<true>, avx2::merge, avx2::products};
   return attend;
 }
 

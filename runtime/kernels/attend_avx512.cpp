@@ -41,10 +41,17 @@ inline void sums_of(const Vector* v, float* out) {
 
 #include "attend.inl"
 
+inline void add_product(Vector& sum, float a, Vector b) { sum = _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum); }
+
+constexpr int kFloatRows = 8;
+constexpr int kFloatTiles = 2;
+
+#include "floats.inl"
+
 }  // namespace avx512
 
 const Attend& avx512_attend() {
-  static const Attend attend{"avx512", avx512::piece<false>, avx512::piece<true>, avx512::merge};
+  static const Attend attend{"avx512", avx512::piece<false>, avx512::piece<true>, avx512::merge, avx512::products};
   return attend;
 }
 

@@ -58,10 +58,17 @@ inline void sums_of(const Vector* vectors, float* out) {
 
 #include "attend.inl"
 
+inline void add_product(Vector& sum, float a, Vector b) { sum += a * b; }
+
+constexpr int kFloatRows = 2;
+constexpr int kFloatTiles = 1;
+
+#include "floats.inl"
+
 }  // namespace generic
 
 const Attend& generic_attend() {
-  static const Attend attend{"generic", generic::piece<false>, generic::piece<true>, generic::merge};
+  static const Attend attend{"generic", generic::piece<false>, generic::piece<true>, generic::merge, generic::products};
   return attend;
 }
 

@@ -82,13 +82,13 @@ struct OperatorOf : Operator {
 
 const Operator* const* operators(size_t* count) {
   static const OperatorOf<MatMulPacked> matmul({"MatMulPacked",
-                                                {kFloat, kUint8, kUndefined, kUndefined, kFloat},
-                                                {false, false, false, true, true},
+                                                {kFloat, kUndefined, kUndefined, kUndefined, kFloat},
+                                                {false, false, true, true, true},
                                                 {kFloat}});
   static const OperatorOf<NormMatMulPacked> norm_matmul(
       {"NormMatMulPacked",
-       {kFloat, kFloat, kFloat, kUint8, kUndefined, kUndefined, kFloat},
-       {false, true, false, false, false, true, true},
+       {kFloat, kFloat, kFloat, kUndefined, kUndefined, kUndefined, kFloat},
+       {false, true, false, false, true, true, true},
        {kFloat, kFloat}});
   static const OperatorOf<GatherPacked> gather({"GatherPacked",
                                                 {kInt64, kUint8, kUndefined, kUndefined},

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "attend.h"
+
 namespace onnxsmith {
 
 namespace {
@@ -11,6 +13,7 @@ constexpr int64_t kPieces = 32;
 constexpr int64_t kLeastBytes = 16 << 10;  // of codes, for one piece
 constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kRowsOfTask = 16;  // that one thread rounds
+constexpr int64_t kFloatTiles = 4;   // of a weight in float32
 
 Gate gate_of(const std::string& word) {
   if (word == "none") return Gate::kNone;
@@ -42,9 +45,11 @@ Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_
 }  // namespace
 
 MatMulPacked::MatMulPacked(const Attributes& attributes, const char* name)
-    : name_(name), packed_(attributes, name), gate_(gate_of(attributes.word("activation", "none"))) {
-  if (gate_ != Gate::kNone && packed_.rows % (2 * kTile) != 0) {
-    fail(std::string(name) + ", N with an activation", std::to_string(packed_.rows), "a multiple of 32");
+    : name_(name), packed_(attributes, name), gate_(gate_of(attributes.word("activation", "none"))),
+      gated_(attributes.integer("gated", 1) != 0) {
+  if (halves() && packed_.rows % (2 * kTile) != 0) {
+    fail(std::string(name) + ", N with an activation that is gated", std::to_string(packed_.rows),
+         "a multiple of 32");
   }
 }
 
@@ -52,14 +57,11 @@ template <typename Prepare>
 void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input, const Prepare& prepare) const {
   const Weight weight =
       packed_.weight(run.input(first_input), run.input(first_input + 1), run.input(first_input + 2));
-  const Tensor bias = run.input(first_input + 3);
-  if (bias && bias.shape != std::vector<int64_t>{packed_.rows}) {
-    fail(std::string(name_) + ", bias", text(bias.shape), text({packed_.rows}));
-  }
-  const bool gated = gate_ != Gate::kNone;
+  const Tensor bias = checked_bias(run, first_input + 3);
+  const bool gated = halves();
   const int64_t columns = packed_.columns;
   const int64_t rows = a.size() / columns;
-  const int64_t width = gated ? packed_.rows / 2 : packed_.rows;
+  const int64_t width = this->width();
   std::vector<int64_t> shape = a.shape;
   shape.back() = width;
   const Tensor y = run.output(0, shape, kFloat);
@@ -98,7 +100,8 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
           for (int64_t c = 0; c < present; ++c) sums[r * kTile + c] += add[c];
         }
       };
-      const auto write = [&](const float* sums, int64_t tile) {
+      const auto write = [&](float* sums, int64_t tile) {
+        if (gate_ != Gate::kNone && !gated) isa.gate(gate_, sums, nullptr, count * kTile);
         const int64_t present = std::min(kTile, width - tile * kTile);
         for (int64_t r = 0; r < count; ++r) {
           std::copy(sums + r * kTile, sums + r * kTile + present,
@@ -130,14 +133,95 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
   });
 }
 
+void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& shape_of_rows, const float* rows,
+                                   size_t first_input) const {
+  const float* tiles_of_weight = packed_.floats(run.input(first_input));
+  const Tensor bias = checked_bias(run, first_input + 3);
+  const int64_t columns = packed_.columns;
+  const int64_t width = this->width();
+  std::vector<int64_t> shape = shape_of_rows;
+  shape.back() = width;
+  const Tensor y = run.output(0, shape, kFloat);
+  const int64_t count_of_rows = y.size() / width;
+  if (count_of_rows == 0) return;
+
+  const Tiles& isa = tiles();
+  const Attend& floats = attend();
+  const int64_t outputs = (width + kTile - 1) / kTile;
+  // Tiles of a step: for one row as many as there are streams from memory, for several what fits the nearest cache.
+  const int64_t together = count_of_rows == 1 ? kFloatTiles : kFloatTiles / 2;
+  const int64_t steps = (outputs + together - 1) / together;
+  const int64_t row_blocks = (count_of_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int64_t work = together * kTile * columns * sizeof(float) * std::min<int64_t>(count_of_rows, 8);
+  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, steps), steps * work / kLeastBytes));
+  const int64_t groups = std::max<int64_t>(1, std::min(row_blocks, kPieces / pieces));
+  run.parallel(pieces * groups, [&](size_t task) {
+    const int64_t piece = task % pieces;
+    const int64_t group = task / pieces;
+    alignas(64) float sums[2 * kFloatTiles][kRowsAtOnce * kTile];
+    for (int64_t block = row_blocks * group / groups; block < row_blocks * (group + 1) / groups; ++block) {
+      const int64_t first = block * kRowsAtOnce;
+      const int64_t count = std::min(kRowsAtOnce, count_of_rows - first);
+      for (int64_t s = steps * piece / pieces; s < steps * (piece + 1) / pieces; ++s) {
+        const int64_t tile = s * together;
+        const int64_t number = std::min(together, outputs - tile);
+        float* const result = y.as<float>() + first * width + tile * kTile;
+        const int64_t all = halves() ? 2 * number : number;
+        // What nothing is done to is written where it belongs.
+        const bool straight = gate_ == Gate::kNone && (tile + number) * kTile <= width;
+        const int64_t stride = straight ? width : kTile;
+        const float* from[2 * kFloatTiles];
+        float* to[2 * kFloatTiles];
+        for (int64_t t = 0; t < all; ++t) {
+          const int64_t which = tile + t % number + t / number * outputs;
+          from[t] = tiles_of_weight + which * columns * kTile;
+          to[t] = straight ? result + t * kTile : sums[t];
+        }
+        floats.products(from, static_cast<int>(all), columns, rows + first * columns, count, to, stride);
+        for (int64_t t = 0; t < all && bias; ++t) {
+          const int64_t which = tile + t % number + t / number * outputs;
+          const float* add = bias.as<float>() + which * kTile;
+          const int64_t present = std::min(kTile, packed_.rows - which * kTile);
+          for (int64_t r = 0; r < count; ++r) {
+            for (int64_t c = 0; c < present; ++c) to[t][r * stride + c] += add[c];
+          }
+        }
+        for (int64_t t = 0; t < number && !straight; ++t) {
+          if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + number] : nullptr, count * kTile);
+          const int64_t present = std::min(kTile, width - (tile + t) * kTile);
+          for (int64_t r = 0; r < count; ++r) {
+            std::copy(to[t] + r * kTile, to[t] + r * kTile + present, result + r * width + t * kTile);
+          }
+        }
+      }
+    }
+  });
+}
+
+Tensor MatMulPacked::checked_bias(const Run& run, size_t index) const {
+  const Tensor bias = run.input(index);
+  if (bias && bias.shape != std::vector<int64_t>{packed_.rows}) {
+    fail(std::string(name_) + ", bias", text(bias.shape), text({packed_.rows}));
+  }
+  return bias;
+}
+
 void MatMulPacked::compute(const Run& run) const {
   const Tensor a = run.input(0);
   packed_.check_rows(a, "A");
+  if (packed_.is_float()) {
+    multiply_floats(run, a.shape, a.as<float>(), 1);
+    return;
+  }
   multiply(run, a, 1, [&](int64_t r, float*) { return a.as<float>() + r * packed_.columns; });
 }
 
 NormMatMulPacked::NormMatMulPacked(const Attributes& attributes)
-    : MatMulPacked(attributes, "NormMatMulPacked"), epsilon_(attributes.number("epsilon", 1e-5f)) {}
+    : MatMulPacked(attributes, "NormMatMulPacked"), epsilon_(attributes.number("epsilon", 1e-5f)) {
+  if (packed_.columns % kTile != 0) {
+    fail(std::string(name_) + ", K", std::to_string(packed_.columns), "a multiple of 16");
+  }
+}
 
 void NormMatMulPacked::compute(const Run& run) const {
   const Tensor a = run.input(0);
@@ -150,11 +234,23 @@ void NormMatMulPacked::compute(const Run& run) const {
   const Tensor sum = run.output(1, a.shape, kFloat);
   if (!skip && a.size() != 0) std::copy(a.as<float>(), a.as<float>() + a.size(), sum.as<float>());
   const Tiles& isa = tiles();
-  multiply(run, a, 3, [&](int64_t r, float* memory) {
+  const auto normalize = [&](int64_t r, float* memory) {
     isa.normalize(a.as<float>() + r * columns, skip ? skip.as<float>() + r * columns : nullptr,
                   norm.as<float>(), epsilon_, columns, sum.as<float>() + r * columns, memory);
     return memory;
+  };
+  if (!packed_.is_float()) {
+    multiply(run, a, 3, normalize);
+    return;
+  }
+  struct Normed;
+  float* normed = reinterpret_cast<float*>(scratch<Normed>(sizeof(float) * a.size()));
+  const int64_t rows = a.size() / columns;
+  run.parallel((rows + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
+    const int64_t end = std::min<int64_t>(rows, (task + 1) * kRowsOfTask);
+    for (int64_t r = task * kRowsOfTask; r < end; ++r) normalize(r, normed + r * columns);
   });
+  multiply_floats(run, a.shape, normed, 3);
 }
 
 }  // namespace onnxsmith

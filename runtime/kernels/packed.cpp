@@ -23,20 +23,24 @@ PackedAttributes::PackedAttributes(const Attributes& attributes, const char* nam
     : columns(attributes.integer("K")),
       rows(attributes.integer("N")),
       bits(attributes.integer("bits")),
-      block_size(attributes.integer("block_size")),
+      block_size(attributes.integer("block_size", 0)),
       activation_block(attributes.integer("activation_block", 32)),
       name_(name) {
   const std::string where(name);
-  if (bits != 4 && bits != 8) fail(where + ", bits", std::to_string(bits), "4 or 8");
+  if (bits != 4 && bits != 8 && bits != 32) fail(where + ", bits", std::to_string(bits), "4, 8 or 32");
+  if (rows < 1 || rows > kMost) fail(where + ", N", std::to_string(rows), "at least 1, and less than 2^31");
+  if (columns < 1 || columns > kMost) {
+    fail(where + ", K", std::to_string(columns), "at least 1, and less than 2^31");
+  }
+  if (is_float()) return;
   if (block_size < 16 || (block_size != 16 && block_size % 32 != 0)) {
     fail(where + ", block_size", std::to_string(block_size), "16 or a multiple of 32");
   }
   if (activation_block != 16 && activation_block != 32) {
     fail(where + ", activation_block", std::to_string(activation_block), "16 or 32");
   }
-  if (rows < 1 || rows > kMost) fail(where + ", N", std::to_string(rows), "at least 1, and less than 2^31");
-  if (columns < 1 || columns > kMost || columns % block_size != 0 || columns % 32 != 0) {
-    fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size, less than 2^31");
+  if (columns % block_size != 0 || columns % 32 != 0) {
+    fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size");
   }
 }
 
@@ -51,6 +55,7 @@ Weight PackedAttributes::weight(const Tensor& codes, const Tensor& scales, const
   check_shape(where + ", B", codes, {tiles(), columns * bits / 32, 64});
   weight.codes = codes.as<uint8_t>();
   const std::vector<int64_t> blocks{tiles(), columns / block_size, kTile};
+  if (!scales) fail(where + ", scales", "none", "float32 or float16 for " + std::to_string(bits) + " bits");
   weight.half_scales = is_half(where + ", scales", scales);
   check_shape(where + ", scales", scales, blocks);
   weight.scales = scales.data;
@@ -62,6 +67,13 @@ Weight PackedAttributes::weight(const Tensor& codes, const Tensor& scales, const
     if (offsets.type != kUint8) weight.half_offsets = is_half(where + ", offsets", offsets);
   }
   return weight;
+}
+
+const float* PackedAttributes::floats(const Tensor& given) const {
+  const std::string where(name_);
+  if (given.type != kFloat) fail(where + ", B", "element type " + std::to_string(given.type), "float32");
+  check_shape(where + ", B", given, {tiles(), columns, kTile});
+  return given.as<float>();
 }
 
 void PackedAttributes::check_rows(const Tensor& operand, const char* what) const {

@@ -18,6 +18,9 @@ struct PackedAttributes {
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
   // The weight, after a check of types and sizes. `offsets` may be absent.
   Weight weight(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const;
+  // A weight of 32 bits: its tiles [K, 16], one after the other.
+  const float* floats(const Tensor& tiles) const;
+  bool is_float() const { return bits == 32; }
   // Throws where the last axis of an operand is not K numbers.
   void check_rows(const Tensor& operand, const char* what) const;
 

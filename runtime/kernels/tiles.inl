@@ -35,7 +35,11 @@ inline float activated(float x) {
 
 template <Gate kind>
 void gate_by(float* __restrict gate, const float* __restrict up, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]) * up[i];
+  if (up == nullptr) {
+    for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]) * up[i];
+  }
 }
 
 void gate(Gate function, float* gate, const float* up, int64_t count) {
