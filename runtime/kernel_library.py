@@ -215,9 +215,17 @@ def instruction_set(library: KernelLibrary) -> str:
     ``$ONNXSMITH_KERNELS_ISA`` asks for another one that the processor has.
 
     Raises:
-        KernelsUnavailableError: It does not load.
+        KernelsUnavailableError: It does not load, or has not what the variable asks for.
     """
-    return str(_function(library, "onnxsmith_kernels_isa")().decode())
+    chosen = str(_function(library, "onnxsmith_kernels_isa")().decode())
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted and wanted != chosen:
+        raise KernelsUnavailableError(
+            ISA_VARIABLE,
+            got=f"{wanted!r}, which this processor or the library has not",
+            expected=f"{chosen}, the fastest that it has, or a simpler one such as generic",
+        )
+    return chosen
 
 
 def operators(library: KernelLibrary) -> list[str]:

@@ -261,6 +261,14 @@ def test_operators_are_found_in_subgraphs_and_functions(tmp_path: Path) -> None:
     assert uses_own_operators(load_package(save(model, tmp_path / "functions.onnx")).main.model)
 
 
+def test_an_instruction_set_that_is_not_here(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del kernels  # compiled
+    library = kernel_library()
+    monkeypatch.setenv("ONNXSMITH_KERNELS_ISA", "mmx")
+    with pytest.raises(KernelsUnavailableError, match=r"ONNXSMITH_KERNELS_ISA: 'mmx', which .* generic"):
+        instruction_set(library)
+
+
 def bringing_a_function(directory: Path) -> Path:
     """A product whose graph has a function in its place, which gives zeros: one can tell them apart."""
     model = matmul_model(random_matrix(np.random.default_rng(0), 64, 64))

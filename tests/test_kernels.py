@@ -300,9 +300,10 @@ def results_of(isa: str, directory: Path) -> dict[str, Array]:
         check=False,
         text=True,
     )
+    if "ONNXSMITH_KERNELS_ISA" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != isa:
-        pytest.skip(f"this processor, or the library, has no {isa}")
+    assert done.stdout.strip() == isa
     with np.load(directory / "results.npz") as stored:
         return dict(stored)
 
