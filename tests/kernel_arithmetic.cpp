@@ -133,6 +133,7 @@ int main() {
 #endif
 #if defined(__x86_64__)
   try_all(avx2_tiles());
+  if (avxvnni_tiles() != nullptr) try_all(*avxvnni_tiles());
   try_all(avx512vnni_tiles());
 #endif
 }

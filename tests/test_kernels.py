@@ -37,7 +37,7 @@ from packed_matrices import (
 pytestmark = pytest.mark.usefixtures("kernels")
 
 HERE = Path(__file__).parent
-INSTRUCTION_SETS = ("generic", "avx2", "avx512vnni")
+INSTRUCTION_SETS = ("generic", "avx2", "avxvnni", "avx512vnni")
 EPSILON = float(np.finfo(np.float32).eps)
 
 

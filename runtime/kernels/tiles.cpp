@@ -16,6 +16,7 @@ const Tiles& choose() {
 #endif
 #if defined(__x86_64__)
       &avx512vnni_tiles(),
+      avxvnni_tiles(),
       &avx2_tiles(),
 #endif
       &generic_tiles(),
@@ -23,11 +24,11 @@ const Tiles& choose() {
   const char* wanted = std::getenv("ONNXSMITH_KERNELS_ISA");
   if (wanted != nullptr) {
     for (const Tiles* tiles : known) {
-      if (std::strcmp(tiles->name, wanted) == 0 && tiles->supported()) return *tiles;
+      if (tiles != nullptr && std::strcmp(tiles->name, wanted) == 0 && tiles->supported()) return *tiles;
     }
   }
   for (const Tiles* tiles : known) {
-    if (tiles->supported()) return *tiles;
+    if (tiles != nullptr && tiles->supported()) return *tiles;
   }
   return generic_tiles();
 }
@@ -42,7 +43,7 @@ const Tiles& tiles() {
 const Attend& attend() {
 #if defined(__x86_64__)
   if (&tiles() == &avx512vnni_tiles()) return avx512_attend();
-  if (&tiles() == &avx2_tiles()) return avx2_attend();
+  if (&tiles() == &avx2_tiles() || &tiles() == avxvnni_tiles()) return avx2_attend();
 #endif
   return generic_attend();
 }

@@ -76,6 +76,7 @@ const Tiles& dotprod_tiles();
 #endif
 #if defined(__x86_64__)
 const Tiles& avx2_tiles();
+const Tiles* avxvnni_tiles();  // null where the compiler has not heard of it
 const Tiles& avx512vnni_tiles();
 #endif
 

@@ -11,6 +11,7 @@ namespace onnxsmith {
 
 struct X86 {
   bool avx2 = false;        // with FMA and conversions of float16
+  bool avxvnni = false;
   bool avx512vnni = false;  // with the parts F, BW, DQ and VL
 
   X86() {
@@ -25,6 +26,7 @@ struct X86 {
     avx2 = (b >> 5 & 1) != 0;
     const uint32_t parts = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     avx512vnni = avx2 && (kept & 0xe6) == 0xe6 && (b & parts) == parts && (c >> 11 & 1) != 0;
+    avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1) != 0;
   }
 };
 
