@@ -7,7 +7,7 @@ call, so a call for several positions takes little longer than one for a single 
 from the logits of each position as they would be one by one, and the first that is not the guess ends what
 the call gives: the text is that of the model alone, drawn tokens included (Leviathan et al. 2023,
 https://arxiv.org/abs/2211.17192, for a draft that is certain), up to what the runtime's kernels compute
-differently for one row and for several.
+differently for one row and for several (onnxsmith's own compute nothing differently).
 
 How many guesses a call checks follows from what is seen here: how often guesses come true, which is learned
 at each position whether it was guessed there or not, and how long calls take. Where guessing does not pay

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from onnxsmith.errors import BadInputError, FeedError
 from onnxsmith.exporters import LoadedModel, export, torch_program
 from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
+from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import ModelPackage
 from onnxsmith.pipeline.cli import app
 from onnxsmith.pipeline.generation import generate_text
@@ -120,6 +121,31 @@ def test_of_other_architectures_too(kind: str) -> None:
     with OrtSession(run_passes(package, make_passes(PRESETS["cpu-fp32-newest"])), threads=1) as opened:
         assert opened.shares_cache
         check(opened, [token % SIZES["vocab_size"] for token in PROMPT])
+
+
+@pytest.mark.usefixtures("eager", "kernels")
+@pytest.mark.parametrize("preset", ["cpu-int4-kernels", "cpu-int8-kernels"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_own_kernels_that_round_activations(kind: str, preset: str) -> None:
+    """A position's logits are the same bits, whatever guesses are checked with it."""
+    prompt = [token % SIZES["vocab_size"] for token in PROMPT]
+    loaded = made(kind)
+    package = run_passes(export(loaded, torch_program(loaded)), make_passes(PRESETS[preset]))
+    operators = {node.op_type for node in package.main.model.graph if node.domain == OWN_DOMAIN}
+    assert {"GroupQueryAttention", "MatMulPacked"} <= operators
+    with OrtSession(package, threads=2) as opened:
+        check(opened, prompt)
+        decoder = open_decoder(opened)
+        whole = decoder.step(np.array([prompt]))
+        for token in (7, 5):
+            decoder.step(np.array([[token]]))
+        alone = decoder.step(np.array([[9]]))
+        decoder.rewind(len(prompt))
+        together = decoder.step(np.array([[7, 5, 9, 33, 1]]))
+        assert np.array_equal(together[:, 2:3], alone)
+        decoder.reset()
+        pieces = [decoder.step(np.array([prompt[start : start + 5]])) for start in range(0, len(prompt), 5)]
+        assert np.array_equal(np.concatenate(pieces, axis=1), whole)
 
 
 @pytest.mark.usefixtures("eager")
