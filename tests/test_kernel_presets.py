@@ -168,7 +168,7 @@ def test_a_prompt_in_pieces_and_written_files(
 
 
 def test_each_step_is_verified(tiny_package: ModelPackage, kernels: Path) -> None:
-    """Activations are rounded in other blocks, so only the direction is bounded there, and not behind it."""
+    """Activations are rounded in other blocks, so what is compared is float arithmetic, by the functions."""
     specs = [
         ("quantize_weights", {"bits": 8, "block_size": 32, "symmetric": True}),
         *PRESETS["cpu-int8-kernels"],
@@ -176,4 +176,4 @@ def test_each_step_is_verified(tiny_package: ModelPackage, kernels: Path) -> Non
     at = next(number for number, (name, _) in enumerate(specs) if name == "use_packed_kernels")
     after = run_passes(tiny_package, make_passes([specs[0], *specs[at:]]), verify=StepVerifier())
     (step,) = (step for step in after.steps if step.name == "use_packed_kernels")
-    assert step.details["verified"]["compared"] and step.details["verified"]["max_abs"] > 0
+    assert step.details["verified"]["compared"] and step.details["verified"]["max_abs"] < 1e-4
