@@ -22,7 +22,7 @@ from onnxsmith.pipeline.cli import run_command
 from onnxsmith.runtime import BenchSettings, Candidate, OrtBackend, OrtSession, benchmark
 from onnxsmith.runtime.behaviour import observe
 from onnxsmith.runtime.graph_file import GraphFile
-from onnxsmith.runtime.kernel_library import instruction_set, kernel_library
+from onnxsmith.runtime.kernel_library import SOURCES, instruction_set, kernel_library
 from onnxsmith.runtime.kernels.build import FLAGS, compile_commands, find_compiler, machine_name
 from packed_matrices import matmul_model, matmul_node, product, random_matrix, save
 
@@ -338,3 +338,13 @@ def test_commands_say_what_is_missing(
         assert ended.value.code == 3
         err = capsys.readouterr().err
         assert "pip install ziglang" in err and "Traceback" not in err
+
+
+def test_the_directory_holds_sources_and_nothing_else() -> None:
+    # What stands there goes into the wheel.
+    strange = [
+        path.name
+        for path in SOURCES.iterdir()
+        if path.name != "__pycache__" and path.suffix not in (".cpp", ".h", ".inl", ".py")
+    ]
+    assert strange == []
