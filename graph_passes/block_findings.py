@@ -11,7 +11,7 @@ from onnxsmith.finding import Finding
 from onnxsmith.graph_passes.block_operators import find_weights, node_label
 from onnxsmith.graph_passes.block_repairs import slow_form
 from onnxsmith.onnx_file import weight_bytes
-from onnxsmith.own_operators import PACKED_OPERATORS
+from onnxsmith.own_operators import rounds_weights
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes.findings import Target
@@ -92,7 +92,7 @@ def float_weights(model: ir.Model, target: Target) -> Iterator[Finding]:
         return
     names = tuple(w.name for w in large[:_FEW])
     ours = {"bits": 8, "block_size": 32, "symmetric": True, "half_scales": True}
-    if any(node.op_type in _QUANTIZED for node in model.graph.all_nodes()):
+    if any(node.op_type in _QUANTIZED or rounds_weights(node) for node in model.graph.all_nodes()):
         if own < _SHARE * total:
             return
         head = (
@@ -135,5 +135,4 @@ _QUANTIZED = frozenset(
         "QLinearMatMul",
         "DequantizeLinear",
     }
-    | PACKED_OPERATORS
 )

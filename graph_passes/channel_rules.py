@@ -358,6 +358,10 @@ def _quantized(graph: ChannelGraph, node: ir.Node) -> str:
     return f"{node.op_type} has a quantized weight; prune before quantization"
 
 
+def _packed(graph: ChannelGraph, node: ir.Node) -> str:
+    return f"{node.op_type} has its weight in tiles; prune before the pass that makes it"
+
+
 _WEIGHTED: Mapping[str, Rule] = MappingProxyType(
     {
         "Conv": _conv,
@@ -382,7 +386,7 @@ _RULES: Mapping[str, Rule] = MappingProxyType(
         "BatchNormalization": _batch_norm,
         "LogSoftmax": _softmax,
         "MatMulNBits": _quantized,
-        **dict.fromkeys(PACKED_OPERATORS, _quantized),
+        **dict.fromkeys(PACKED_OPERATORS, _packed),
         "Shape": _shape_only,
         "Size": _shape_only,
         "Softmax": _softmax,

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.matching import is_operator, label
+from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
 from onnxsmith.graph_passes.packed_functions import make_callable
 from onnxsmith.own_operators import OWN_DOMAIN
 
@@ -17,6 +17,7 @@ __all__ = ["NormsInProducts"]
 _NORM, _CONTRIB = "SkipSimplifiedLayerNormalization", "com.microsoft"
 # Outputs of the norm: itself, mean, inverse deviation, and the sum that it is the norm of.
 _SUM = 3
+_VECTOR = 16
 
 
 class NormsInProducts(GraphPass):
@@ -64,6 +65,8 @@ def _refusal(norm: ir.Node, product: ir.Node) -> str:
         return "its mean or deviation is read"
     if normed.dtype is not ir.DataType.FLOAT:
         return "the kernel computes in float32"
+    if int_attribute(product, "K") % _VECTOR:
+        return f"its rows have {int_attribute(product, 'K')} columns; expected a multiple of {_VECTOR}"
     return ""
 
 

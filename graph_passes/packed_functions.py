@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.attention_function import attention_form, attention_text
 from onnxsmith.graph_passes.matching import int_attribute
-from onnxsmith.own_operators import OWN_DOMAIN
+from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN
 
 __all__ = ["IR_VERSION", "inline_functions", "make_callable", "overload_of"]
 
@@ -40,6 +40,22 @@ _SIZES = """
   split = Reshape (B, in_tiles)
   rows = Transpose <perm = [0, 2, 1, 3]> (split)
   turned_scales = Transpose <perm = [0, 2, 1]> (scales)
+"""
+_FLOAT_SIZES = """
+  k = Constant <value_int: int = @K> ()
+  n = Constant <value_int: int = @N> ()
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  rest = Constant <value_ints = [-1]> ()
+  columns = Reshape (k, one)
+  row_count = Reshape (n, one)
+"""
+_FLOAT_PRODUCT = """
+  lying = Transpose <perm = [1, 0, 2]> (B)
+  lying_shape = Concat <axis = 0> (columns, rest)
+  wide = Reshape (lying, lying_shape)
+  right = Slice (wide, zero, row_count, one)
+  product = MatMul (A, right)
 """
 _OFFSETS = "  turned_offsets = Transpose <perm = [0, 2, 1]> (offsets)"
 # Rows before anything of them is unpacked.
@@ -177,6 +193,8 @@ def overload_of(node: ir.Node) -> str:
     activation = node.attributes.get("activation")
     if activation is not None and activation.as_string() != "none":
         parts.append(activation.as_string())
+        if not int_attribute(node, "gated", 1):
+            parts.append("alone")
     if _weight_input(node, 3) is not None:
         parts.append("bias")
     return "_".join(parts)
@@ -216,6 +234,8 @@ def inline_functions(model: ir.Model) -> None:
 
 
 def _kind(node: ir.Node) -> str:
+    if int_attribute(node, "bits") == FLOAT_BITS:
+        return "floats"
     offsets = _weight_input(node, 2)
     if offsets is None:
         return "middle"
@@ -238,36 +258,48 @@ def _function(node: ir.Node, opset: int) -> ir.Function:
 
 
 def _text(node: ir.Node, opset: int) -> str:
+    lookup = node.op_type == "GatherPacked"
+    norm = node.op_type == "NormMatMulPacked"
+    floats = int_attribute(node, "bits") == FLOAT_BITS
+    body = [_FLOAT_SIZES, _FLOAT_PRODUCT] if floats else _unpacked(node)
+    if norm:
+        # Behind the constants, and before the product.
+        body.insert(1, _NORM.format(mean=_MEANS[opset >= _AXES_AS_INPUT]))
+    body += [_LOOKUP] if lookup else _result(node)
+    before = _BEFORE[node.op_type]
+    names = ["B", "scales", "offsets", "bias"][: len(node.inputs) - len(before)]
+    given = [*before, *names]
+    attributes = ", ".join(node.attributes)
+    return (
+        f'<domain: "{OWN_DOMAIN}", opset_import: ["": {opset}]> {node.op_type} <{attributes}> '
+        f"({', '.join(given)}) => (Y{', total' if norm else ''}) {{\n" + "\n".join(body) + "\n}"
+    )
+
+
+def _unpacked(node: ir.Node) -> list[str]:
+    """From the codes to the product, or for a lookup to its weights."""
     bits, kind = int_attribute(node, "bits"), _kind(node)
     names = ["scales", *(["offsets"] if kind != "middle" else [])]
     lookup = node.op_type == "GatherPacked"
-    norm = node.op_type == "NormMatMulPacked"
     body = [_SIZES, *([_OFFSETS] if kind != "middle" else [])]
-    if norm:
-        body.append(_NORM.format(mean=_MEANS[opset >= _AXES_AS_INPUT]))
     if lookup:
         body += [_PICK.format(width=bits), *(_PICK_NUMBERS.format(name=name) for name in names)]
     source = "chosen" if lookup else "turned"
     body += [_NUMBERS.format(name=name, source=source) for name in names]
     body.append(_CODES[bits].format(rows="chosen" if lookup else "rows"))
     body += ["  blocked = Reshape (codes, block_shape)", _WEIGHTS[kind].format(middle=1 << (bits - 1))]
-    if lookup:
-        body.append(_LOOKUP)
-    else:
-        body.append(_PRODUCT)
-        whole = "product"
-        if _weight_input(node, 3) is not None:
-            body.append("  biased = Add (product, bias)")
-            whole = "biased"
-        activation = node.attributes["activation"].as_string()
-        if activation == "none":
-            body.append(f"  Y = Identity ({whole})")
-        else:
-            body += [_HALVES.format(whole=whole), _ACTIVATIONS[activation], "  Y = Mul (active, up)"]
-    before = _BEFORE[node.op_type]
-    given = [*before, *["B", "scales", "offsets", "bias"][: len(node.inputs) - len(before)]]
-    attributes = ", ".join(node.attributes)
-    return (
-        f'<domain: "{OWN_DOMAIN}", opset_import: ["": {opset}]> {node.op_type} <{attributes}> '
-        f"({', '.join(given)}) => (Y{', total' if norm else ''}) {{\n" + "\n".join(body) + "\n}"
-    )
+    return body if lookup else [*body, _PRODUCT]
+
+
+def _result(node: ir.Node) -> list[str]:
+    """From the product to the result: bias and activation."""
+    body, whole = [], "product"
+    if _weight_input(node, 3) is not None:
+        body.append("  biased = Add (product, bias)")
+        whole = "biased"
+    activation = node.attributes["activation"].as_string()
+    if activation == "none":
+        return [*body, f"  Y = Identity ({whole})"]
+    if not int_attribute(node, "gated", 1):
+        return [*body, f"  gate = Identity ({whole})", _ACTIVATIONS[activation], "  Y = Identity (active)"]
+    return [*body, _HALVES.format(whole=whole), _ACTIVATIONS[activation], "  Y = Mul (active, up)"]

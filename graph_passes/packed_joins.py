@@ -1,4 +1,4 @@
-"""Products of one activation that the kernels compute as one: gate and up of an MLP; query, key and value."""
+"""What the kernels compute with a product: the gate of an MLP, an activation; query, key and value as one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxsmith.graph_passes.packed_products import Product, Uses
 from onnxsmith.graph_passes.weights import constant_of
 from onnxsmith.packed_tiles import TILE_ROWS
 
-__all__ = ["Gate", "Joined", "find_gates", "find_joined"]
+__all__ = ["Activated", "Gate", "Joined", "find_activated", "find_gates", "find_joined"]
 
 _DOMAIN = "com.microsoft"
 
@@ -30,6 +30,21 @@ class Gate:
 
     node: ir.Node
     parts: tuple[Product, Product]
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Activated:
+    """``activation(product)``.
+
+    Attributes:
+        node: The last node of the activation.
+        product: What it is of, with its bias.
+        activation: As MatMulPacked names it.
+    """
+
+    node: ir.Node
+    product: Product
     activation: str
 
 
@@ -80,6 +95,28 @@ def find_gates(uses: Uses) -> tuple[list[Gate], dict[str, str]]:
             else:
                 gates.append(Gate(node, (gate, up), activation))
     return gates, refused
+
+
+def find_activated(uses: Uses, gates: Sequence[Gate]) -> list[Activated]:
+    """Products with an activation that is all that reads them.
+
+    Args:
+        uses: Of the model.
+        gates: What is taken already.
+    """
+    taken = {part.node for gate in gates for part in gate.parts}
+    products = {use.result: use for use in uses.found if isinstance(use, Product) and use.node not in taken}
+    found = []
+    for use in products.values():
+        for node in use.result.consumers():
+            # Of Sigmoid and Mul, Mul reads the product too.
+            activated = _activated(node.outputs[0], products)
+            if activated is None or activated[0].node is not use.node or node.graph is not use.node.graph:
+                continue
+            product, activation, inner = activated
+            if _is_read_by(use.result, inner):
+                found.append(Activated(node, product, activation))
+    return found
 
 
 def find_joined(model: ir.Model, uses: Uses, gates: Sequence[Gate]) -> tuple[list[Joined], dict[str, str]]:

@@ -1,9 +1,10 @@
-"""What the kernels of this project can compute in a graph: products and lookups with weights in blocks."""
+"""What the kernels of this project can compute in a graph: products, and lookups with weights in blocks."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.block_products import is_computed_constant, product_with_offsets, sums_blocks
+from onnxsmith.graph_passes.float_weights import FloatWeight
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label
 from onnxsmith.graph_passes.packed_weights import BlockWeight, read_weight, stored_codes
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["Lookup", "Product", "Uses", "find_uses"]
+__all__ = ["Lookup", "PackedWeight", "Product", "Uses", "find_uses", "skip_reason", "with_bias"]
 
 _DOMAIN = "com.microsoft"
 _INT8 = 4
 _FLOAT = ir.DataType.FLOAT
 _IDS = (ir.DataType.INT64, ir.DataType.INT32)
+_PRODUCTS = frozenset({("", "MatMul"), (_DOMAIN, "FusedMatMul"), (_DOMAIN, "MatMulNBits")})
+PackedWeight = BlockWeight | FloatWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Product:
     """``x @ weight.T + bias``.
 
     Attributes:
-        node: The MatMulNBits.
+        node: The MatMulNBits or MatMul.
         x: (..., K).
         weight: (N, K).
         bias: (N,), or None.
@@ -38,7 +42,7 @@ class Product:
 
     node: ir.Node
     x: ir.Value
-    weight: BlockWeight
+    weight: PackedWeight
     bias: ir.Value | None
     result: ir.Value
     summed: ir.Node | None = None
@@ -136,6 +140,12 @@ def find_uses(model: ir.Model, *, refuse: Callable[[ir.Node, BlockWeight], str])
     return Uses(kept, refused)
 
 
+def skip_reason(patterns: Sequence[str], *names: str) -> str:
+    """Why something with these names stays, where patterns say so; an empty string else."""
+    fitting = [one for one in patterns if any(fnmatch.fnmatchcase(name, one) for name in names)]
+    return f"skip_nodes has {fitting[0]!r}" if fitting else ""
+
+
 def _codes(node: ir.Node) -> ir.Value | None:
     return node.inputs[1 if node.op_type == "MatMulNBits" else 0]
 
@@ -182,7 +192,7 @@ def _product(node: ir.Node) -> Product | str:
         return "its bias is not constant"
     summed = None
     if bias is None:
-        result, bias, summed = _with_bias(result, rows)
+        result, bias, summed = with_bias(result, rows)
     if result.producer() is None or result.producer().graph is not node.graph:  # type: ignore[union-attr]
         return "what is added to it stands in another graph"
     return Product(node, x, weight, bias, result, summed)
@@ -203,7 +213,7 @@ def _sums_stand_behind(concat: ir.Node) -> bool:
     return False
 
 
-def _with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None, ir.Node | None]:
+def with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None, ir.Node | None]:
     """What a product becomes with a constant of N numbers that is added to it, alone or with other values."""
     users = result.consumers()
     if len(users) != 1 or result.is_graph_output() or len(result.uses()) != 1:
@@ -223,12 +233,12 @@ def _with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None, 
 
 
 def _is_product(value: ir.Value) -> bool:
-    """Whether a value is a product with a weight in blocks, or the sum of one and its offsets."""
+    """Whether a value is a product, or the sum of one and its offsets."""
     node = value.producer()
     if node is not None and is_operator(node, "Add"):
         makers = [one.producer() for one in node.inputs if one is not None]
-        return any(one is not None and is_operator(one, "MatMulNBits", _DOMAIN) for one in makers)
-    return is_operator(node, "MatMulNBits", _DOMAIN)
+        return any(is_operator(one, "MatMulNBits", _DOMAIN) for one in makers)
+    return node is not None and (node.domain, node.op_type) in _PRODUCTS
 
 
 def _is_bias(value: ir.Value, rows: int) -> bool:

@@ -26,7 +26,6 @@ __all__ = [
     "COLUMNS",
     "BlockWeight",
     "TiledWeight",
-    "joined_weight",
     "read_weight",
     "stored_codes",
 ]
@@ -82,6 +81,51 @@ class BlockWeight:
         offsets = None if self.offsets is None else self.offsets.kind is _BYTES
         return self.columns, self.bits, self.block_size, offsets
 
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Of a node that reads it."""
+        return {"K": self.columns, "N": self.rows, "bits": self.bits, "block_size": self.block_size}
+
+    def joined(self, parts: Sequence[BlockWeight]) -> BlockWeight:
+        """One weight with the rows of several of one form, in order; this is the first."""
+        reads = [part.codes for part in parts]
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        return dataclasses.replace(
+            self,
+            name=common_name([part.name for part in parts]),
+            rows=sum(part.rows for part in parts),
+            codes=lambda reading: np.concatenate([read(reading) for read in reads]),
+            scales=_joined([part.scales for part in parts]),
+            offsets=_joined(offsets) if offsets else None,
+            identity=tuple(value for part in parts for value in part.identity),
+        )
+
+    def store(self, into: BlockTarget) -> TiledWeight:
+        """Adds it to a graph in tiles; they are computed when they are written, one after the other."""
+        name, tiles, blocks = self.name, tile_count(self.rows), self.columns // self.block_size
+        words = self.columns * self.bits // 32
+
+        def codes() -> npt.NDArray[Any]:
+            reading = Reading()
+            packed = pack_tiles(self.codes(reading), self.bits)
+            reading.drop_pages()
+            return packed
+
+        def numbers(suffix: str, of: _Numbers) -> ir.Value:
+            def compute() -> npt.NDArray[Any]:
+                reading = Reading()
+                values = of.read(reading).reshape(self.rows, blocks).astype(of.kind.numpy())
+                reading.drop_pages()
+                return tile_values(values)
+
+            return lazy(into, f"{name}_{suffix}", of.kind, (tiles, blocks, TILE_ROWS), compute)
+
+        return TiledWeight(
+            lazy(into, f"{name}_tiles", _BYTES, (tiles, words, 4 * TILE_ROWS), codes),
+            numbers("tile_scales", self.scales),
+            None if self.offsets is None else numbers("tile_offsets", self.offsets),
+        )
+
     def __str__(self) -> str:
         kind = "symmetric" if self.offsets is None else "zero points" if self.form[3] else "minimums"
         return f"{self.bits} bits in blocks of {self.block_size}, {kind}"
@@ -92,61 +136,14 @@ class TiledWeight:
     """The initializers of a weight in tiles.
 
     Attributes:
-        weight: What they hold.
-        codes: (N/16, K * bits / 32, 64).
-        scales: (N/16, blocks, 16).
+        codes: (N/16, K * bits / 32, 64); of floats, the weight itself, (N/16, K, 16).
+        scales: (N/16, blocks, 16); None of floats.
         offsets: As scales, or None.
     """
 
-    weight: BlockWeight
     codes: ir.Value
-    scales: ir.Value
+    scales: ir.Value | None
     offsets: ir.Value | None
-
-    @classmethod
-    def store(cls, into: BlockTarget, weight: BlockWeight) -> TiledWeight:
-        """Adds them to a graph; they are computed when they are written, one after the other."""
-        name, tiles, blocks = weight.name, tile_count(weight.rows), weight.columns // weight.block_size
-        words = weight.columns * weight.bits // 32
-
-        def codes() -> npt.NDArray[Any]:
-            reading = Reading()
-            packed = pack_tiles(weight.codes(reading), weight.bits)
-            reading.drop_pages()
-            return packed
-
-        def numbers(suffix: str, of: _Numbers) -> ir.Value:
-            def compute() -> npt.NDArray[Any]:
-                reading = Reading()
-                values = of.read(reading).reshape(weight.rows, blocks).astype(of.kind.numpy())
-                reading.drop_pages()
-                return tile_values(values)
-
-            return lazy(into, f"{name}_{suffix}", of.kind, (tiles, blocks, TILE_ROWS), compute)
-
-        offsets = weight.offsets
-        return cls(
-            weight,
-            lazy(into, f"{name}_tiles", _BYTES, (tiles, words, 4 * TILE_ROWS), codes),
-            numbers("tile_scales", weight.scales),
-            None if offsets is None else numbers("tile_offsets", offsets),
-        )
-
-
-def joined_weight(parts: Sequence[BlockWeight]) -> BlockWeight:
-    """One weight with the rows of several of one form, in order."""
-    first = parts[0]
-    reads = [part.codes for part in parts]
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return dataclasses.replace(
-        first,
-        name=common_name([part.name for part in parts]),
-        rows=sum(part.rows for part in parts),
-        codes=lambda reading: np.concatenate([read(reading) for read in reads]),
-        scales=_joined([part.scales for part in parts]),
-        offsets=_joined(offsets) if offsets else None,
-        identity=tuple(value for part in parts for value in part.identity),
-    )
 
 
 def _joined(parts: Sequence[_Numbers]) -> _Numbers:

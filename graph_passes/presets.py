@@ -74,12 +74,12 @@ _FINISH: tuple[PassSpec, ...] = (
 )
 # Query, key and value are joined by the last pass, where their formats agree: each keeps its own.
 _FOR_KERNELS: tuple[PassSpec, ...] = (*_ON_CPU, ("rotary_in_attention", {}), ("logits_to_keep", {}))
-_KERNELS: tuple[PassSpec, ...] = (
-    ("use_packed_kernels", {}),
+_BEHIND_PRODUCTS: tuple[PassSpec, ...] = (
     ("use_own_attention", {}),
     ("norms_in_products", {}),
     *_FINISH,
 )
+_KERNELS: tuple[PassSpec, ...] = (("use_packed_kernels", {}), *_BEHIND_PRODUCTS)
 
 PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "clean": (("transpose_weights", {}), ("cleanup", {}), *_FINISH),
@@ -114,6 +114,7 @@ PRESETS: Mapping[str, tuple[PassSpec, ...]] = {
     "cpu-gguf-kernels": (*_FOR_KERNELS, ("keep_gguf_blocks", {}), *_KERNELS),
     "cpu-int4-kernels": (*_FOR_KERNELS, _INT4, *_KERNELS),
     "cpu-int8-kernels": (*_FOR_KERNELS, _INT8, *_KERNELS),
+    "cpu-fp32-kernels": (*_FOR_KERNELS, ("use_float_kernels", {}), *_BEHIND_PRODUCTS),
 }
 
 PURPOSES: Mapping[str, str] = {
@@ -141,6 +142,7 @@ PURPOSES: Mapping[str, str] = {
     "cpu-gguf-kernels": "As cpu-gguf, by kernels of our own that are compiled where it runs: fastest.",
     "cpu-int4-kernels": "As cpu-int4, by kernels of our own that are compiled where it runs: fastest.",
     "cpu-int8-kernels": "As cpu-int8, by kernels of our own that are compiled where it runs; encoders too.",
+    "cpu-fp32-kernels": "As cpu-fp32, by kernels of our own that are compiled where it runs; encoders too.",
 }
 
 REASONS: Mapping[str, str] = {
@@ -169,6 +171,7 @@ REASONS: Mapping[str, str] = {
     "finer_activations": "after fold_minimums, which wants weights without zero points",
     "float_columns": "after finer_activations, which finds block sums alone beside the products",
     "use_packed_kernels": "after quantization, whose blocks it puts in the order that the kernels read",
+    "use_float_kernels": "when the matrices have their final form, and biases stand beside them",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",

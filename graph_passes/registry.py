@@ -73,6 +73,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "to_float32": "onnxsmith.graph_passes.type_repairs:ToFloat32",
         "use_own_attention": "onnxsmith.graph_passes.own_attention:UseOwnAttention",
         "transpose_weights": "onnxsmith.graph_passes.weights:TransposeWeights",
+        "use_float_kernels": "onnxsmith.graph_passes.float_kernels:UseFloatKernels",
         "use_packed_kernels": "onnxsmith.graph_passes.packed_kernels:UsePackedKernels",
     }
 )

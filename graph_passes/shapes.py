@@ -140,7 +140,8 @@ def _columns(node: ir.Node) -> list[_Result]:
 def _packed_columns(node: ir.Node) -> list[_Result]:
     """MatMulPacked: the last axis becomes N, or half of it with the gate of an MLP."""
     axes, rows, gate = axes_of(node.inputs[0]), int_attribute(node, "N"), node.attributes.get("activation")
-    width = rows if gate is None or gate.as_string() == "none" else rows // 2
+    whole = gate is None or gate.as_string() == "none" or not int_attribute(node, "gated", 1)
+    width = rows if whole else rows // 2
     return [(_type(node), None if not axes else (*axes[:-1], width))]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxsmith.comparison import Tolerance
-from onnxsmith.own_operators import PACKED_OPERATORS
+from onnxsmith.own_operators import rounds_weights
 from onnxsmith.runtime.divergence import ROUNDING, Blame, TensorTrace
 from onnxsmith.runtime.graph_parts import GraphValues
 from onnxsmith.runtime.matching import Match
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["blame_nodes"]
 
 # Operators whose weights are rounded: their results are not exact, and need not be.
-_ROUGH = frozenset({"GatherBlockQuantized", "MatMulNBits"}) | PACKED_OPERATORS
+_ROUGH = frozenset({"GatherBlockQuantized", "MatMulNBits"})
 # A node that is so far off on right inputs may have been given a scale that another one takes back.
 _FAR = 0.2
 # A node stands out where it makes so many times the error that is usual for its kind.
@@ -65,9 +65,7 @@ def blame_nodes(
             worst[trace.node] = trace
     # What a segment does is what its least exact node does.
     rough = {
-        trace.name: next(
-            (n for n in segments[trace.name] if n.op_type in _ROUGH), values.producers[trace.name]
-        )
+        trace.name: next((n for n in segments[trace.name] if _is_rough(n)), values.producers[trace.name])
         for trace in worst.values()
     }
     kinds: dict[str, list[float]] = {}
@@ -123,9 +121,13 @@ def _made(trace: TensorTrace, inherited: float) -> TensorError:
     )  # fmt: skip
 
 
+def _is_rough(node: ir.Node) -> bool:
+    return node.op_type in _ROUGH or rounds_weights(node)
+
+
 def _usual(node: ir.Node, tolerance: Tolerance) -> float:
     """Error that needs no explanation, by what a node computes with."""
-    if node.op_type in _ROUGH:
+    if _is_rough(node):
         bits = node.attributes.get("bits")
         return 0.3 if bits is None or bits.as_int() <= 4 else 0.03
     return 10 * ROUNDING if tolerance.rtol is None else tolerance.rtol

@@ -119,7 +119,9 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
         rows = count // out[-1] if out[-1] else 0
         inner = math.prod(shapes[0]) // rows if rows else 0
         operations = 2.0 * count * inner
-        tiles = next((shape for shape in shapes if len(shape) == 3 and shape[2] == 4 * TILE_ROWS), None)
+        # Tiles have so many numbers, and stand behind the activations.
+        sizes = (TILE_ROWS * inner, TILE_ROWS * inner // 2)
+        tiles = next((one for one in shapes[::-1] if len(one) == 3 and one[1] * one[2] in sizes), None)
         if node.op_type in PACKED_OPERATORS and tiles is not None:
             # Two rows of the weight for one number of the result where it has the gate of an MLP.
             operations = 2.0 * rows * inner * TILE_ROWS * tiles[0]

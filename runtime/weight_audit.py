@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxsmith.own_operators import PACKED_OPERATORS, WEIGHT_INPUT
-from onnxsmith.packed_tiles import packed_rows
+from onnxsmith.own_operators import PACKED_OPERATORS, WEIGHT_INPUT, rounds_weights
+from onnxsmith.packed_tiles import packed_rows, untile_values
 from onnxsmith.runtime.integer_weights import integer_weights
 from onnxsmith.runtime.session import Array
 
@@ -40,8 +40,14 @@ def audit_weights(node: ir.Node, weight: Callable[[str], Array | None]) -> str:
     Returns:
         A sentence; empty where nothing is wrong, or where there is nothing to compare with.
     """
-    if node.op_type in ("MatMulNBits", "GatherBlockQuantized") or node.op_type in PACKED_OPERATORS:
+    if node.op_type in ("MatMulNBits", "GatherBlockQuantized") or rounds_weights(node):
         return _audit_blocks(node, weight)
+    if node.op_type in PACKED_OPERATORS:
+        tiles = _stored(node.inputs[WEIGHT_INPUT[node.op_type]])
+        expected = None if tiles is None or not tiles.name else weight(tiles.name)
+        if tiles is not None and tiles.name and tiles.const_value is not None and expected is not None:
+            matrix = untile_values(tiles.const_value.numpy(), _integer(node, "N", 0))
+            return _audit_floats(tiles.name, matrix, expected)
     for value in node.inputs:
         if value is None or not value.is_initializer() or value.const_value is None or not value.name:
             continue

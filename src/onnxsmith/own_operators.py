@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "FLOAT_BITS",
     "OWN_DOMAIN",
     "PACKED_OPERATORS",
     "WEIGHT_INPUT",
     "brings_own_operators",
     "own_nodes",
+    "rounds_weights",
     "uses_own_operators",
 ]
 
@@ -25,6 +27,14 @@ WEIGHT_INPUT: Mapping[str, int] = MappingProxyType(
 )
 """Operators with a matrix in tiles, to the first of its three inputs: codes, scales and offsets."""
 PACKED_OPERATORS = frozenset(WEIGHT_INPUT)
+FLOAT_BITS = 32
+"""The attribute ``bits`` of operators whose matrix is in float32, without scales and offsets."""
+
+
+def rounds_weights(node: ir.Node) -> bool:
+    """Whether a node is such an operator, with a matrix that is not in float32."""
+    bits = node.attributes.get("bits")
+    return node.op_type in PACKED_OPERATORS and (bits is None or bits.as_int() != FLOAT_BITS)
 
 
 def own_nodes(model: ir.Model) -> Iterator[ir.Node]:

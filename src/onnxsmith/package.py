@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxsmith.own_operators import PACKED_OPERATORS
+from onnxsmith.own_operators import rounds_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,7 +45,7 @@ COMPONENT_ORDER = (
     "decoder_postnet_and_vocoder",
 )
 
-_BLOCK_QUANTIZED = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"} | PACKED_OPERATORS)
+_BLOCK_QUANTIZED = frozenset({"GatherBlockQuantized", "MatMulBnb4", "MatMulNBits"})
 _INTEGER_OPERATORS = frozenset(
     {
         "ConvInteger",
@@ -177,7 +177,7 @@ class ModelPackage:
         floats: Counter[str] = Counter({"float32": 0})
         for component in self.components.values():
             for node in component.model.graph.all_nodes():
-                if node.op_type in _BLOCK_QUANTIZED:
+                if node.op_type in _BLOCK_QUANTIZED or rounds_weights(node):
                     attribute = node.attributes.get("bits")
                     bits.add(4 if attribute is None else attribute.as_int())
                 elif node.op_type in _INTEGER_OPERATORS or "kv_cache_bit_width" in node.attributes:

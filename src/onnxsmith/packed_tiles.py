@@ -8,12 +8,14 @@ else, a zero point (uint8) or a minimum (float) beside it. Rows are filled up wi
 - scales, zero points and minimums: (N/16, K/block_size, 16), element (t, j, c) is that of block j of row
   16 t + c.
 
+A matrix of floats is float32 (N/16, K, 16), element (t, k, c) is that of row 16 t + c and column k.
+
 See docs/kernels.md for the operators that compute with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ __all__ = [
     "pack_tiles",
     "packed_rows",
     "tile_count",
+    "tile_floats",
     "tile_values",
     "unpack_tiles",
     "untile_values",
@@ -91,6 +94,22 @@ def untile_values(tiled: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
     """What ``tile_values`` put in tiles: (N, blocks)."""
     tiles, blocks, _ = tiled.shape
     return np.ascontiguousarray(tiled.transpose(0, 2, 1)).reshape(tiles * TILE_ROWS, blocks)[:rows]
+
+
+def tile_floats(parts: Iterable[npt.NDArray[np.float32]], rows: int, columns: int) -> npt.NDArray[np.float32]:
+    """A matrix in tiles: (ceil(N / 16), K, 16).
+
+    Args:
+        parts: Some rows each, (*, K), one after the other.
+        rows: N.
+        columns: K.
+    """
+    padded = np.zeros((tile_count(rows) * TILE_ROWS, columns), np.float32)
+    begin = 0
+    for part in parts:
+        padded[begin : begin + len(part)] = part
+        begin += len(part)
+    return np.ascontiguousarray(padded.reshape(-1, TILE_ROWS, columns).transpose(0, 2, 1))
 
 
 def packed_rows(

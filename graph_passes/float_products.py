@@ -1,0 +1,92 @@
+"""Products with constant matrices in float32 that the kernels of this project can compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from onnxsmith.graph_passes.float_weights import FloatWeight
+from onnxsmith.graph_passes.matching import label
+from onnxsmith.graph_passes.packed_products import Lookup, Product, Uses, with_bias
+from onnxsmith.graph_passes.weights import MatMulWeight, find_matmul_weights, is_transpose
+from onnxsmith.packed_tiles import TILE_ROWS
+
+__all__ = ["find_float_products"]
+
+_FLOAT = ir.DataType.FLOAT
+
+
+def find_float_products(model: ir.Model, *, refuse: Callable[[ir.Node, str], str]) -> Uses:
+    """Finds the products of the main graph.
+
+    A weight that something else reads as well, such as an embedding that is the head too, would be stored
+    twice in tiles and in rows: it stays.
+
+    Args:
+        model: Where to look.
+        refuse: Says why a node, with the name of its weight, has to stay; an empty string where it need not.
+    """
+    refused: dict[str, str] = {}
+    weights: list[MatMulWeight] = []
+    for one in find_matmul_weights(model):
+        if isinstance(one, tuple):
+            refused[label(one[0])] = one[1]
+        else:
+            weights.append(one)
+    candidates: dict[ir.Value, set[ir.Node]] = {}
+    for weight in weights:
+        reason = _refusal(weight) or refuse(weight.node, weight.source.name or "")
+        if reason:
+            refused[label(weight.node)] = reason
+        else:
+            candidates.setdefault(weight.source, set()).add(weight.node)
+    products: list[Product | Lookup] = []
+    for weight in weights:
+        if weight.node not in candidates.get(weight.source, set()):
+            continue
+        others = [node for node in _readers(weight.source) if node not in candidates[weight.source]]
+        if others:
+            refused[label(weight.node)] = (
+                f"{label(others[0])} reads its weight too, which would be stored twice"
+            )
+        elif weight.source.is_graph_output():
+            refused[label(weight.node)] = "its weight is an output of the graph"
+        else:
+            products.append(_product(weight))
+    return Uses(products, refused)
+
+
+def _refusal(weight: MatMulWeight) -> str:
+    tensor = weight.source.const_value
+    if tensor is None or tensor.dtype is not _FLOAT:
+        return f"the weight is {'missing' if tensor is None else tensor.dtype.name}; expected FLOAT"
+    if min(weight.out_features, weight.in_features) < TILE_ROWS:
+        size = f"{weight.out_features} x {weight.in_features}"
+        return f"a matrix of {size} is too small for tiles of {TILE_ROWS} rows"
+    return ""
+
+
+def _readers(source: ir.Value) -> list[ir.Node]:
+    """The nodes that read a matrix, as it lies or turned."""
+    found: list[ir.Node] = []
+    for node in source.consumers():
+        if is_transpose(node) and not node.outputs[0].is_graph_output():
+            found += node.outputs[0].consumers()
+        else:
+            found.append(node)
+    return found
+
+
+def _product(weight: MatMulWeight) -> Product:
+    source = weight.source
+    assert source.const_value is not None
+    floats = FloatWeight(
+        source.name or "weight",
+        weight.out_features,
+        weight.in_features,
+        ((source.const_value, weight.is_transposed),),
+        (source,),
+    )
+    result, bias, summed = with_bias(weight.node.outputs[0], weight.out_features)
+    return Product(weight.node, weight.activation, floats, bias, result, summed)
