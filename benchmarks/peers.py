@@ -83,6 +83,7 @@ _OWN_KERNELS = "kernels of onnxsmith, compiled here for this processor"
 DECODERS = (
     Candidate("PyTorch eager fp32", "pytorch", "eager", "checkpoint", False),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "gguf"),
+    Candidate("onnxsmith cpu-fp32-kernels", "onnxsmith", "cpu-fp32-kernels", "gguf", note=_OWN_KERNELS),
     Candidate("onnxsmith cpu-gguf", "onnxsmith", "cpu-gguf", "gguf", note="4 bit blocks of the file, kept"),
     Candidate("onnxsmith cpu-gguf-newest", "onnxsmith", "cpu-gguf-newest", "gguf",
               note="needs ONNX Runtime 1.32"),
@@ -105,6 +106,7 @@ ENCODERS = (
     Candidate("PyTorch compiled fp32", "pytorch", "compiled", "checkpoint", False),
     Candidate("optimum fp32", "optimum", "fp32-encoder", "checkpoint", note="run by ONNX Runtime"),
     Candidate("onnxsmith cpu-fp32", "onnxsmith", "cpu-fp32", "checkpoint"),
+    Candidate("onnxsmith cpu-fp32-kernels", "onnxsmith", "cpu-fp32-kernels", "checkpoint", note=_OWN_KERNELS),
     Candidate("onnxruntime.transformers fp32", "optimum", "ort-transformers", "optimum fp32"),
     Candidate("onnxsim fp32", "simplifiers", "onnxsim", "optimum fp32"),
     Candidate("onnxslim fp32", "simplifiers", "onnxslim", "optimum fp32"),

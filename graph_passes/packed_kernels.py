@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.packed_products import find_uses, skip_reason
-from onnxsmith.graph_passes.packed_weights import BlockWeight
 from onnxsmith.graph_passes.packed_writer import write_uses
 
 __all__ = ["UsePackedKernels"]
@@ -49,7 +48,9 @@ class UsePackedKernels(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Changes the graph and its branches; weights are put in tiles when they are written."""
-        uses = find_uses(model, refuse=self._skipped)
+        uses = find_uses(
+            model, refuse=lambda node, weight: skip_reason(self.skip_nodes, node.name or "", weight)
+        )
         if not uses.found:
             return Changes(skipped=uses.refused)
         columns = self.activation_block or (16 if _has_cache(model) else 32)
@@ -57,9 +58,6 @@ class UsePackedKernels(GraphPass):
         arithmetic = f"int8, activations rounded to 8 bits in blocks of {columns}"
         changes.details = {**changes.details, "arithmetic": arithmetic}
         return changes
-
-    def _skipped(self, node: ir.Node, weight: BlockWeight) -> str:
-        return skip_reason(self.skip_nodes, node.name or "", weight.name)
 
 
 def _has_cache(model: ir.Model) -> bool:

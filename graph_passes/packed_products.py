@@ -92,7 +92,7 @@ class Uses:
     refused: dict[str, str]
 
 
-def find_uses(model: ir.Model, *, refuse: Callable[[ir.Node, BlockWeight], str]) -> Uses:
+def find_uses(model: ir.Model, *, refuse: Callable[[ir.Node, str], str]) -> Uses:
     """Finds the products and lookups of a graph and its branches that the kernels can compute.
 
     A weight goes over with everything that reads it, or it would be stored twice: where one of its readers
@@ -100,7 +100,7 @@ def find_uses(model: ir.Model, *, refuse: Callable[[ir.Node, BlockWeight], str])
 
     Args:
         model: Where to look.
-        refuse: Says why a node that could go over has to stay; an empty string where it need not.
+        refuse: Says why a node, with the name of its weight, has to stay; an empty string where it need not.
     """
     found: list[Product | Lookup] = []
     refused: dict[str, str] = {}
@@ -114,7 +114,7 @@ def find_uses(model: ir.Model, *, refuse: Callable[[ir.Node, BlockWeight], str])
             else:
                 continue
             if not isinstance(use, str):
-                use = refuse(node, use.weight) or use
+                use = refuse(node, use.weight.name) or use
             if isinstance(use, str):
                 refused[label(node)] = use
                 holder = stored_codes(_codes(node))

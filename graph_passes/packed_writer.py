@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.block_nodes import BlockTarget, add_node, lazy, unused
 from onnxsmith.graph_passes.contract import Changes
+from onnxsmith.graph_passes.float_weights import FloatWeight
 from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.names import value_names
 from onnxsmith.graph_passes.packed_functions import make_callable
@@ -25,7 +26,7 @@ from onnxsmith.graph_passes.packed_joins import (
     find_joined,
 )
 from onnxsmith.graph_passes.packed_products import Lookup, PackedWeight, Product, Uses
-from onnxsmith.graph_passes.packed_weights import TiledWeight
+from onnxsmith.graph_passes.packed_weights import BlockWeight, TiledWeight
 from onnxsmith.graph_passes.weights import common_name, constant_of
 from onnxsmith.own_operators import OWN_DOMAIN
 
@@ -231,5 +232,7 @@ def _graph_of(node: ir.Node) -> ir.Graph:
 
 
 def _joined_weight(parts: Sequence[Product]) -> PackedWeight:
-    first = parts[0].weight
-    return first.joined([part.weight for part in parts])
+    """One weight of those of products, which have one form."""
+    floats = [part.weight for part in parts if isinstance(part.weight, FloatWeight)]
+    blocks = [part.weight for part in parts if isinstance(part.weight, BlockWeight)]
+    return floats[0].joined(floats) if floats else blocks[0].joined(blocks)
