@@ -172,6 +172,8 @@ REASONS: Mapping[str, str] = {
     "float_columns": "after finer_activations, which finds block sums alone beside the products",
     "use_packed_kernels": "after quantization, whose blocks it puts in the order that the kernels read",
     "use_float_kernels": "when the matrices have their final form, and biases stand beside them",
+    "use_own_attention": "after the products of query, key and value are joined in front of it",
+    "norms_in_products": "after the products, which take the norms that they alone read",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",
