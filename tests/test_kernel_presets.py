@@ -177,3 +177,22 @@ def test_each_step_is_verified(tiny_package: ModelPackage, kernels: Path) -> Non
     after = run_passes(tiny_package, make_passes([specs[0], *specs[at:]]), verify=StepVerifier())
     (step,) = (step for step in after.steps if step.name == "use_packed_kernels")
     assert step.details["verified"]["compared"] and step.details["verified"]["max_abs"] < 1e-4
+
+
+def test_branches_for_prompts_and_tokens(tiny_package: ModelPackage, kernels: Path) -> None:
+    """Products in branches go over too; a weight that both branches read stands in front of them."""
+    form = {"bits": 4, "block_size": 32, "minimums": True, "half_scales": True}
+    plain = run_passes(tiny_package, make_passes([("quantize_weights", form)]))
+    two = run_passes(plain, make_passes([("fast_prompts", {}), ("use_packed_kernels", {})]))
+    (branched,) = (step for step in two.steps if step.name == "fast_prompts")
+    assert branched.details["products"] > 4 and len(own(two)) > 4
+    long, short = np.arange(2, 14)[None], np.arange(2, 6)[None]
+    found = []
+    for package in (plain, two):
+        with OrtSession(package, threads=1) as session:
+            decoder = open_decoder(session)
+            first = decoder.step(long)
+            decoder.reset()
+            found.append((first, decoder.step(short)))
+    assert cosine(found[1][0], found[0][0]) > 0.99
+    assert cosine(found[1][1], found[0][1]) > 0.99
