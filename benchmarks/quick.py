@@ -44,6 +44,8 @@ RATIOS = (
     ("prompt, newest to cpu-int4", "prompt cpu-int4", "prompt cpu-int4-newest"),
     ("prompt, fastest to newest", "prompt cpu-int4-newest", "prompt cpu-int4-fastest"),
     ("decode, fastest to newest", "decode cpu-int4-newest", "decode cpu-int4-fastest"),
+    ("decode, own kernels to newest", "decode cpu-int4-newest", "decode cpu-int4-kernels"),
+    ("prompt, own kernels to newest", "prompt cpu-int4-newest", "prompt cpu-int4-kernels"),
     ("encoder 1x64, fused to as exported", "1x64 clean", "1x64 cpu-fp32"),
     ("encoder 1x64, int8 to fp32", "1x64 cpu-fp32", "1x64 cpu-int8-dynamic"),
     ("encoder 8x128, int8 to fp32", "8x128 cpu-fp32", "8x128 cpu-int8-dynamic"),
@@ -79,7 +81,7 @@ def decoder_tasks(folder: Path) -> Iterator[tuple[str, Callable[[], float]]]:
     """Processor seconds of prompts and tokens."""
     package = decoder()
     prompt = np.random.default_rng(0).integers(0, DECODER["vocab_size"], (1, 256))
-    for preset in ("cpu-fp32", "cpu-int4", "cpu-int4-newest", "cpu-int4-fastest"):
+    for preset in ("cpu-fp32", "cpu-int4", "cpu-int4-newest", "cpu-int4-fastest", "cpu-int4-kernels"):
         session = opened(package, preset, folder / "decoder")
         one = open_decoder(session, capacity=512)
 
