@@ -72,6 +72,8 @@ if not library.exists():
 if library.exists():  # else the graph's own functions run, slowly, where it has some
     options.register_custom_ops_library(str(library))
 """
+# Versions of the sources, of a megabyte each.
+_MOST_KEPT = 16
 _OTHERS_WRITE = 0o022
 _STICKY = 0o1000
 
@@ -329,6 +331,7 @@ def _compiled(
             seconds = round(time.perf_counter() - began, 1)
             record = {"compiler": version, "command": list(compiler.command), "seconds": seconds}
             path.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+            _forget_old(kept.parent)
     except OSError as error:
         raise KernelsUnavailableError(
             str(kept),
@@ -338,6 +341,13 @@ def _compiled(
             "`onnxsmith kernels --build` made elsewhere",
         ) from error
     return KernelLibrary(path.resolve(), version, seconds)
+
+
+def _forget_old(directory: Path) -> None:
+    """Keeps the libraries that were compiled last; who still has an older one loaded goes on with it."""
+    places = [place for place in directory.iterdir() if place.is_dir()]
+    for place in sorted(places, key=lambda one: one.stat().st_mtime)[:-_MOST_KEPT]:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

@@ -116,6 +116,15 @@ def test_what_a_killed_process_left_goes(sources: Path) -> None:
     assert not (kept / ".build-dead").exists()
 
 
+def test_old_ones_go(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxsmith.runtime.kernel_library._MOST_KEPT", 2)
+    made = []
+    for number in range(4):
+        (sources / "tiny.cpp").write_text(f"{TINY}int number = {number};\n")
+        made.append(kernel_library(sources=sources).path)
+    assert [path.exists() for path in made] == [False, False, True, True]
+
+
 def test_no_compiler_names_the_command(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
