@@ -11,6 +11,44 @@ namespace avx512vnni {
 
 #include "tiles.inl"
 
+// `round_by` of tiles.inl with sixteen numbers at a time, bit by bit.
+template <int UNIT>
+void round_vectors(const float* row, int64_t columns, Activations out) {
+  constexpr int kVectors = UNIT / 16;
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  for (int64_t u = 0; u < columns / UNIT; ++u) {
+    __m512 values[kVectors];
+    __m512i largest = _mm512_setzero_si512();
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = _mm512_loadu_ps(row + u * UNIT + 16 * v);
+      largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(values[v]), magnitude));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(largest);
+    float top;
+    std::memcpy(&top, &bits, sizeof(top));
+    const float scale = top / 127.0f;
+    const __m512 inverse = _mm512_set1_ps(top > 1e-35f ? 127.0f / top : 0.0f);
+    __m512i sums = _mm512_setzero_si512();
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(values[v], inverse));
+      sums = _mm512_add_epi32(sums, codes);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out.codes + u * UNIT + 16 * v), _mm512_cvtepi32_epi8(codes));
+    }
+    const int32_t sum = _mm512_reduce_add_epi32(sums);
+    out.scales[u] = scale;
+    out.sums[u] = sum;
+    out.scaled_sums[u] = scale * static_cast<float>(sum);
+  }
+}
+
+void round_fast(const float* row, int64_t columns, int64_t unit, Activations out) {
+  if (unit == 16) {
+    round_vectors<16>(row, columns, out);
+  } else {
+    round_vectors<32>(row, columns, out);
+  }
+}
+
 inline __m512 load(const void* from, bool half, int64_t at) {
   if (!half) return _mm512_loadu_ps(static_cast<const float*>(from) + at);
   return _mm512_cvtph_ps(
@@ -234,7 +272,7 @@ bool supported() { return x86().avx512vnni; }
 }  // namespace avx512vnni
 
 const Tiles& avx512vnni_tiles() {
-  static const Tiles tiles{"avx512vnni",          avx512vnni::supported, avx512vnni::round,
+  static const Tiles tiles{"avx512vnni",          avx512vnni::supported, avx512vnni::round_fast,
                            avx512vnni::normalize, avx512vnni::product,   avx512vnni::products,
                            avx512vnni::gate};
   return tiles;
