@@ -58,7 +58,7 @@ _FLOAT_PRODUCT = """
   product = MatMul (A, right)
 """
 _OFFSETS = "  turned_offsets = Transpose <perm = [0, 2, 1]> (offsets)"
-# Rows before anything of them is unpacked.
+# Rows before anything of them is unpacked; those that fill the last tile are none, for negative ids too.
 _PICK = """
   width = Constant <value_ints = [{width}]> ()
   bytes_of_columns = Mul (columns, width)
@@ -66,15 +66,17 @@ _PICK = """
   bytes = Div (bytes_of_columns, eight)
   row_shape = Concat <axis = 0> (rest, bytes)
   flat = Reshape (rows, row_shape)
+  present = Slice (flat, zero, row_count, zero)
   wanted = Reshape (ids, rest)
-  picked = Gather <axis = 0> (flat, wanted)
+  picked = Gather <axis = 0> (present, wanted)
   words = Constant <value_ints = [0, -1, 1, 4]> ()
   chosen = Reshape (picked, words)
   table = Concat <axis = 0> (rest, blocks)
 """
 _PICK_NUMBERS = """
   {name}_rows = Reshape (turned_{name}, table)
-  chosen_{name} = Gather <axis = 0> ({name}_rows, wanted)
+  present_{name} = Slice ({name}_rows, zero, row_count, zero)
+  chosen_{name} = Gather <axis = 0> (present_{name}, wanted)
 """
 _NUMBERS = """
   float_{name} = Cast <to = 1> ({source}_{name})

@@ -188,6 +188,53 @@ def test_norms_before_products(offsets: str, skip: bool, tmp_path: Path) -> None
     assert np.abs(expected).max() > 20 * allowed.max()
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 64), (3, 64), (1, 64), (64,)])
+def test_a_skip_is_repeated_for_each_of_a_batch(shape: tuple[int, ...], tmp_path: Path) -> None:
+    random = np.random.default_rng(12)
+    matrix = random_matrix(random, 48, 64)
+    norm = random.uniform(0.5, 2, 64).astype(np.float32)
+    a = random.standard_normal((2, 3, 64)).astype(np.float32)
+    skip = random.standard_normal(shape).astype(np.float32)
+
+    def run(given: Array) -> dict[str, Array]:
+        node = norm_node(matrix, skip=True)
+        shapes = {"A": ["b", "s", 64], "skip": [f"axis{n}" for n in range(given.ndim)]}
+        model = model_of(node, matrix.inputs() | {"norm": norm}, shapes)
+        model.graph.output.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT, shapes["A"]))
+        with open_session(tmp_path, model) as session:
+            return session.run({"A": a, "skip": given})
+
+    got, whole = run(skip), run(np.broadcast_to(skip, a.shape).copy())
+    np.testing.assert_array_equal(got["sum"], a + skip)
+    np.testing.assert_array_equal(got["Y"], whole["Y"])
+    with pytest.raises(ModelFileError, match="NormMatMulPacked, skip: got"):
+        run(np.zeros((2, 1, 64), np.float32))
+
+
+SUBNORMAL = """
+import sys, dataclasses, numpy as np, onnxruntime as ort
+sys.path.insert(0, {here!r})
+from onnxsmith.runtime.kernel_library import register_kernels
+from packed_matrices import gather_node, model_of, random_matrix
+matrix = random_matrix(np.random.default_rng(13), 16, 64)
+matrix = dataclasses.replace(matrix, scales=np.full_like(matrix.scales, np.float16(3e-6)))
+options = ort.SessionOptions()
+options.add_session_config_entry("session.set_denormal_as_zero", "1")
+register_kernels(options)
+model = model_of(gather_node(matrix), matrix.inputs(), {{"ids": ["rows"]}})
+session = ort.InferenceSession(model.SerializeToString(), options)
+got = session.run(None, {{"ids": np.arange(16)}})[0]
+assert np.array_equal(got, matrix.weight().astype(np.float32)), got
+"""
+
+
+def test_small_scales_hold_where_subnormal_numbers_are_taken_for_zero() -> None:
+    # Which of the two it is, the first session of a process says.
+    program = SUBNORMAL.format(here=str(HERE))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @given(
     rows=st.integers(1, 80),
     blocks=st.integers(1, 6),

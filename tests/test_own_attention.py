@@ -198,6 +198,65 @@ def test_rows_that_see_nothing_are_zero(tmp_path: Path) -> None:
     assert (y[:, 0] == 0).all() and np.isfinite(y).all() and (y[:, 1:] != 0).any()
 
 
+@pytest.mark.parametrize("rows", [2, 70])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_numbers_that_are_none_are_not_hidden(name: str, number: float, rows: int, tmp_path: Path) -> None:
+    given = feeds_of(2, rows, 5, 4, 2, 64, packed=False, angles=False)
+    with attention_session(tmp_path, OWN_DOMAIN, given, num_heads=4, kv_num_heads=2) as session:
+        expected = answers(session, given)["y"]
+        given[name][0, 1] = number
+        got = answers(session, given)["y"]
+    lost = ~np.isfinite(got).all(axis=2)
+    assert np.isfinite(expected).all()
+    # A row sees its own key, and those before it.
+    assert lost[0, 1:].all() if name == "key" else lost[0].tolist() == [row == 1 for row in range(rows)]
+    np.testing.assert_array_equal(got[0, :1], expected[0, :1])
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_no_token_leaves_the_cache_as_it_is(tmp_path: Path) -> None:
+    given = feeds_of(2, 0, 21, 4, 2, 64)
+    with attention_session(tmp_path, OWN_DOMAIN, given, num_heads=4, kv_num_heads=2, do_rotary=1) as session:
+        got = answers(session, given)
+    assert got["y"].shape == (2, 0, 256)
+    np.testing.assert_array_equal(got["k"], given["past_key"])
+    np.testing.assert_array_equal(got["v"], given["past_value"])
+
+
+def test_room_behind_the_last_key_is_zero(tmp_path: Path) -> None:
+    given = feeds_of(1, 2, 40, 4, 2, 64)
+    given["total"] = np.array([12], np.int32)
+    given["positions"] = np.array([[10, 11]])
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}
+    with attention_session(tmp_path, OWN_DOMAIN, given, **attributes) as session:
+        # What ONNX Runtime frees, it takes again.
+        answers(session, given | {"total": np.array([42], np.int32), "past_key": given["past_key"] + 7})
+        got = answers(session, given)
+    for name, past in (("k", given["past_key"]), ("v", given["past_value"])):
+        np.testing.assert_array_equal(got[name][:, :, :10], past[:, :, :10])
+        assert (got[name][:, :, 10:12] != 0).any() and not got[name][:, :, 12:].any()
+
+
+@pytest.mark.parametrize("heads", [2**60, 2**62, -4, 0])
+def test_a_number_of_heads_that_cannot_be(heads: int, tmp_path: Path) -> None:
+    given = feeds_of(1, 2, 3, 4, 4, 64, packed=False)
+    with (
+        pytest.raises(ModelFileError, match=f"num_heads: got {heads}"),
+        attention_session(tmp_path, OWN_DOMAIN, given, num_heads=heads, kv_num_heads=heads),
+    ):
+        pass
+
+
+def test_heads_of_no_width(tmp_path: Path) -> None:
+    given = feeds_of(1, 2, 3, 4, 4, 0, packed=False, angles=False)
+    with (
+        attention_session(tmp_path, OWN_DOMAIN, given, num_heads=4, kv_num_heads=4) as session,
+        pytest.raises(ModelFileError, match="query: got"),
+    ):
+        answers(session, given)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -40,9 +40,12 @@ inline Partial weights_of(const QueryRow& row, int64_t begin, int64_t count, flo
   for (int64_t j = 16; j < kPiece; j += 16) largest = larger(largest, load(scores + j));
   const float highest = largest_of(largest);
   if (!(highest > -INFINITY)) {
-    // It sees none of them, or all are masked by an infinite bias.
-    for (int64_t j = 0; j < kPiece; ++j) scores[j] = 0.0f;
-    return {0.0f, 0.0f};
+    // It sees none of them, or all are masked by an infinite bias; or what it sees are no numbers, which may not
+    // be hidden.
+    float none = 0.0f;
+    for (int64_t j = from; j < to; ++j) none = scores[j] == scores[j] ? none : NAN;
+    for (int64_t j = 0; j < kPiece; ++j) scores[j] = none;
+    return {0.0f, none};
   }
   for (int64_t j = 0; j < kPiece; ++j) {
     const float power = exponential(scores[j] - highest);

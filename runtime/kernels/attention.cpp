@@ -13,6 +13,7 @@ namespace {
 constexpr const char* kName = "GroupQueryAttention";
 constexpr int64_t kRowsOfTask = 16;  // of a long prompt
 constexpr int64_t kFew = 64;         // query rows of one key head that share a pass over the keys
+constexpr int64_t kMost = 1 << 20;   // heads: what is computed from their number stays far from overflow
 
 struct Queries;
 struct Parts;
@@ -71,7 +72,7 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
   const bool packed = !call.key;
   expect(packed == !call.value, "key and value", "one of them", "both or none");
   const int64_t parts = packed ? heads + 2 * kv_heads : heads;
-  expect(shape[2] % (16 * parts) == 0, "query", text(shape),
+  expect(shape[2] > 0 && shape[2] % (16 * parts) == 0, "query", text(shape),
          "a width of " + std::to_string(parts) + " heads, each a multiple of 16");
   call.size = shape[2] / parts;
   if (!packed) {
@@ -119,8 +120,9 @@ GroupQueryAttention::GroupQueryAttention(const Attributes& attributes)
       rotary_(attributes.integer("do_rotary", 0) != 0),
       interleaved_(attributes.integer("rotary_interleaved", 0) != 0),
       rotary_rows_(attributes.integer("rotary_rows", 0) != 0) {
-  expect(heads_ > 0 && kv_heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads", std::to_string(heads_),
-         "a multiple of kv_num_heads = " + std::to_string(kv_heads_));
+  expect(heads_ > 0 && heads_ <= kMost && kv_heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads",
+         std::to_string(heads_),
+         "at most 2^20, and a multiple of kv_num_heads = " + std::to_string(kv_heads_));
 }
 
 void GroupQueryAttention::compute(const Run& run) const {
@@ -134,7 +136,7 @@ void GroupQueryAttention::compute(const Run& run) const {
   const std::vector<int64_t> cache{call.batch, kv_heads_, capacity, size};
   const Tensor keys = run.output(1, cache, kFloat);
   const Tensor values = run.output(2, cache, kFloat);
-  if (call.batch * rows == 0) return;
+  if (call.batch == 0) return;
 
   float* queries = reinterpret_cast<float*>(
       scratch<Queries>(sizeof(float) * call.batch * heads_ * rows * size));  // [batch, heads, rows, size]
@@ -150,19 +152,24 @@ void GroupQueryAttention::compute(const Run& run) const {
     float* value_rows = values.as<float>() + task * capacity * size;
     const float* past_keys = call.past_key.as<float>() + task * call.past * size;
     const float* past_values = call.past_value.as<float>() + task * call.past * size;
-    // Past and present may be one buffer.
-    if (past_keys != key_rows) std::memcpy(key_rows, past_keys, sizeof(float) * before * size);
-    if (past_values != value_rows) std::memcpy(value_rows, past_values, sizeof(float) * before * size);
+    // Past and present may be one buffer. Of another one, nothing is left as it was found.
+    const auto keep = [&](const float* from, float* to) {
+      if (from == to) return;
+      std::copy(from, from + before * size, to);
+      std::fill(to + call.total * size, to + capacity * size, 0.0f);
+    };
+    keep(past_keys, key_rows);
+    keep(past_values, value_rows);
     for (int64_t s = 0; s < rows; ++s) {
-      int64_t position = before + s;
-      if (rotary_rows_) {
-        position = b * rows + s;
-      } else if (call.positions) {
-        position = call.positions.as<int64_t>()[b * rows + s];
-      }
       const float* cosine = nullptr;
       const float* sine = nullptr;
       if (rotary_) {
+        int64_t position = before + s;
+        if (rotary_rows_) {
+          position = b * rows + s;
+        } else if (call.positions) {
+          position = call.positions.as<int64_t>()[b * rows + s];
+        }
         if (position < 0 || position >= call.cosine.shape[0]) {
           fail(std::string(kName) + ", position_ids", std::to_string(position),
                "one of the " + std::to_string(call.cosine.shape[0]) + " rows of cos_cache");
@@ -188,6 +195,7 @@ void GroupQueryAttention::compute(const Run& run) const {
   } else {
     run.parallel(key_heads, prepare);
   }
+  if (rows == 0) return;
 
   const auto query_row = [&](int64_t b, int64_t h, int64_t s) {
     QueryRow row;

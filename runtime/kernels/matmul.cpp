@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "attend.h"
 
@@ -21,6 +22,12 @@ Gate gate_of(const std::string& word) {
   if (word == "gelu") return Gate::kGelu;
   if (word == "gelu_tanh") return Gate::kGeluTanh;
   fail("MatMulPacked, activation", "'" + word + "'", "none, silu, gelu or gelu_tanh");
+}
+
+// Whether a shape without its leading ones is the end of another.
+bool repeats(const std::vector<int64_t>& shape, const std::vector<int64_t>& whole) {
+  const auto begin = std::find_if(shape.begin(), shape.end(), [](int64_t extent) { return extent != 1; });
+  return shape.size() <= whole.size() && std::equal(shape.rbegin(), std::make_reverse_iterator(begin), whole.rbegin());
 }
 
 struct Rounded;
@@ -230,12 +237,15 @@ void NormMatMulPacked::compute(const Run& run) const {
   const int64_t columns = packed_.columns;
   packed_.check_rows(a, "A");
   if (norm.size() != columns) fail(std::string(name_) + ", norm", text(norm.shape), text({columns}));
-  if (skip && skip.shape != a.shape) fail(std::string(name_) + ", skip", text(skip.shape), text(a.shape));
+  if (skip && !repeats(skip.shape, a.shape)) {
+    fail(std::string(name_) + ", skip", text(skip.shape), text(a.shape) + ", or its last axes");
+  }
+  const int64_t skip_rows = skip ? std::max<int64_t>(1, skip.size() / columns) : 1;
   const Tensor sum = run.output(1, a.shape, kFloat);
   if (!skip && a.size() != 0) std::copy(a.as<float>(), a.as<float>() + a.size(), sum.as<float>());
   const Tiles& isa = tiles();
   const auto normalize = [&](int64_t r, float* memory) {
-    isa.normalize(a.as<float>() + r * columns, skip ? skip.as<float>() + r * columns : nullptr,
+    isa.normalize(a.as<float>() + r * columns, skip ? skip.as<float>() + r % skip_rows * columns : nullptr,
                   norm.as<float>(), epsilon_, columns, sum.as<float>() + r * columns, memory);
     return memory;
   };

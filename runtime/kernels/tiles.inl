@@ -67,6 +67,14 @@ void round_by(const float* __restrict row, int64_t columns, Activations out) {
     const float inverse = top > 1e-35f ? 127.0f / top : 0.0f;
     int8_t* codes = out.codes + u * UNIT;
     int32_t sum = 0;
+    if (largest >= 0x7f800000) {
+      // Not all are numbers, so the scale is none, and neither is what it is multiplied with.
+      std::memset(codes, 0, UNIT);
+      out.scales[u] = scale;
+      out.sums[u] = 0;
+      out.scaled_sums[u] = scale * 0.0f;
+      continue;
+    }
     for (int i = 0; i < UNIT; ++i) {
       const int32_t code = static_cast<int32_t>(nearest(values[i] * inverse));
       codes[i] = static_cast<int8_t>(code);
