@@ -8,15 +8,10 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.float_products import find_float_products
-from onnxsmith.graph_passes.matching import is_operator
-from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.packed_products import skip_reason
 from onnxsmith.graph_passes.packed_writer import write_uses
 
 __all__ = ["UseFloatKernels"]
-
-_DOMAIN = "com.microsoft"
-_FLOAT = ir.DataType.FLOAT
 
 
 class UseFloatKernels(GraphPass):
@@ -25,8 +20,9 @@ class UseFloatKernels(GraphPass):
     The weights lie in the order in which the kernels read them, so nothing is packed while a model is loaded.
     A bias and an activation behind a product are computed while its result is in the cache; query, key and
     value become one product, and so do gate and up of an MLP. A row's result is bitwise the same whatever
-    other rows are computed with it. The graph is for the kernels, which are compiled where it runs; without
-    them, functions in the model compute it.
+    other rows are computed with it. ONNX Runtime's Attention keeps its projection: opened, it is no faster.
+    The graph is for the kernels, which are compiled where it runs; without them, functions in the model
+    compute it.
     """
 
     name: ClassVar[str] = "use_float_kernels"
@@ -44,19 +40,11 @@ class UseFloatKernels(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Changes the main graph; weights are put in tiles when they are written."""
-        attention = {node for node in model.graph if is_operator(node, "Attention", _DOMAIN)}
-        kept = open_attention(
-            model,
-            apart=True,
-            among={node for node in attention if node.outputs[0].dtype is _FLOAT},
-        )
-        opened = len(attention) - sum(is_operator(node, "Attention", _DOMAIN) for node in model.graph)
         uses = find_float_products(
             model, refuse=lambda node, weight: skip_reason(self.skip_nodes, node.name or "", weight)
         )
-        uses.refused |= kept
         if not uses.found:
-            return Changes(opened, {"opened": opened} if opened else {}, uses.refused)
+            return Changes(skipped=uses.refused)
         changes = write_uses(model, uses, {})
-        changes.details = {**changes.details, "opened": opened, "arithmetic": "float32"}
+        changes.details = {**changes.details, "arithmetic": "float32"}
         return changes

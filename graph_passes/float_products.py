@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.float_weights import FloatWeight
-from onnxsmith.graph_passes.matching import label
-from onnxsmith.graph_passes.packed_products import Lookup, Product, Uses, with_bias
-from onnxsmith.graph_passes.weights import MatMulWeight, find_matmul_weights, is_transpose
+from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.packed_products import Lookup, Product, Uses, is_bias, with_bias
+from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, is_transpose
 from onnxsmith.packed_tiles import TILE_ROWS
 
 __all__ = ["find_float_products"]
@@ -29,7 +29,7 @@ def find_float_products(model: ir.Model, *, refuse: Callable[[ir.Node, str], str
     """
     refused: dict[str, str] = {}
     weights: list[MatMulWeight] = []
-    for one in find_matmul_weights(model):
+    for one in (*find_matmul_weights(model), *_gemms(model)):
         if isinstance(one, tuple):
             refused[label(one[0])] = one[1]
         else:
@@ -55,6 +55,27 @@ def find_float_products(model: ir.Model, *, refuse: Callable[[ir.Node, str], str
         else:
             products.append(_product(weight))
     return Uses(products, refused)
+
+
+def _gemms(model: ir.Model) -> Iterator[MatMulWeight | tuple[ir.Node, str]]:
+    """Each Gemm with a constant matrix, or the reason why it stays."""
+    for node in model.graph:
+        tensor = constant_of(node.inputs[1]) if is_operator(node, "Gemm") else None
+        x, weight = node.inputs[:2] if tensor is not None else (None, None)
+        if tensor is None or x is None or weight is None:
+            continue
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
+        is_transposed = bool(int_attribute(node, "transB"))
+        columns, rows = tensor.shape.numpy()[:: -1 if is_transposed else 1]
+        if int_attribute(node, "transA") or any(factor != 1.0 for factor in factors):
+            yield node, "Gemm turns its first operand, or has factors"
+        elif not weight.is_initializer():
+            yield node, "the weight is a Constant node; expected an initializer (run cleanup first)"
+        elif bias is not None and not is_bias(bias, rows):
+            yield node, f"its bias is no constant of {rows} numbers"
+        else:
+            yield MatMulWeight(node, x, weight, is_transposed, in_features=columns, out_features=rows)
 
 
 def _refusal(weight: MatMulWeight) -> str:
@@ -88,5 +109,8 @@ def _product(weight: MatMulWeight) -> Product:
         ((source.const_value, weight.is_transposed),),
         (source,),
     )
+    if is_operator(weight.node, "Gemm"):
+        bias = weight.node.inputs[2] if len(weight.node.inputs) > 2 else None
+        return Product(weight.node, weight.activation, floats, bias, weight.node.outputs[0])
     result, bias, summed = with_bias(weight.node.outputs[0], weight.out_features)
     return Product(weight.node, weight.activation, floats, bias, result, summed)

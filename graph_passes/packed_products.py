@@ -17,7 +17,7 @@ from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator,
 from onnxsmith.graph_passes.packed_weights import BlockWeight, read_weight, stored_codes
 from onnxsmith.graph_passes.weights import constant_of
 
-__all__ = ["Lookup", "PackedWeight", "Product", "Uses", "find_uses", "skip_reason", "with_bias"]
+__all__ = ["Lookup", "PackedWeight", "Product", "Uses", "find_uses", "is_bias", "skip_reason", "with_bias"]
 
 _DOMAIN = "com.microsoft"
 _INT8 = 4
@@ -188,7 +188,7 @@ def _product(node: ir.Node) -> Product | str:
     if isinstance(weight, str):
         return weight
     bias = inputs[5]
-    if bias is not None and not _is_bias(bias, rows):
+    if bias is not None and not is_bias(bias, rows):
         return "its bias is not constant"
     summed = None
     if bias is None:
@@ -222,7 +222,7 @@ def with_bias(result: ir.Value, rows: int) -> tuple[ir.Value, ir.Value | None, i
     if not (is_operator(add, "Add") or is_operator(add, "Sum")):
         return result, None, None
     others = [value for value in add.inputs if value is not None and value is not result]
-    biases = [value for value in others if _is_bias(value, rows)]
+    biases = [value for value in others if is_bias(value, rows)]
     if len(biases) != 1:
         return result, None, None
     if len(others) == 1:
@@ -241,7 +241,8 @@ def _is_product(value: ir.Value) -> bool:
     return node is not None and (node.domain, node.op_type) in _PRODUCTS
 
 
-def _is_bias(value: ir.Value, rows: int) -> bool:
+def is_bias(value: ir.Value, rows: int) -> bool:
+    """Whether a value is a constant of so many float32 numbers."""
     tensor = constant_of(value)
     return tensor is not None and tensor.dtype is _FLOAT and tuple(tensor.shape.numpy()) == (rows,)
 
