@@ -39,9 +39,10 @@ struct Attend {
                     int64_t begin, int64_t end, float softcap, Partial* partials, float* values_out);
   // into += from, both unfinished.
   void (*merge)(Partial* into, float* into_values, const Partial& from, const float* from_values, int64_t size);
-  // Rows [count, columns] with each of `number` tiles [columns, 16]: out[t][r * stride + c].
-  void (*products)(const float* const* tiles, int number, int64_t columns, const float* rows, int64_t count,
-                   float* const* out, int64_t stride);
+  // Rows [count, columns] with each of `number` tiles [columns, 16]: out[t][r * stride + c], which begins with
+  // starts[t][c] where `starts` is not null.
+  void (*products)(const float* const* tiles, const float* const* starts, int number, int64_t columns,
+                   const float* rows, int64_t count, float* const* out, int64_t stride);
 };
 
 const Attend& generic_attend();

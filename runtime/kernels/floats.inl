@@ -1,16 +1,17 @@
 // Products in float32. Included inside a namespace of its own; needs `Vector` and `load` as attend.inl does,
 // `add_product`, and kFloatRows and kFloatTiles: how many rows and tiles fit the registers.
 
-// out[t][r * stride + c] = sum over k of rows[r * columns + k] * tiles[t][16 * k + c], added up in the order of k.
+// out[t][r * stride + c] = starts[t][c] + sum over k of rows[r * columns + k] * tiles[t][16 * k + c], added up in the
+// order of k; `starts` may be null.
 // Meanwhile `fetched` lines of 64 bytes for each 8 columns are asked for, from `ahead` on.
 template <int R, int T>
-inline void float_block(const float* const* tiles, int64_t columns, const float* rows, float* const* out,
-                        int64_t stride, const float* ahead, int64_t fetched) {
+inline void float_block(const float* const* tiles, const float* const* starts, int64_t columns, const float* rows,
+                        float* const* out, int64_t stride, const float* ahead, int64_t fetched) {
   Vector acc[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[r][t] = Vector{};
+    for (int t = 0; t < T; ++t) acc[r][t] = starts != nullptr ? load(starts[t]) : Vector{};
   }
   const float* from[T];
   for (int t = 0; t < T; ++t) from[t] = tiles[t];
@@ -35,8 +36,8 @@ inline void float_block(const float* const* tiles, int64_t columns, const float*
 }
 
 template <int T>
-void float_rows(const float* const* tiles, int64_t columns, const float* rows, int64_t count, float* const* out,
-                int64_t stride) {
+void float_rows(const float* const* tiles, const float* const* starts, int64_t columns, const float* rows,
+                int64_t count, float* const* out, int64_t stride) {
   // What comes next lies behind these tiles. It is spread over the blocks of rows.
   const int64_t blocks = count / kFloatRows;
   const int64_t fetched = blocks > 0 ? (8 * T + blocks - 1) / blocks : 0;
@@ -45,7 +46,7 @@ void float_rows(const float* const* tiles, int64_t columns, const float* rows, i
   const auto some = [&](auto number) {
     float* at[T];
     for (int t = 0; t < T; ++t) at[t] = out[t] + r * stride;
-    float_block<number, T>(tiles, columns, rows + r * columns, at, stride, ahead, number == kFloatRows ? fetched : 0);
+    float_block<number, T>(tiles, starts, columns, rows + r * columns, at, stride, ahead, number == kFloatRows ? fetched : 0);
     ahead += (columns + 7) / 8 * fetched * 16;
     r += number;
   };
@@ -55,15 +56,16 @@ void float_rows(const float* const* tiles, int64_t columns, const float* rows, i
   while (r < count) some(std::integral_constant<int, 1>());
 }
 
-void products(const float* const* tiles, int number, int64_t columns, const float* rows, int64_t count,
-              float* const* out, int64_t stride) {
+void products(const float* const* tiles, const float* const* starts, int number, int64_t columns, const float* rows,
+              int64_t count, float* const* out, int64_t stride) {
   int t = 0;
+  const auto from = [&](int tile) { return starts != nullptr ? starts + tile : nullptr; };
   if (count == 1) {
     // What is read from memory comes in several streams.
-    for (; t + 4 <= number; t += 4) float_block<1, 4>(tiles + t, columns, rows, out + t, stride, nullptr, 0);
+    for (; t + 4 <= number; t += 4) float_block<1, 4>(tiles + t, from(t), columns, rows, out + t, stride, nullptr, 0);
   }
   for (; t + kFloatTiles <= number; t += kFloatTiles) {
-    float_rows<kFloatTiles>(tiles + t, columns, rows, count, out + t, stride);
+    float_rows<kFloatTiles>(tiles + t, from(t), columns, rows, count, out + t, stride);
   }
-  for (; t < number; ++t) float_rows<1>(tiles + t, columns, rows, count, out + t, stride);
+  for (; t < number; ++t) float_rows<1>(tiles + t, from(t), columns, rows, count, out + t, stride);
 }

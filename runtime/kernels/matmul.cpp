@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 #include "attend.h"
@@ -28,6 +29,23 @@ Gate gate_of(const std::string& word) {
 bool repeats(const std::vector<int64_t>& shape, const std::vector<int64_t>& whole) {
   const auto begin = std::find_if(shape.begin(), shape.end(), [](int64_t extent) { return extent != 1; });
   return shape.size() <= whole.size() && std::equal(shape.rbegin(), std::make_reverse_iterator(begin), whole.rbegin());
+}
+
+// One row of a tile, all of it or its first `present` numbers. What is whole has a size that compilers know.
+inline void write_row(const float* from, int64_t present, float* to) {
+  if (present == kTile) {
+    std::memcpy(to, from, kTile * sizeof(float));
+  } else {
+    for (int64_t c = 0; c < present; ++c) to[c] = from[c];
+  }
+}
+
+inline void add_row(const float* bias, int64_t present, float* to) {
+  if (present == kTile) {
+    for (int64_t c = 0; c < kTile; ++c) to[c] += bias[c];
+  } else {
+    for (int64_t c = 0; c < present; ++c) to[c] += bias[c];
+  }
 }
 
 struct Rounded;
@@ -103,17 +121,13 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
         if (!bias) return;
         const float* add = bias.as<float>() + tile * kTile;
         const int64_t present = std::min(kTile, packed_.rows - tile * kTile);
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t c = 0; c < present; ++c) sums[r * kTile + c] += add[c];
-        }
+        for (int64_t r = 0; r < count; ++r) add_row(add, present, sums + r * kTile);
       };
       const auto write = [&](float* sums, int64_t tile) {
         if (gate_ != Gate::kNone && !gated) isa.gate(gate_, sums, nullptr, count * kTile);
         const int64_t present = std::min(kTile, width - tile * kTile);
-        for (int64_t r = 0; r < count; ++r) {
-          std::copy(sums + r * kTile, sums + r * kTile + present,
-                    y.as<float>() + (first + r) * width + tile * kTile);
-        }
+        float* const result = y.as<float>() + first * width + tile * kTile;
+        for (int64_t r = 0; r < count; ++r) write_row(sums + r * kTile, present, result + r * width);
       };
       for (int64_t s = steps * piece / pieces; s < steps * int64_t(piece + 1) / pieces; ++s) {
         const int64_t tile = s * together;
@@ -154,6 +168,11 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
 
   const Tiles& isa = tiles();
   const Attend& floats = attend();
+  float last_of_bias[kTile] = {};
+  if (bias) {
+    const int64_t begin = packed_.rows / kTile * kTile;
+    std::copy(bias.as<float>() + begin, bias.as<float>() + packed_.rows, last_of_bias);
+  }
   const int64_t outputs = (width + kTile - 1) / kTile;
   // Tiles of a step: for one row as many as there are streams from memory, for several what fits the nearest cache.
   const int64_t together = count_of_rows == 1 ? kFloatTiles : kFloatTiles / 2;
@@ -178,27 +197,28 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
         const bool straight = gate_ == Gate::kNone && (tile + number) * kTile <= width;
         const int64_t stride = straight ? width : kTile;
         const float* from[2 * kFloatTiles];
+        const float* starts[2 * kFloatTiles];
         float* to[2 * kFloatTiles];
         for (int64_t t = 0; t < all; ++t) {
           const int64_t which = tile + t % number + t / number * outputs;
           from[t] = tiles_of_weight + which * columns * kTile;
           to[t] = straight ? result + t * kTile : sums[t];
-        }
-        floats.products(from, static_cast<int>(all), columns, rows + first * columns, count, to, stride);
-        for (int64_t t = 0; t < all && bias; ++t) {
-          const int64_t which = tile + t % number + t / number * outputs;
-          const float* add = bias.as<float>() + which * kTile;
-          const int64_t present = std::min(kTile, packed_.rows - which * kTile);
-          for (int64_t r = 0; r < count; ++r) {
-            for (int64_t c = 0; c < present; ++c) to[t][r * stride + c] += add[c];
+          if (bias) {
+            // Only the last of all tiles may have fewer rows.
+            const bool whole = (which + 1) * kTile <= packed_.rows;
+            starts[t] = whole ? bias.as<float>() + which * kTile : last_of_bias;
           }
         }
+        // Where results go is asked for while they are computed.
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t t = 0; t < number; ++t) __builtin_prefetch(result + r * width + t * kTile, 1);
+        }
+        floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count, to,
+                        stride);
         for (int64_t t = 0; t < number && !straight; ++t) {
           if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + number] : nullptr, count * kTile);
           const int64_t present = std::min(kTile, width - (tile + t) * kTile);
-          for (int64_t r = 0; r < count; ++r) {
-            std::copy(to[t] + r * kTile, to[t] + r * kTile + present, result + r * width + t * kTile);
-          }
+          for (int64_t r = 0; r < count; ++r) write_row(to[t] + r * kTile, present, result + r * width + t * kTile);
         }
       }
     }
