@@ -11,7 +11,7 @@ from onnxsmith.finding import Finding
 from onnxsmith.graph_passes.block_operators import find_weights, node_label
 from onnxsmith.graph_passes.block_repairs import slow_form
 from onnxsmith.onnx_file import weight_bytes
-from onnxsmith.own_operators import rounds_weights
+from onnxsmith.own_operators import PACKED_OPERATORS, WEIGHT_INPUT, rounds_weights
 
 if TYPE_CHECKING:
     from onnxsmith.graph_passes.findings import Target
@@ -27,6 +27,13 @@ _SMALLEST_BYTES = 20_000_000
 
 def _block_matmuls(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
+
+
+def _float_tiles(model: ir.Model) -> list[ir.Value]:
+    """The float32 weights that the own kernels read."""
+    packed = [node for node in model.graph.all_nodes() if node.op_type in PACKED_OPERATORS]
+    tiles = [node.inputs[WEIGHT_INPUT[node.op_type]] for node in packed if not rounds_weights(node)]
+    return [value for value in dict.fromkeys(tiles) if value is not None]
 
 
 def _number(node: ir.Node, name: str, default: int) -> int:
@@ -83,11 +90,28 @@ def slow_blocks(model: ir.Model, target: Target) -> Iterator[Finding]:
 
 
 def float_weights(model: ir.Model, target: Target) -> Iterator[Finding]:
-    """Large float matrices: left over in a quantized model, or all of them in one that is not quantized."""
+    """Large float matrices: left over in a quantized model, or all of them in one that is not quantized.
+
+    Those that are in tiles for the own kernels no pass can quantize.
+    """
     weights, _ = find_weights(model, embeddings=True, skip_nodes=())
     floats = [w for w in weights if w.tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)]
     large = sorted(floats, key=lambda w: -w.tensor.nbytes)
     total, own = weight_bytes(model), sum(w.tensor.nbytes for w in large)
+    tiles = _float_tiles(model)
+    if tiles and total >= _SMALLEST_BYTES:
+        stored = sum(value.const_value.nbytes for value in tiles if value.const_value is not None)
+        yield Finding(
+            "float_weights",
+            "large",
+            f"no product is quantized: {stored / 1e6:.0f} MB of floats in tiles",
+            "decoding reads all of them for each token, and 8 bits are a quarter of that",
+            "make the model anew with a preset of 8 bits, such as cpu-int8-kernels: no pass quantizes tiles",
+            tuple(value.name or "?" for value in tiles[:_FEW]),
+            len(tiles),
+            optional=True,
+        )
+        return
     if not large or not total:
         return
     names = tuple(w.name for w in large[:_FEW])

@@ -20,6 +20,7 @@ from onnxsmith.graph_passes import make_passes, weight_findings
 from onnxsmith.graph_passes.block_repairs import SetAccuracyLevel
 from onnxsmith.graph_passes.blocks import dequantize_blocks, pack_codes, quantize_blocks
 from onnxsmith.graph_passes.findings import RULES, Target, examine
+from onnxsmith.graph_passes.float_kernels import UseFloatKernels
 from onnxsmith.graph_passes.quantization import QuantizeWeights
 from onnxsmith.onnx_file import load_model, save_model
 
@@ -171,6 +172,11 @@ def test_float_weights_beside_quantized_ones() -> None:
     )
     (choice,) = find(large, "float_weights")
     assert (choice.kind, choice.optional) == ("large", True)
+    # In tiles for the own kernels it is as large, and no pass quantizes it.
+    assert UseFloatKernels()(large).modified
+    (choice,) = find(large, "float_weights")
+    assert (choice.count, choice.passes, choice.nodes) == (1, (), ("w_tiles",))
+    assert "21 MB of floats in tiles" in choice.what
 
 
 def test_weights_inside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
