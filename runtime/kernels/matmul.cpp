@@ -179,8 +179,10 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
   const int64_t steps = (outputs + together - 1) / together;
   const int64_t row_blocks = (count_of_rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int64_t work = together * kTile * columns * sizeof(float) * std::min<int64_t>(count_of_rows, 8);
-  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, steps), steps * work / kLeastBytes));
-  const int64_t groups = std::max<int64_t>(1, std::min(row_blocks, kPieces / pieces));
+  // Rows are shared out first: what a thread does next is then behind the tiles that it has, and was asked for.
+  const int64_t groups = std::min(row_blocks, kPieces);
+  const int64_t most = std::max<int64_t>(1, kPieces / groups);
+  const int64_t pieces = std::max<int64_t>(1, std::min(std::min(most, steps), steps * work / kLeastBytes));
   run.parallel(pieces * groups, [&](size_t task) {
     const int64_t piece = task % pieces;
     const int64_t group = task / pieces;
@@ -193,8 +195,8 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
         const int64_t number = std::min(together, outputs - tile);
         float* const result = y.as<float>() + first * width + tile * kTile;
         const int64_t all = halves() ? 2 * number : number;
-        // What nothing is done to is written where it belongs.
-        const bool straight = gate_ == Gate::kNone && (tile + number) * kTile <= width;
+        // What is not multiplied with something else is written where it belongs.
+        const bool straight = !halves() && (tile + number) * kTile <= width;
         const int64_t stride = straight ? width : kTile;
         const float* from[2 * kFloatTiles];
         const float* starts[2 * kFloatTiles];
@@ -215,6 +217,9 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
         }
         floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count, to,
                         stride);
+        if (straight && gate_ != Gate::kNone) {
+          for (int64_t r = 0; r < count; ++r) isa.gate(gate_, result + r * width, nullptr, number * kTile);
+        }
         for (int64_t t = 0; t < number && !straight; ++t) {
           if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + number] : nullptr, count * kTile);
           const int64_t present = std::min(kTile, width - (tile + t) * kTile);
