@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.float_products import find_float_products
+from onnxsmith.graph_passes.packed_functions import function_refusal
 from onnxsmith.graph_passes.packed_products import skip_reason
 from onnxsmith.graph_passes.packed_writer import write_uses
 
@@ -40,6 +41,9 @@ class UseFloatKernels(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Changes the main graph; weights are put in tiles when they are written."""
+        reason = function_refusal(model)
+        if reason:
+            return Changes(skipped={"graph": reason})
         uses = find_float_products(
             model, refuse=lambda node, weight: skip_reason(self.skip_nodes, node.name or "", weight)
         )

@@ -14,7 +14,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.graph_passes.attention import range_of_rows
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label, small_constant
-from onnxsmith.graph_passes.packed_functions import make_callable
+from onnxsmith.graph_passes.packed_functions import function_refusal, make_callable
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import depends_on_values
 
@@ -58,7 +58,7 @@ class UseOwnAttention(GraphPass):
         for node in model.graph.all_nodes():
             if not is_operator(node, "GroupQueryAttention", _DOMAIN):
                 continue
-            reason = _refusal(node)
+            reason = function_refusal(model) or _refusal(node)
             if reason:
                 changes.skipped[label(node)] = reason
                 continue

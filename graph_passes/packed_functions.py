@@ -17,7 +17,7 @@ from onnxsmith.graph_passes.attention_function import attention_form, attention_
 from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN
 
-__all__ = ["IR_VERSION", "inline_functions", "make_callable", "overload_of"]
+__all__ = ["IR_VERSION", "function_refusal", "inline_functions", "make_callable", "overload_of"]
 
 IR_VERSION = 10
 """The first with overloads."""
@@ -181,6 +181,8 @@ _NORM = """
 """
 # From this operator set on, axes are an input.
 _AXES_AS_INPUT = 18
+# Of which the other operators in these functions are: Unsqueeze with axes as an input.
+_LEAST_OPSET = 13
 _MEANS: Mapping[bool, str] = {
     False: "ReduceMean <axes = [-1], keepdims = 1> (power)",
     True: "ReduceMean <keepdims = 1> (power, rest)",
@@ -200,6 +202,14 @@ def overload_of(node: ir.Node) -> str:
     if _weight_input(node, 3) is not None:
         parts.append("bias")
     return "_".join(parts)
+
+
+def function_refusal(model: ir.Model) -> str:
+    """Why a model can have no such functions, nor what calls them; an empty string where it can."""
+    opset = max(model.opset_imports.get(domain, 0) for domain in _DEFAULT_DOMAINS)
+    if opset >= _LEAST_OPSET:
+        return ""
+    return f"the operator set is {opset}; expected {_LEAST_OPSET} or later (convert_opset changes it)"
 
 
 def make_callable(model: ir.Model) -> int:

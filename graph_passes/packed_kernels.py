@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
+from onnxsmith.graph_passes.packed_functions import function_refusal
 from onnxsmith.graph_passes.packed_products import find_uses, skip_reason
 from onnxsmith.graph_passes.packed_writer import write_uses
 
@@ -48,6 +49,9 @@ class UsePackedKernels(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         """Changes the graph and its branches; weights are put in tiles when they are written."""
+        reason = function_refusal(model)
+        if reason:
+            return Changes(skipped={"graph": reason})
         uses = find_uses(
             model, refuse=lambda node, weight: skip_reason(self.skip_nodes, node.name or "", weight)
         )

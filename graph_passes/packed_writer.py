@@ -100,6 +100,8 @@ class _Writer:
         self._tiled: dict[tuple[ir.Value | None, ...], TiledWeight] = {}
         # A weight that is read in several graphs stands in the outermost.
         self._homes: dict[tuple[ir.Value | None, ...], set[ir.Graph]] = {}
+        # What took a value's place: uses were found before anything was replaced.
+        self._made: dict[ir.Value, ir.Value] = {}
         for use in uses.found:
             self._homes.setdefault(use.weight.identity, set()).add(_graph_of(use.node))
 
@@ -166,7 +168,7 @@ class _Writer:
         gated: bool = True,
     ) -> ir.Value:
         tiled = self._store(weight, first.node)
-        inputs = [x, tiled.codes, tiled.scales, tiled.offsets, bias]
+        inputs = [self._made.get(x, x), tiled.codes, tiled.scales, tiled.offsets, bias]
         name = f"{label(first.node)}_packed"
         attributes = {"activation": activation, **({} if gated else {"gated": 0}), **self._attributes}
         return self._node(before, "MatMulPacked", inputs, weight, attributes, name)
@@ -192,6 +194,7 @@ class _Writer:
         name = old.name
         made.type, made.shape = old.type or ir.TensorType(_FLOAT), old.shape
         old.replace_all_uses_with(made, replace_graph_outputs=old.is_graph_output())
+        self._made[old] = made
         producer = old.producer()
         assert producer is not None
         old.name, made.name = unused(self._into(producer), f"{name}_before"), name
