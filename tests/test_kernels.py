@@ -416,6 +416,13 @@ def test_missing_attributes(missing: str, tmp_path: Path) -> None:
         open_session(tmp_path, model_of(node, matrix.inputs(), {"A": ["rows", 64]}))
 
 
+def test_what_onnx_runtime_says_is_passed_on(tmp_path: Path) -> None:
+    matrix = random_matrix(np.random.default_rng(8), 32, 64)
+    model = model_of(matmul_node(matrix, K="64"), matrix.inputs(), {"A": ["rows", 64]})
+    with pytest.raises(ModelFileError, match=r"refuses the attribute K: \S+"):
+        open_session(tmp_path, model)
+
+
 def test_half_a_gate(tmp_path: Path) -> None:
     matrix = random_matrix(np.random.default_rng(8), 48, 64)
     with pytest.raises(

@@ -131,7 +131,10 @@ def find_compiler() -> Compiler:
     """
     given = os.environ.get("CXX", "").strip()
     if given:
-        command = tuple(shlex.split(given))
+        try:
+            command = tuple(shlex.split(given))
+        except ValueError:  # a quotation that does not end
+            command = (given,)
         file = shutil.which(command[0])
         if file is None:
             raise BuildError(

@@ -5,11 +5,12 @@ namespace onnxsmith {
 
 namespace {
 
-// Turns a status of ONNX Runtime into an exception; its message is in ONNX Runtime's log.
-void require(Ort ort, OrtStatus* status, const char* what) {
+// Turns a status of ONNX Runtime into an exception.
+void require(Ort ort, OrtStatus* status, const std::string& what) {
   if (status == nullptr) return;
+  const std::string said = ort.message(status);
   ort.release(status);
-  throw std::runtime_error(std::string("onnxsmith: ONNX Runtime refuses ") + what);
+  throw std::runtime_error("onnxsmith: ONNX Runtime refuses " + what + ": " + said);
 }
 
 }  // namespace
@@ -22,7 +23,7 @@ std::string text(const std::vector<int64_t>& shape) {
 
 int64_t Attributes::integer(const char* name) const {
   int64_t value = 0;
-  require(ort_, ort_.attribute(info_, name, &value), (std::string("the attribute ") + name).c_str());
+  require(ort_, ort_.attribute(info_, name, &value), std::string("the attribute ") + name);
   return value;
 }
 
@@ -51,7 +52,7 @@ std::string Attributes::word(const char* name, const std::string& otherwise) con
     return otherwise;
   }
   std::string value(size, '\0');
-  require(ort_, ort_.attribute(info_, name, &value[0], &size), name);
+  require(ort_, ort_.attribute(info_, name, &value[0], &size), std::string("the attribute ") + name);
   value.resize(size ? size - 1 : 0);
   return value;
 }

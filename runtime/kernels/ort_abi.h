@@ -72,6 +72,7 @@ class Ort {
   OrtStatus* create_status(int code, const char* message) const {
     return at<OrtStatus*(int, const char*)>(0)(code, message);
   }
+  const char* message(const OrtStatus* status) const { return at<const char*(const OrtStatus*)>(2)(status); }
   OrtStatus* create_domain(const char* name, OrtCustomOpDomain** out) const {
     return at<OrtStatus*(const char*, OrtCustomOpDomain**)>(26)(name, out);
   }

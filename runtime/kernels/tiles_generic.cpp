@@ -84,7 +84,7 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
       float scales[kTile];
       load(weight.scales, weight.half_scales, at, scales);
       if (weight.kind == Offsets::kMiddle) {
-        for (int c = 0; c < kTile; ++c) dot[c] -= sum << (weight.bits - 1);
+        for (int c = 0; c < kTile; ++c) dot[c] -= sum * (1 << (weight.bits - 1));
       } else if (weight.kind == Offsets::kZeroPoints) {
         for (int c = 0; c < kTile; ++c) dot[c] -= sum * static_cast<const uint8_t*>(weight.offsets)[at + c];
       }
