@@ -25,6 +25,7 @@ SEARCH_STEPS = 6
 
 _SCRATCH = threading.local()
 _SMALLEST = np.float32(np.finfo(np.float32).smallest_normal)
+_LEAST_HALF = np.float32(np.finfo(np.float16).smallest_subnormal)
 _LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 
 
@@ -360,8 +361,12 @@ def _stored(array: npt.NDArray[Any], scale_type: npt.DTypeLike) -> Floats:
 
 
 def _usable(scale: Floats) -> Floats:
-    """Below the normal numbers the reciprocal overflows; such weights are zeros to any purpose."""
-    return _chosen(np.abs(scale) < _SMALLEST, np.ones_like(scale), scale)
+    """Below the normal numbers the reciprocal overflows; such weights are all alike to any purpose.
+
+    What stands in its place is the least that float16 can say, and not 1: with float minimums the product of
+    the codes is taken back by that of the minimum, and what rounding activations costs the first stays.
+    """
+    return _chosen(np.abs(scale) < _SMALLEST, np.full_like(scale, _LEAST_HALF), scale)
 
 
 def _chosen(mask: npt.NDArray[np.bool_], yes: npt.NDArray[Any], no: npt.NDArray[Any]) -> Floats:

@@ -544,3 +544,25 @@ def test_peak_memory_is_bounded_by_the_matrix(tmp_path: Path) -> None:
 def test_parameters_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         QuantizeWeights(**arguments)
+
+
+@pytest.mark.parametrize("half_scales", [True, False])
+def test_rows_of_one_number_are_as_exact_as_others(half_scales: bool) -> None:
+    """As of padding tokens: the codes' product is no large number that the minimum's takes back."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((64, 48)).astype(np.float32)
+    weight[:, 3] = 0
+    weight[32:, 5] = 0.25
+    model = graph(
+        '<ir_version: 9, opset_import: ["": 20]> g (float[n, 64] x) => (float[n, 48] y) { y = MatMul(x, w) }',
+        w=weight,
+    )
+    options: dict[str, Any] = {"bits": 4, "block_size": 32, "minimums": True, "half_scales": half_scales}
+    QuantizeWeights(**options)(model)
+    x = (random.standard_normal((9, 64)) + 1).astype(np.float32)
+    got = run(model, {"x": x})["y"]
+    assert np.abs(got[:, 3]).max() < 1e-4
+    half = np.zeros((64, 48), np.float32)
+    half[32:, 5] = 0.25
+    first = run(model, {"x": np.concatenate([np.zeros((9, 32), np.float32), x[:, 32:]], axis=1)})["y"]
+    np.testing.assert_allclose(first[:, 5], (x @ half)[:, 5], atol=1e-3)
