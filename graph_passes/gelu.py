@@ -124,7 +124,7 @@ def _without_bias(x: ir.Value, last: ir.Node, function: ir.Node) -> tuple[ir.Val
     if node is None or not is_operator(node, "Add") or x.is_graph_output():
         return None
     # Nothing else reads it if every reader leads to the end of the GELU and nowhere else.
-    if not all(leads_only_to(use.node, last) for use in x.uses()):
+    if not all(leads_only_to(use.node, (last,)) for use in x.uses()):
         return None
     for value, bias in (node.inputs, node.inputs[::-1]):
         width = (axes_of(value) or (None,))[-1]

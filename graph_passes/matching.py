@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -40,14 +40,14 @@ def label(node: ir.Node) -> str:
     return node.name or f"{node.op_type} of {node.outputs[0].name!r}"
 
 
-def leads_only_to(node: ir.Node, last: ir.Node, *, depth: int = 6) -> bool:
-    """Whether what a node makes is read for another node's results and nothing else, in so many steps."""
-    if node is last:
+def leads_only_to(node: ir.Node, ends: Container[ir.Node], *, depth: int = 6) -> bool:
+    """Whether what a node makes is read for the results of some nodes and nothing else, in so many steps."""
+    if node in ends:
         return True
     if not depth or any(value.is_graph_output() for value in node.outputs):
         return False
     users = [use.node for value in node.outputs for use in value.uses()]
-    return bool(users) and all(leads_only_to(user, last, depth=depth - 1) for user in users)
+    return bool(users) and all(leads_only_to(user, ends, depth=depth - 1) for user in users)
 
 
 def reads_dequantized(node: ir.Node) -> bool:

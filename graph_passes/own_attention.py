@@ -13,7 +13,14 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.attention import range_of_rows
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label, small_constant
+from onnxsmith.graph_passes.matching import (
+    axes_of,
+    int_attribute,
+    is_operator,
+    label,
+    leads_only_to,
+    small_constant,
+)
 from onnxsmith.graph_passes.packed_functions import function_refusal, make_callable
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import depends_on_values
@@ -113,16 +120,11 @@ def _rows_of_angles(model: ir.Model, nodes: list[ir.Node]) -> bool:
     ranges = [range_of_rows(table) for table in tables if table is not None]
     if len(ranges) != 2 or None in ranges:
         return False
-    users = {node for table in tables if table is not None for node in table.consumers()}
-    if not users <= set(rotating):
+    sources = {source for source in ranges if source is not None}
+    if not all(leads_only_to(source, rotating, depth=8) for source in sources):
         return False
-    for source in set(ranges):
-        assert source is not None and source.graph is not None
-        counted = source.outputs[0]
-        if not all(_leads_only_to(counted, set(rotating), depth=8)):
-            return False
-    for source in set(ranges):
-        assert source is not None and source.graph is not None
+    for source in sources:
+        assert source.graph is not None
         counted = source.outputs[0]
         whole = small_constant(positions, np.array([-1], np.int64))
         flat = ir.node("Reshape", [positions, whole], name="positions_of_tokens")
@@ -139,17 +141,3 @@ def _rows_of_angles(model: ir.Model, nodes: list[ir.Node]) -> bool:
         node.attributes["rotary_rows"] = ir.AttrInt64("rotary_rows", 1)
     model.graph.sort()
     return True
-
-
-def _leads_only_to(value: ir.Value, ends: set[ir.Node], *, depth: int) -> list[bool]:
-    """Whether each use of a value, through up to ``depth`` nodes, is one of some nodes."""
-    if value.is_graph_output() or not depth:
-        return [False]
-    found = []
-    for node in value.consumers():
-        if node in ends:
-            found.append(True)
-        else:
-            for output in node.outputs:
-                found += _leads_only_to(output, ends, depth=depth - 1)
-    return found

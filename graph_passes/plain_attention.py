@@ -140,7 +140,7 @@ def _view_of(value: ir.Value) -> ir.Node:
     if (
         value.is_graph_output()
         or len(views) != 1
-        or not all(is_operator(node, "Shape") and leads_only_to(node, views[0]) for node in others)
+        or not all(is_operator(node, "Shape") and leads_only_to(node, views[:1]) for node in others)
     ):
         raise NoMatchError(f"{value.name!r} is not read by one Reshape alone")
     return views[0]

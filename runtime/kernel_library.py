@@ -74,6 +74,7 @@ if library.exists():  # else the graph's own functions run, slowly, where it has
 """
 # Versions of the sources, of a megabyte each.
 _MOST_KEPT = 16
+_COMPILE_AGAIN = "Run `onnxsmith kernels --build`, which compiles it again"
 _OTHERS_WRITE = 0o022
 _STICKY = 0o1000
 
@@ -118,7 +119,7 @@ def register_kernels(options: Any, *, replaceable: bool = False) -> str:
             str(library.path),
             got=f"ONNX Runtime refuses it: {' '.join(str(error).split())[:300]}",
             expected="ONNX Runtime 1.17 or later, and a library that was compiled for this processor",
-            remedy="Run `onnxsmith kernels --build`, which compiles it again",
+            remedy=_COMPILE_AGAIN,
         ) from error
     return instruction_set(library)
 
@@ -249,7 +250,7 @@ def _function(library: KernelLibrary, name: str) -> Any:
             str(library.path),
             got=f"it does not load: {error}",
             expected="a library of these sources, for this processor",
-            remedy="Run `onnxsmith kernels --build`, which compiles it again",
+            remedy=_COMPILE_AGAIN,
         ) from error
     function.restype = ctypes.c_char_p
     return function

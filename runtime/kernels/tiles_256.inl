@@ -12,6 +12,16 @@ inline __m256 load(const void* from, bool half, int64_t at) {
 
 inline __m256i load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
+// The low and the high halves of the bytes of 16 rows.
+inline void unpack(const uint8_t* codes, __m256i low[kHalves], __m256i high[kHalves]) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int h = 0; h < kHalves; ++h) {
+    const __m256i both = load(codes + 32 * h);
+    low[h] = _mm256_and_si256(both, mask);
+    high[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+  }
+}
+
 // The same four activations for all rows of a weight.
 inline __m256i four(const int8_t* from) {
   int32_t bits;
@@ -29,10 +39,9 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
                int64_t stride) {
   const int64_t units = weight.columns / UNIT;
   const int64_t per_block = weight.block_size / UNIT;
-  const int64_t scales_of_row = weight.columns / UNIT;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int8_t* row = rows.codes + first * weight.columns;
-  const float* row_scales = rows.scales + first * scales_of_row;
+  const float* row_scales = rows.scales + first * units;
   const int32_t* sums = rows.sums + first * units;
   const float* scaled_sums = rows.scaled_sums + first * units;
   __m256 acc[R][kHalves];
@@ -60,7 +69,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
     unit_products<R, BITS, UNIT>(codes, row + u * UNIT, weight.columns, dot);
     for (int r = 0; r < R; ++r) {
       const __m256i sum = _mm256_set1_epi32(sums[r * units + u]);
-      const __m256 scale = _mm256_set1_ps(row_scales[r * scales_of_row + u]);
+      const __m256 scale = _mm256_set1_ps(row_scales[r * units + u]);
       for (int h = 0; h < kHalves; ++h) {
         __m256i exact = dot[r][h];
         if (KIND == Offsets::kMiddle) exact = _mm256_sub_epi32(exact, _mm256_slli_epi32(sum, BITS - 1));

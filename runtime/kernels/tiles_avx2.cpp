@@ -17,16 +17,11 @@ namespace avx2 {
 // dot[r][h] = the products of a unit's 4 bit codes with `R` rows.
 template <int R, int UNIT>
 inline void products_of_4(const uint8_t* codes, const int8_t* rows, int64_t stride, __m256i dot[R][kHalves]) {
-  const __m256i mask = _mm256_set1_epi8(15);
   for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
   for (int g = 0; g < UNIT / 8; ++g) {
     __m256i low[kHalves];
     __m256i high[kHalves];
-    for (int h = 0; h < kHalves; ++h) {
-      const __m256i both = load(codes + 64 * g + 32 * h);
-      low[h] = _mm256_and_si256(both, mask);
-      high[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-    }
+    unpack(codes + 64 * g, low, high);
     for (int r = 0; r < R; ++r) {
       const __m256i first = four(rows + r * stride + 8 * g);
       const __m256i second = four(rows + r * stride + 8 * g + 4);

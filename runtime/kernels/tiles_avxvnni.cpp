@@ -36,15 +36,10 @@ inline void unit_products(const uint8_t* codes, const int8_t* rows, int64_t stri
     }
     return;
   }
-  const __m256i mask = _mm256_set1_epi8(15);
   for (int g = 0; g < UNIT / 8; ++g) {
     __m256i low[kHalves];
     __m256i high[kHalves];
-    for (int h = 0; h < kHalves; ++h) {
-      const __m256i both = load(codes + 64 * g + 32 * h);
-      low[h] = _mm256_and_si256(both, mask);
-      high[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-    }
+    unpack(codes + 64 * g, low, high);
     for (int r = 0; r < R; ++r) {
       const __m256i a = four(rows + r * stride + 8 * g);
       const __m256i b = four(rows + r * stride + 8 * g + 4);
