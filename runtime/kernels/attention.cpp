@@ -65,7 +65,7 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
   call.positions = run.input(9);
   call.bias = run.input(10);
   call.sinks = run.input(11);
-  const std::vector<int64_t>& shape = call.query.shape;
+  const Shape& shape = call.query.shape;
   expect(shape.size() == 3, "query", text(shape), "[batch, sequence, width]");
   call.batch = shape[0];
   call.rows = shape[1];
@@ -76,11 +76,11 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
          "a width of " + std::to_string(parts) + " heads, each a multiple of 16");
   call.size = shape[2] / parts;
   if (!packed) {
-    const std::vector<int64_t> wanted{call.batch, call.rows, kv_heads * call.size};
+    const Shape wanted{call.batch, call.rows, kv_heads * call.size};
     expect(call.key.shape == wanted, "key", text(call.key.shape), text(wanted));
     expect(call.value.shape == wanted, "value", text(call.value.shape), text(wanted));
   }
-  const std::vector<int64_t>& past = call.past_key.shape;
+  const Shape& past = call.past_key.shape;
   expect(past.size() == 4 && past[0] == call.batch && past[1] == kv_heads && past[3] == call.size, "past_key",
          text(past), "[batch, kv_num_heads, past, head size]");
   expect(call.past_value.shape == past, "past_value", text(call.past_value.shape), text(past));
@@ -100,7 +100,7 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
            text(call.positions.shape), text({call.batch, call.rows}));
   }
   if (call.bias) {
-    const std::vector<int64_t>& bias = call.bias.shape;
+    const Shape& bias = call.bias.shape;
     expect(bias.size() == 4 && (bias[0] == 1 || bias[0] == call.batch) && (bias[1] == 1 || bias[1] == heads) &&
                bias[2] == call.rows && bias[3] >= call.total,
            "attention_bias", text(bias), "[1 or batch, 1 or num_heads, sequence, total]");
@@ -111,15 +111,15 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
 
 }  // namespace
 
-GroupQueryAttention::GroupQueryAttention(const Attributes& attributes)
-    : heads_(attributes.integer("num_heads")),
-      kv_heads_(attributes.integer("kv_num_heads")),
-      scale_(attributes.number("scale", 0.0f)),
-      softcap_(attributes.number("softcap", 0.0f)),
-      window_(attributes.integer("local_window_size", -1)),
-      rotary_(attributes.integer("do_rotary", 0) != 0),
-      interleaved_(attributes.integer("rotary_interleaved", 0) != 0),
-      rotary_rows_(attributes.integer("rotary_rows", 0) != 0) {
+GroupQueryAttention::GroupQueryAttention(const Node& node)
+    : heads_(node.integer("num_heads")),
+      kv_heads_(node.integer("kv_num_heads")),
+      scale_(node.number("scale", 0.0f)),
+      softcap_(node.number("softcap", 0.0f)),
+      window_(node.integer("local_window_size", -1)),
+      rotary_(node.integer("do_rotary", 0) != 0),
+      interleaved_(node.integer("rotary_interleaved", 0) != 0),
+      rotary_rows_(node.integer("rotary_rows", 0) != 0) {
   expect(heads_ > 0 && heads_ <= kMost && kv_heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads",
          std::to_string(heads_),
          "at most 2^20, and a multiple of kv_num_heads = " + std::to_string(kv_heads_));
@@ -133,7 +133,7 @@ void GroupQueryAttention::compute(const Run& run) const {
   const int64_t before = call.total - rows;
   const int64_t capacity = std::max(call.past, call.total);
   const Tensor y = run.output(0, {call.batch, rows, heads_ * size}, kFloat);
-  const std::vector<int64_t> cache{call.batch, kv_heads_, capacity, size};
+  const Shape cache{call.batch, kv_heads_, capacity, size};
   const Tensor keys = run.output(1, cache, kFloat);
   const Tensor values = run.output(2, cache, kFloat);
   if (call.batch == 0) return;
@@ -202,7 +202,7 @@ void GroupQueryAttention::compute(const Run& run) const {
     row.query = queries + ((b * heads_ + h) * rows + s) * size;
     row.bias = nullptr;
     if (call.bias) {
-      const std::vector<int64_t>& shape = call.bias.shape;
+      const Shape& shape = call.bias.shape;
       const int64_t batch = shape[0] == 1 ? 0 : b;
       const int64_t head = shape[1] == 1 ? 0 : h;
       row.bias = call.bias.as<float>() + ((batch * shape[1] + head) * shape[2] + s) * shape[3];

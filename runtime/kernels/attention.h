@@ -7,7 +7,7 @@ namespace onnxsmith {
 // GroupQueryAttention with the inputs of com.microsoft's, see docs/kernels.md.
 class GroupQueryAttention : public Kernel {
  public:
-  explicit GroupQueryAttention(const Attributes& attributes);
+  explicit GroupQueryAttention(const Node& node);
   void compute(const Run& run) const override;
 
  private:

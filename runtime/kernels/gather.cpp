@@ -41,8 +41,8 @@ void unpack_row(const Weight& weight, int64_t row, float* out) {
 
 void GatherPacked::compute(const Run& run) const {
   const Tensor ids = run.input(0);
-  const Weight weight = packed_.weight(run.input(1), run.input(2), run.input(3));
-  std::vector<int64_t> shape = ids.shape;
+  const Weight weight = packed_.weight(run);
+  Shape shape = ids.shape;
   shape.push_back(packed_.columns);
   const Tensor y = run.output(0, shape, kFloat);
   const int64_t count = ids.size();

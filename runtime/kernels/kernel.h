@@ -1,8 +1,11 @@
 // What operators share: errors that become ONNX Runtime's, tensors, and loops over its threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
+#include <initializer_list>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -12,11 +15,49 @@
 
 namespace onnxsmith {
 
+[[noreturn]] inline void fail(const std::string& where, const std::string& got, const std::string& expected) {
+  throw std::invalid_argument("onnxsmith: " + where + ": got " + got + ", expected " + expected);
+}
+
+// The extents of a tensor, of which a kernel makes several in each run: nothing is allocated for them.
+class Shape {
+ public:
+  static constexpr size_t kMost = 8;
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> extents) {
+    for (int64_t extent : extents) push_back(extent);
+  }
+  void resize(size_t size) {
+    if (size > kMost) fail("a tensor", std::to_string(size) + " axes", "at most " + std::to_string(kMost));
+    size_ = size;
+  }
+  void push_back(int64_t extent) {
+    resize(size_ + 1);
+    back() = extent;
+  }
+  int64_t* data() { return extents_; }
+  int64_t& back() { return extents_[size_ - 1]; }
+  int64_t& operator[](size_t axis) { return extents_[axis]; }
+  const int64_t* data() const { return extents_; }
+  int64_t back() const { return extents_[size_ - 1]; }
+  int64_t operator[](size_t axis) const { return extents_[axis]; }
+  size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  const int64_t* begin() const { return extents_; }
+  const int64_t* end() const { return extents_ + size_; }
+  bool operator==(const Shape& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+  bool operator!=(const Shape& other) const { return !(*this == other); }
+
+ private:
+  int64_t extents_[kMost] = {};
+  size_t size_ = 0;
+};
+
 // A tensor of a running kernel. `data` is null for an optional input that is not there.
 struct Tensor {
   void* data = nullptr;
   ElementType type = kUndefined;
-  std::vector<int64_t> shape;
+  Shape shape;
 
   explicit operator bool() const { return data != nullptr; }
   template <typename T>
@@ -30,32 +71,42 @@ struct Tensor {
   }
 };
 
-[[noreturn]] inline void fail(const std::string& where, const std::string& got, const std::string& expected) {
-  throw std::invalid_argument("onnxsmith: " + where + ": got " + got + ", expected " + expected);
-}
+std::string text(const Shape& shape);
 
-std::string text(const std::vector<int64_t>& shape);
+// An input as it is known when the kernel is made: a constant, one that is not there, or one that each run brings.
+// ONNX Runtime takes longer to say what a tensor is than a kernel to read it.
+struct Input {
+  bool known = false;
+  Tensor tensor;
+};
 
-// The attributes of a node, read when its kernel is made.
-class Attributes {
+// What a node says when its kernel is made.
+class Node {
  public:
-  Attributes(Ort ort, const OrtKernelInfo* info) : ort_(ort), info_(info) {}
+  Node(Ort ort, const OrtKernelInfo* info);
   int64_t integer(const char* name) const;
   int64_t integer(const char* name, int64_t otherwise) const;
   float number(const char* name, float otherwise) const;
   std::string word(const char* name, const std::string& otherwise) const;
+  const std::vector<Input>& inputs() const { return inputs_; }
+  // Whether the inputs [first, first + count) are the same in every run.
+  bool knows(size_t first, size_t count) const;
+  // An input that is known.
+  Tensor input(size_t index) const { return index < inputs_.size() ? inputs_[index].tensor : Tensor{}; }
 
  private:
   Ort ort_;
   const OrtKernelInfo* info_;
+  std::vector<Input> inputs_;
 };
 
 // One run of a kernel.
 class Run {
  public:
-  Run(Ort ort, OrtKernelContext* context) : ort_(ort), context_(context) {}
+  Run(Ort ort, OrtKernelContext* context, const std::vector<Input>& inputs)
+      : ort_(ort), context_(context), inputs_(inputs) {}
   Tensor input(size_t index) const;
-  Tensor output(size_t index, const std::vector<int64_t>& shape, ElementType type) const;
+  Tensor output(size_t index, const Shape& shape, ElementType type) const;
 
   // Calls body(i) for each i in [0, count); which thread does which is not fixed, so body must not depend
   // on it: results are the same for any number of threads.
@@ -90,6 +141,7 @@ class Run {
   void check(OrtStatus* status) const;
   Ort ort_;
   OrtKernelContext* context_;
+  const std::vector<Input>& inputs_;
 };
 
 class Kernel {

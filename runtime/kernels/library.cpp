@@ -23,6 +23,7 @@ struct Signature {
 
 struct Made {
   Ort ort;
+  std::vector<Input> inputs;
   std::unique_ptr<Kernel> kernel;
 };
 
@@ -63,7 +64,7 @@ struct Operator : OrtCustomOp {
     KernelDestroy = [](void* made) { delete static_cast<Made*>(made); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
       const Made& made = *static_cast<Made*>(kernel);
-      return guarded(made.ort, [&] { made.kernel->compute(Run(made.ort, context)); });
+      return guarded(made.ort, [&] { made.kernel->compute(Run(made.ort, context, made.inputs)); });
     };
   }
 
@@ -75,7 +76,10 @@ struct OperatorOf : Operator {
   explicit OperatorOf(Signature of) : Operator(std::move(of)) {
     CreateKernelV2 = [](const OrtCustomOp*, OrtApi api, const OrtKernelInfo* info, void** out) -> OrtStatus* {
       const Ort ort(api);
-      return guarded(ort, [&] { *out = new Made{ort, std::make_unique<K>(Attributes(ort, info))}; });
+      return guarded(ort, [&] {
+        const Node node(ort, info);
+        *out = new Made{ort, node.inputs(), std::make_unique<K>(node)};
+      });
     };
   }
 };

@@ -26,9 +26,9 @@ Gate gate_of(const std::string& word) {
 }
 
 // Whether a shape without its leading ones is the end of another.
-bool repeats(const std::vector<int64_t>& shape, const std::vector<int64_t>& whole) {
+bool repeats(const Shape& shape, const Shape& whole) {
   const auto begin = std::find_if(shape.begin(), shape.end(), [](int64_t extent) { return extent != 1; });
-  return shape.size() <= whole.size() && std::equal(shape.rbegin(), std::make_reverse_iterator(begin), whole.rbegin());
+  return shape.size() <= whole.size() && std::equal(begin, shape.end(), whole.end() - (shape.end() - begin));
 }
 
 // One row of a tile, all of it or its first `present` numbers. What is whole has a size that compilers know.
@@ -69,9 +69,9 @@ Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_
 
 }  // namespace
 
-MatMulPacked::MatMulPacked(const Attributes& attributes, const char* name)
-    : name_(name), packed_(attributes, name), gate_(gate_of(attributes.word("activation", "none"))),
-      gated_(attributes.integer("gated", 1) != 0) {
+MatMulPacked::MatMulPacked(const Node& node, const char* name, size_t first_input)
+    : name_(name), packed_(node, name, first_input), bias_(first_input + 3), gate_(gate_of(node.word("activation", "none"))),
+      gated_(node.integer("gated", 1) != 0) {
   if (halves() && packed_.rows % (2 * kTile) != 0) {
     fail(std::string(name) + ", N with an activation that is gated", std::to_string(packed_.rows),
          "a multiple of 32");
@@ -79,15 +79,14 @@ MatMulPacked::MatMulPacked(const Attributes& attributes, const char* name)
 }
 
 template <typename Prepare>
-void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input, const Prepare& prepare) const {
-  const Weight weight =
-      packed_.weight(run.input(first_input), run.input(first_input + 1), run.input(first_input + 2));
-  const Tensor bias = checked_bias(run, first_input + 3);
+void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prepare) const {
+  const Weight weight = packed_.weight(run);
+  const Tensor bias = checked_bias(run);
   const bool gated = halves();
   const int64_t columns = packed_.columns;
   const int64_t rows = a.size() / columns;
   const int64_t width = this->width();
-  std::vector<int64_t> shape = a.shape;
+  Shape shape = a.shape;
   shape.back() = width;
   const Tensor y = run.output(0, shape, kFloat);
   if (rows == 0) return;
@@ -154,13 +153,12 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, size_t first_input,
   });
 }
 
-void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& shape_of_rows, const float* rows,
-                                   size_t first_input) const {
-  const float* tiles_of_weight = packed_.floats(run.input(first_input));
-  const Tensor bias = checked_bias(run, first_input + 3);
+void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, const float* rows) const {
+  const float* tiles_of_weight = packed_.floats(run);
+  const Tensor bias = checked_bias(run);
   const int64_t columns = packed_.columns;
   const int64_t width = this->width();
-  std::vector<int64_t> shape = shape_of_rows;
+  Shape shape = shape_of_rows;
   shape.back() = width;
   const Tensor y = run.output(0, shape, kFloat);
   const int64_t count_of_rows = y.size() / width;
@@ -230,9 +228,9 @@ void MatMulPacked::multiply_floats(const Run& run, const std::vector<int64_t>& s
   });
 }
 
-Tensor MatMulPacked::checked_bias(const Run& run, size_t index) const {
-  const Tensor bias = run.input(index);
-  if (bias && bias.shape != std::vector<int64_t>{packed_.rows}) {
+Tensor MatMulPacked::checked_bias(const Run& run) const {
+  const Tensor bias = run.input(bias_);
+  if (bias && bias.shape != Shape{packed_.rows}) {
     fail(std::string(name_) + ", bias", text(bias.shape), text({packed_.rows}));
   }
   return bias;
@@ -242,14 +240,14 @@ void MatMulPacked::compute(const Run& run) const {
   const Tensor a = run.input(0);
   packed_.check_rows(a, "A");
   if (packed_.is_float()) {
-    multiply_floats(run, a.shape, a.as<float>(), 1);
+    multiply_floats(run, a.shape, a.as<float>());
     return;
   }
-  multiply(run, a, 1, [&](int64_t r, float*) { return a.as<float>() + r * packed_.columns; });
+  multiply(run, a, [&](int64_t r, float*) { return a.as<float>() + r * packed_.columns; });
 }
 
-NormMatMulPacked::NormMatMulPacked(const Attributes& attributes)
-    : MatMulPacked(attributes, "NormMatMulPacked"), epsilon_(attributes.number("epsilon", 1e-5f)) {
+NormMatMulPacked::NormMatMulPacked(const Node& node)
+    : MatMulPacked(node, "NormMatMulPacked", 3), epsilon_(node.number("epsilon", 1e-5f)) {
   if (packed_.columns % kTile != 0) {
     fail(std::string(name_) + ", K", std::to_string(packed_.columns), "a multiple of 16");
   }
@@ -275,7 +273,7 @@ void NormMatMulPacked::compute(const Run& run) const {
     return memory;
   };
   if (!packed_.is_float()) {
-    multiply(run, a, 3, normalize);
+    multiply(run, a, normalize);
     return;
   }
   struct Normed;
@@ -285,7 +283,7 @@ void NormMatMulPacked::compute(const Run& run) const {
     const int64_t end = std::min<int64_t>(rows, (task + 1) * kRowsOfTask);
     for (int64_t r = task * kRowsOfTask; r < end; ++r) normalize(r, normed + r * columns);
   });
-  multiply_floats(run, a.shape, normed, 3);
+  multiply_floats(run, a.shape, normed);
 }
 
 }  // namespace onnxsmith

@@ -106,9 +106,6 @@ class Ort {
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, char* out, size_t* size) const {
     return at<OrtStatus*(const OrtKernelInfo*, const char*, char*, size_t*)>(87)(info, name, out, size);
   }
-  OrtStatus* input_count(const OrtKernelContext* context, size_t* out) const {
-    return at<OrtStatus*(const OrtKernelContext*, size_t*)>(88)(context, out);
-  }
   OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** out) const {
     return at<OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>(90)(context, index, out);
   }
@@ -119,6 +116,16 @@ class Ort {
   }
   void release(OrtStatus* status) const { at<void(OrtStatus*)>(93)(status); }
   void release(OrtTensorTypeAndShapeInfo* info) const { at<void(OrtTensorTypeAndShapeInfo*)>(99)(info); }
+  OrtStatus* input_count(const OrtKernelInfo* info, size_t* out) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t*)>(230)(info, out);
+  }
+  // The size counts the terminating zero.
+  OrtStatus* input_name(const OrtKernelInfo* info, size_t index, char* out, size_t* size) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t, char*, size_t*)>(232)(info, index, out, size);
+  }
+  OrtStatus* constant_input(const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** out) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, is_constant, out);
+  }
   // Calls task(data, i) for each i below total, on the threads of the session.
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t total,
                           size_t batches, void* data) const {

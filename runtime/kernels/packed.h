@@ -13,19 +13,28 @@ struct PackedAttributes {
   int64_t block_size;
   int64_t activation_block;
 
-  // Throws std::invalid_argument where they do not fit each other.
-  PackedAttributes(const Attributes& attributes, const char* name);
+  // The weight is the inputs from `first_input` on. Throws std::invalid_argument where attributes do not fit
+  // each other.
+  PackedAttributes(const Node& node, const char* name, size_t first_input);
   int64_t tiles() const { return (rows + kTile - 1) / kTile; }
-  // The weight, after a check of types and sizes. `offsets` may be absent.
-  Weight weight(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const;
+  // The weight, whose types and sizes were checked: once, where it is the same in every run.
+  Weight weight(const Run& run) const;
   // A weight of 32 bits: its tiles [K, 16], one after the other.
-  const float* floats(const Tensor& tiles) const;
+  const float* floats(const Run& run) const;
   bool is_float() const { return bits == 32; }
   // Throws where the last axis of an operand is not K numbers.
   void check_rows(const Tensor& operand, const char* what) const;
 
  private:
+  void check_blocks() const;
+  Weight checked(const Tensor& codes, const Tensor& scales, const Tensor& offsets) const;
+  const float* checked(const Tensor& tiles) const;
+
   const char* name_;
+  size_t first_input_;
+  bool kept_ = false;
+  Weight weight_{};
+  const float* floats_ = nullptr;
 };
 
 }  // namespace onnxsmith

@@ -2,6 +2,13 @@
 
 #include "exponential.inl"
 
+// Asks for the codes that a row needs after these. Processors ask for what lies ahead too, and stop at the end of a
+// page: at every 4 KiB a row would wait for memory.
+inline void ask_ahead(const uint8_t* codes, int64_t bytes) {
+  constexpr int64_t kAhead = 4096;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kAhead + i);
+}
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // erf by Abramowitz and Stegun 7.1.26 is too coarse; this is a quotient of polynomials that is right to 2e-7,

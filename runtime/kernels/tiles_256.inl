@@ -65,6 +65,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       }
     }
     --left;
+    ask_ahead(codes, UNIT * kTile * BITS / 8);
     __m256i dot[R][kHalves];
     unit_products<R, BITS, UNIT>(codes, row + u * UNIT, weight.columns, dot);
     for (int r = 0; r < R; ++r) {

@@ -90,6 +90,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       if (KIND == Offsets::kZeroPoints) zero_points = load_bytes(weight.offsets, at);
     }
     --left;
+    ask_ahead(codes, UNIT * kTile * BITS / 8);
     __m512i q[kGroups];
     if (BITS == 4) {
       for (int g = 0; g < kGroups / 2; ++g, codes += 64) {

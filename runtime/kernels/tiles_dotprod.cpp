@@ -82,6 +82,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       }
     }
     --left;
+    ask_ahead(codes, UNIT * kTile * BITS / 8);
     int32x4_t dot[R][kQuarters];
     for (int r = 0; r < R; ++r) {
       for (int h = 0; h < kQuarters; ++h) dot[r][h] = vdupq_n_s32(0);
