@@ -28,6 +28,18 @@ struct Partial {
   float sum;
 };
 
+// One head's keys and values in tiles of 16: keys [size, 16], turned, and values [keys, 16], the keys filled up to a
+// multiple of 16.
+struct Heads {
+  const float* key_tiles;
+  const float* value_tiles;
+  int64_t keys;
+  int64_t size;
+  int64_t value_tiles_number;
+};
+
+constexpr int64_t kRowsOfHeads = 32;  // at most, of one call
+
 struct Attend {
   const char* name;
   // Rows over keys [begin, begin + kPiece), cut at `end`. keys and values are [*, size] from key 0.
@@ -43,6 +55,15 @@ struct Attend {
   // starts[t][c] where `starts` is not null.
   void (*products)(const float* const* tiles, const float* const* starts, int number, int64_t columns,
                    const float* rows, int64_t count, float* const* out, int64_t stride);
+  // Softmax(rows times keys + bias) times values: rows [count, size], already scaled; biases[r] [keys], or null for
+  // none; scores [count, keys] is memory, filled up to a multiple of 16; out [count, 16 * value_tiles_number].
+  void (*heads)(const Heads& head, const float* rows, int64_t count, const float* const* biases, float* scores,
+                float* out);
+  // to[r * to_stride + c] = (rows[r * stride + c] + bias[c]) * factor for `width` numbers; `bias` may be null.
+  void (*shift)(const float* rows, int64_t stride, int64_t count, int64_t width, const float* bias, float factor,
+                float* to, int64_t to_stride);
+  // tile[d * 16 + j] = rows[j * stride + d] + bias[d] for `count` rows, 0 for others; `bias` may be null.
+  void (*transpose)(const float* rows, int64_t stride, int64_t count, int64_t size, const float* bias, float* tile);
 };
 
 const Attend& generic_attend();

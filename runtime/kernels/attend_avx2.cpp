@@ -77,10 +77,39 @@ constexpr int kFloatTiles = 1;
 
 #include "floats.inl"
 
+inline void store(float* to, Vector v) {
+  _mm256_storeu_ps(to, v.low);
+  _mm256_storeu_ps(to + 8, v.high);
+}
+
+inline Vector all_of(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+
+#include "power_of_two.inl"
+
+inline Vector powers(Vector scores, float highest) {
+  float some[16];
+  store(some, scores);
+  for (int i = 0; i < 16; ++i) some[i] = power_of_two((some[i] - highest) * kLogarithm);
+  return load(some);
+}
+
+inline void turn(Vector* v) {
+  float rows[16][16];
+  float columns[16][16];
+  for (int i = 0; i < 16; ++i) store(rows[i], v[i]);
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) columns[i][j] = rows[j][i];
+  }
+  for (int i = 0; i < 16; ++i) v[i] = load(columns[i]);
+}
+
+#include "heads.inl"
+
 }  // namespace avx2
 
 const Attend& avx2_attend() {
-  static const Attend attend{"avx2", avx2::piece<false>, avx2::piece<true>, avx2::merge, avx2::products};
+  static const Attend attend{"avx2", avx2::piece<false>, avx2::piece<true>, avx2::merge, avx2::products,
+                             avx2::heads, avx2::shift, avx2::transpose};
   return attend;
 }
 

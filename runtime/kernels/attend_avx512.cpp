@@ -48,10 +48,59 @@ constexpr int kFloatTiles = 2;
 
 #include "floats.inl"
 
+inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+
+inline Vector all_of(float a) { return _mm512_set1_ps(a); }
+
+#include "power_of_two.inl"
+
+// Bitwise `power_of_two` of each: scaling by a power of two is exact, or gives less than 2^-126.
+inline Vector powers(Vector scores, float highest) {
+  const Vector x = _mm512_mul_ps(_mm512_sub_ps(scores, _mm512_set1_ps(highest)), _mm512_set1_ps(kLogarithm));
+  const Vector n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vector r = _mm512_sub_ps(x, n);
+  Vector p = _mm512_set1_ps(kPowers[6]);
+  for (int i = 5; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kPowers[i]));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Sixteen rows of sixteen become columns: pairs, fours and lanes of four change places.
+inline void turn(Vector* v) {
+  __m512d fours[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[i], v[i + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[i], v[i + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+    fours[i] = _mm512_unpacklo_pd(a, c);
+    fours[i + 1] = _mm512_unpackhi_pd(a, c);
+    fours[i + 2] = _mm512_unpacklo_pd(b, d);
+    fours[i + 3] = _mm512_unpackhi_pd(b, d);
+  }
+  // Lane l of fours[4i + k] holds column 4l + k of rows 4i to 4i + 3.
+  for (int k = 0; k < 4; ++k) {
+    const Vector a = _mm512_castpd_ps(fours[k]);
+    const Vector b = _mm512_castpd_ps(fours[4 + k]);
+    const Vector c = _mm512_castpd_ps(fours[8 + k]);
+    const Vector d = _mm512_castpd_ps(fours[12 + k]);
+    const Vector ab = _mm512_shuffle_f32x4(a, b, 0x88);
+    const Vector cd = _mm512_shuffle_f32x4(c, d, 0x88);
+    const Vector ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const Vector cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+    v[k] = _mm512_shuffle_f32x4(ab, cd, 0x88);
+    v[8 + k] = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    v[4 + k] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    v[12 + k] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+  }
+}
+
+#include "heads.inl"
+
 }  // namespace avx512
 
 const Attend& avx512_attend() {
-  static const Attend attend{"avx512", avx512::piece<false>, avx512::piece<true>, avx512::merge, avx512::products};
+  static const Attend attend{"avx512", avx512::piece<false>, avx512::piece<true>, avx512::merge, avx512::products,
+                             avx512::heads, avx512::shift, avx512::transpose};
   return attend;
 }
 

@@ -65,10 +65,40 @@ constexpr int kFloatTiles = 1;
 
 #include "floats.inl"
 
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
+
+inline Vector all_of(float a) {
+  Vector out;
+  for (int i = 0; i < 4; ++i) out.part[i] = Four{a, a, a, a};
+  return out;
+}
+
+#include "power_of_two.inl"
+
+inline Vector powers(Vector scores, float highest) {
+  float some[16];
+  store(some, scores);
+  for (int i = 0; i < 16; ++i) some[i] = power_of_two((some[i] - highest) * kLogarithm);
+  return load(some);
+}
+
+inline void turn(Vector* v) {
+  float rows[16][16];
+  float columns[16][16];
+  for (int i = 0; i < 16; ++i) store(rows[i], v[i]);
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) columns[i][j] = rows[j][i];
+  }
+  for (int i = 0; i < 16; ++i) v[i] = load(columns[i]);
+}
+
+#include "heads.inl"
+
 }  // namespace generic
 
 const Attend& generic_attend() {
-  static const Attend attend{"generic", generic::piece<false>, generic::piece<true>, generic::merge, generic::products};
+  static const Attend attend{"generic", generic::piece<false>, generic::piece<true>, generic::merge, generic::products,
+                             generic::heads, generic::shift, generic::transpose};
   return attend;
 }
 

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "gather.h"
+#include "heads.h"
 #include "matmul.h"
 
 namespace onnxsmith {
@@ -86,8 +87,8 @@ struct OperatorOf : Operator {
 
 const Operator* const* operators(size_t* count) {
   static const OperatorOf<MatMulPacked> matmul({"MatMulPacked",
-                                                {kFloat, kUndefined, kUndefined, kUndefined, kFloat},
-                                                {false, false, true, true, true},
+                                                {kFloat, kUndefined, kUndefined, kUndefined, kFloat, kFloat},
+                                                {false, false, true, true, true, true},
                                                 {kFloat}});
   static const OperatorOf<NormMatMulPacked> norm_matmul(
       {"NormMatMulPacked",
@@ -105,7 +106,12 @@ const Operator* const* operators(size_t* count) {
        {kFloat, kFloat, kFloat, kFloat, kFloat, kInt32, kInt32, kFloat, kFloat, kInt64, kFloat, kFloat},
        {false, true, true, false, false, false, false, true, true, true, true, true},
        {kFloat, kFloat, kFloat}});
-  static const Operator* const all[] = {&matmul, &norm_matmul, &gather, &attention};
+  // query, key, value, bias, attention_bias
+  static const OperatorOf<MultiHeadAttention> heads({"MultiHeadAttention",
+                                                     {kFloat, kFloat, kFloat, kFloat, kFloat},
+                                                     {false, true, true, true, true},
+                                                     {kFloat}});
+  static const Operator* const all[] = {&matmul, &norm_matmul, &gather, &attention, &heads};
   *count = sizeof(all) / sizeof(all[0]);
   return all;
 }

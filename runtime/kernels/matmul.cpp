@@ -40,11 +40,11 @@ inline void write_row(const float* from, int64_t present, float* to) {
   }
 }
 
-inline void add_row(const float* bias, int64_t present, float* to) {
+inline void add_row(const float* more, int64_t present, float* to) {
   if (present == kTile) {
-    for (int64_t c = 0; c < kTile; ++c) to[c] += bias[c];
+    for (int64_t c = 0; c < kTile; ++c) to[c] += more[c];
   } else {
-    for (int64_t c = 0; c < present; ++c) to[c] += bias[c];
+    for (int64_t c = 0; c < present; ++c) to[c] += more[c];
   }
 }
 
@@ -69,8 +69,8 @@ Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_
 
 }  // namespace
 
-MatMulPacked::MatMulPacked(const Node& node, const char* name, size_t first_input)
-    : name_(name), packed_(node, name, first_input), bias_(first_input + 3), gate_(gate_of(node.word("activation", "none"))),
+MatMulPacked::MatMulPacked(const Node& node, const char* name, size_t first_input, size_t residual)
+    : name_(name), packed_(node, name, first_input), bias_(first_input + 3), residual_(residual), gate_(gate_of(node.word("activation", "none"))),
       gated_(node.integer("gated", 1) != 0) {
   if (halves() && packed_.rows % (2 * kTile) != 0) {
     fail(std::string(name) + ", N with an activation that is gated", std::to_string(packed_.rows),
@@ -88,6 +88,7 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prep
   const int64_t width = this->width();
   Shape shape = a.shape;
   shape.back() = width;
+  const Tensor residual = checked_residual(run, shape);
   const Tensor y = run.output(0, shape, kFloat);
   if (rows == 0) return;
 
@@ -126,6 +127,10 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prep
         if (gate_ != Gate::kNone && !gated) isa.gate(gate_, sums, nullptr, count * kTile);
         const int64_t present = std::min(kTile, width - tile * kTile);
         float* const result = y.as<float>() + first * width + tile * kTile;
+        if (residual) {
+          const float* more = residual.as<float>() + first * width + tile * kTile;
+          for (int64_t r = 0; r < count; ++r) add_row(more + r * width, present, sums + r * kTile);
+        }
         for (int64_t r = 0; r < count; ++r) write_row(sums + r * kTile, present, result + r * width);
       };
       for (int64_t s = steps * piece / pieces; s < steps * int64_t(piece + 1) / pieces; ++s) {
@@ -160,6 +165,7 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
   const int64_t width = this->width();
   Shape shape = shape_of_rows;
   shape.back() = width;
+  const Tensor residual = checked_residual(run, shape);
   const Tensor y = run.output(0, shape, kFloat);
   const int64_t count_of_rows = y.size() / width;
   if (count_of_rows == 0) return;
@@ -192,6 +198,7 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
         const int64_t tile = s * together;
         const int64_t number = std::min(together, outputs - tile);
         float* const result = y.as<float>() + first * width + tile * kTile;
+        const float* const more = residual ? residual.as<float>() + first * width + tile * kTile : nullptr;
         const int64_t all = halves() ? 2 * number : number;
         // What is not multiplied with something else is written where it belongs.
         const bool straight = !halves() && (tile + number) * kTile <= width;
@@ -209,19 +216,30 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
             starts[t] = whole ? bias.as<float>() + which * kTile : last_of_bias;
           }
         }
-        // Where results go is asked for while they are computed.
+        // Where results go is asked for while they are computed, and what is added to them.
         for (int64_t r = 0; r < count; ++r) {
-          for (int64_t t = 0; t < number; ++t) __builtin_prefetch(result + r * width + t * kTile, 1);
+          for (int64_t t = 0; t < number; ++t) {
+            __builtin_prefetch(result + r * width + t * kTile, 1);
+            if (more != nullptr) __builtin_prefetch(more + r * width + t * kTile);
+          }
         }
         floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count, to,
                         stride);
         if (straight && gate_ != Gate::kNone) {
           for (int64_t r = 0; r < count; ++r) isa.gate(gate_, result + r * width, nullptr, number * kTile);
         }
+        for (int64_t r = 0; straight && more != nullptr && r < count; ++r) {
+          for (int64_t t = 0; t < number; ++t) {
+            add_row(more + r * width + t * kTile, kTile, result + r * width + t * kTile);
+          }
+        }
         for (int64_t t = 0; t < number && !straight; ++t) {
           if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + number] : nullptr, count * kTile);
           const int64_t present = std::min(kTile, width - (tile + t) * kTile);
-          for (int64_t r = 0; r < count; ++r) write_row(to[t] + r * kTile, present, result + r * width + t * kTile);
+          for (int64_t r = 0; r < count; ++r) {
+            if (more != nullptr) add_row(more + r * width + t * kTile, present, to[t] + r * kTile);
+            write_row(to[t] + r * kTile, present, result + r * width + t * kTile);
+          }
         }
       }
     }
@@ -236,6 +254,14 @@ Tensor MatMulPacked::checked_bias(const Run& run) const {
   return bias;
 }
 
+Tensor MatMulPacked::checked_residual(const Run& run, const Shape& shape) const {
+  const Tensor residual = residual_ != 0 ? run.input(residual_) : Tensor{};
+  if (residual && residual.shape != shape) {
+    fail(std::string(name_) + ", residual", text(residual.shape), text(shape) + ", as the result");
+  }
+  return residual;
+}
+
 void MatMulPacked::compute(const Run& run) const {
   const Tensor a = run.input(0);
   packed_.check_rows(a, "A");
@@ -247,7 +273,7 @@ void MatMulPacked::compute(const Run& run) const {
 }
 
 NormMatMulPacked::NormMatMulPacked(const Node& node)
-    : MatMulPacked(node, "NormMatMulPacked", 3), epsilon_(node.number("epsilon", 1e-5f)) {
+    : MatMulPacked(node, "NormMatMulPacked", 3, 0), epsilon_(node.number("epsilon", 1e-5f)) {
   if (packed_.columns % kTile != 0) {
     fail(std::string(name_) + ", K", std::to_string(packed_.columns), "a multiple of 16");
   }
