@@ -1,6 +1,5 @@
 // Attention over one piece of the keys; includes nothing, and is included inside a namespace of its own.
-// Needs `Vector` (16 floats), `load`, `larger`, `largest_of`, `sum_of` and `sums_of` (16 sums of 16 vectors)
-// from who includes it.
+// Needs a `Vector`, `largest_of`, `sum_of` and `sums_of` (16 sums of 16 vectors) from who includes it.
 #include "exponential.inl"
 
 constexpr int64_t kAhead = 32;  // keys
@@ -26,9 +25,10 @@ inline Partial weights_of(const QueryRow& row, int64_t begin, int64_t count, flo
   const int64_t from = skipped < 0 ? 0 : skipped < kPiece ? skipped : kPiece;
   const int64_t to = seen > 0 ? seen : 0;
   if (softcap > 0.0f) {
-    for (int64_t j = 0; j < kPiece; ++j) {
+    for (int64_t j = 0; j < kPiece; j += 16) {
       // tanh(x) = 1 - 2 / (e^2x + 1)
-      scores[j] = softcap * (1.0f - 2.0f / (exponential(2.0f * (scores[j] / softcap)) + 1.0f));
+      const Vector power = exponential(all_of(2.0f) * (load(scores + j) / all_of(softcap)));
+      store(scores + j, all_of(softcap) * (all_of(1.0f) - all_of(2.0f) / (power + all_of(1.0f))));
     }
   }
   if (row.bias != nullptr) {
@@ -47,12 +47,12 @@ inline Partial weights_of(const QueryRow& row, int64_t begin, int64_t count, flo
     for (int64_t j = 0; j < kPiece; ++j) scores[j] = none;
     return {0.0f, none};
   }
-  for (int64_t j = 0; j < kPiece; ++j) {
-    const float power = exponential(scores[j] - highest);
-    scores[j] = scores[j] == -INFINITY ? 0.0f : power;
+  Vector sum = {};
+  for (int64_t j = 0; j < kPiece; j += 16) {
+    const Vector some = exponential(load(scores + j) - all_of(highest));
+    store(scores + j, some);
+    sum += some;
   }
-  Vector sum = load(scores);
-  for (int64_t j = 16; j < kPiece; j += 16) sum += load(scores + j);
   return {highest, sum_of(sum)};
 }
 
@@ -67,8 +67,8 @@ inline void weighted(const float* weights, const float* values, int64_t size, in
     Vector value[WIDTH];
     for (int w = 0; w < WIDTH; ++w) value[w] = load(values + j * size + 16 * w);
     for (int r = 0; r < R; ++r) {
-      const float p = weights[r * kPiece + j];
-      for (int w = 0; w < WIDTH; ++w) acc[r][w] += p * value[w];
+      const Vector p = all_of(weights[r * kPiece + j]);
+      for (int w = 0; w < WIDTH; ++w) acc[r][w] = plus_product(acc[r][w], p, value[w]);
     }
   }
   for (int r = 0; r < R; ++r) {

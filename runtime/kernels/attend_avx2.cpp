@@ -8,30 +8,7 @@
 namespace onnxsmith {
 namespace avx2 {
 
-struct Vector {
-  __m256 low = _mm256_setzero_ps();
-  __m256 high = _mm256_setzero_ps();
-};
-
-inline Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-
-inline Vector operator*(Vector a, Vector b) {
-  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
-}
-
-inline Vector operator*(float a, Vector b) {
-  const __m256 same = _mm256_set1_ps(a);
-  return {_mm256_mul_ps(same, b.low), _mm256_mul_ps(same, b.high)};
-}
-
-inline Vector& operator+=(Vector& a, Vector b) {
-  a = {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
-  return a;
-}
-
-inline Vector larger(Vector a, Vector b) {
-  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
-}
+#include "vector_avx2.inl"
 
 inline __m128 halves(__m256 v, __m128 (*join)(__m128, __m128)) {
   return join(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -67,31 +44,10 @@ inline void sums_of(const Vector* v, float* out) {
 
 #include "attend.inl"
 
-inline void add_product(Vector& sum, float a, Vector b) {
-  const __m256 same = _mm256_set1_ps(a);
-  sum = {_mm256_fmadd_ps(same, b.low, sum.low), _mm256_fmadd_ps(same, b.high, sum.high)};
-}
-
 constexpr int kFloatRows = 4;
 constexpr int kFloatTiles = 1;
 
 #include "floats.inl"
-
-inline void store(float* to, Vector v) {
-  _mm256_storeu_ps(to, v.low);
-  _mm256_storeu_ps(to + 8, v.high);
-}
-
-inline Vector all_of(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
-
-#include "power_of_two.inl"
-
-inline Vector powers(Vector scores, float highest) {
-  float some[16];
-  store(some, scores);
-  for (int i = 0; i < 16; ++i) some[i] = power_of_two((some[i] - highest) * kLogarithm);
-  return load(some);
-}
 
 inline void turn(Vector* v) {
   float rows[16][16];

@@ -8,11 +8,7 @@
 namespace onnxsmith {
 namespace avx512 {
 
-typedef __m512 Vector;
-
-inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
-
-inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+#include "vector_avx512.inl"
 
 inline float largest_of(Vector v) { return _mm512_reduce_max_ps(v); }
 
@@ -41,28 +37,10 @@ inline void sums_of(const Vector* v, float* out) {
 
 #include "attend.inl"
 
-inline void add_product(Vector& sum, float a, Vector b) { sum = _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum); }
-
 constexpr int kFloatRows = 8;
 constexpr int kFloatTiles = 2;
 
 #include "floats.inl"
-
-inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
-
-inline Vector all_of(float a) { return _mm512_set1_ps(a); }
-
-#include "power_of_two.inl"
-
-// Bitwise `power_of_two` of each: scaling by a power of two is exact, or gives less than 2^-126.
-inline Vector powers(Vector scores, float highest) {
-  const Vector x = _mm512_mul_ps(_mm512_sub_ps(scores, _mm512_set1_ps(highest)), _mm512_set1_ps(kLogarithm));
-  const Vector n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vector r = _mm512_sub_ps(x, n);
-  Vector p = _mm512_set1_ps(kPowers[6]);
-  for (int i = 5; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kPowers[i]));
-  return _mm512_scalef_ps(p, n);
-}
 
 // Sixteen rows of sixteen become columns: pairs, fours and lanes of four change places.
 inline void turn(Vector* v) {

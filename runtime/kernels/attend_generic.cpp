@@ -5,40 +5,7 @@
 namespace onnxsmith {
 namespace generic {
 
-// Four vectors, which every processor has instructions for.
-typedef float Four __attribute__((vector_size(16)));
-
-struct Vector {
-  Four part[4] = {};
-};
-
-inline Vector load(const float* from) {
-  Vector out;
-  std::memcpy(&out, from, sizeof(out));
-  return out;
-}
-
-inline Vector operator*(Vector a, Vector b) {
-  for (int i = 0; i < 4; ++i) a.part[i] *= b.part[i];
-  return a;
-}
-
-inline Vector operator*(float a, Vector b) {
-  for (int i = 0; i < 4; ++i) b.part[i] *= a;
-  return b;
-}
-
-inline Vector& operator+=(Vector& a, Vector b) {
-  for (int i = 0; i < 4; ++i) a.part[i] += b.part[i];
-  return a;
-}
-
-inline Four larger(Four a, Four b) { return b > a ? b : a; }
-
-inline Vector larger(Vector a, Vector b) {
-  for (int i = 0; i < 4; ++i) a.part[i] = larger(a.part[i], b.part[i]);
-  return a;
-}
+#include "vector_generic.inl"
 
 inline float largest_of(Vector v) {
   const Four four = larger(larger(v.part[0], v.part[1]), larger(v.part[2], v.part[3]));
@@ -58,29 +25,10 @@ inline void sums_of(const Vector* vectors, float* out) {
 
 #include "attend.inl"
 
-inline void add_product(Vector& sum, float a, Vector b) { sum += a * b; }
-
 constexpr int kFloatRows = 2;
 constexpr int kFloatTiles = 1;
 
 #include "floats.inl"
-
-inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof(v)); }
-
-inline Vector all_of(float a) {
-  Vector out;
-  for (int i = 0; i < 4; ++i) out.part[i] = Four{a, a, a, a};
-  return out;
-}
-
-#include "power_of_two.inl"
-
-inline Vector powers(Vector scores, float highest) {
-  float some[16];
-  store(some, scores);
-  for (int i = 0; i < 16; ++i) some[i] = power_of_two((some[i] - highest) * kLogarithm);
-  return load(some);
-}
 
 inline void turn(Vector* v) {
   float rows[16][16];

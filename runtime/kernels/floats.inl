@@ -1,5 +1,5 @@
-// Products in float32. Included inside a namespace of its own; needs `Vector` and `load` as attend.inl does,
-// `add_product`, and kFloatRows and kFloatTiles: how many rows and tiles fit the registers.
+// Products in float32. Included inside a namespace of its own; needs a `Vector`, and kFloatRows
+// and kFloatTiles: how many rows and tiles fit the registers.
 
 // out[t][r * stride + c] = starts[t][c] + sum over k of rows[r * columns + k] * tiles[t][16 * k + c], added up in the
 // order of k; `starts` may be null.
@@ -24,9 +24,9 @@ inline void float_block(const float* const* tiles, const float* const* starts, i
       for (int t = 0; t < T; ++t) some[t] = load(from[t] + 16 * k);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const float a = rows[r * columns + k];
+        const Vector a = all_of(rows[r * columns + k]);
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) add_product(acc[r][t], a, some[t]);
+        for (int t = 0; t < T; ++t) acc[r][t] = plus_product(acc[r][t], a, some[t]);
       }
     }
   }

@@ -1,5 +1,5 @@
 // Attention of whole heads, for rows that all see the same keys. Included inside a namespace of its own; needs
-// `products` of floats.inl, what attend.inl needs, `store`, and `powers`: e^x of sixteen x <= 0 by power_of_two.inl.
+// `products` of floats.inl, what attend.inl needs, and `turn`: sixteen rows of sixteen become columns.
 
 void heads(const Heads& head, const float* rows, int64_t count, const float* const* biases, float* scores, float* out) {
   constexpr int kMost = 8;
@@ -41,9 +41,10 @@ void heads(const Heads& head, const float* rows, int64_t count, const float* con
   float sums[kRowsOfHeads];
   for (int64_t r = 0; r < count; ++r) {
     float* row = scores + r * width;
+    const Vector top = all_of(highest[r]);
     Vector sum = {};
     for (int64_t j = 0; j < width; j += 16) {
-      const Vector some = powers(load(row + j), highest[r]);
+      const Vector some = power_of_two((load(row + j) - top) * all_of(1.44269504088896341f));
       store(row + j, some);
       sum += some;
     }
@@ -54,7 +55,7 @@ void heads(const Heads& head, const float* rows, int64_t count, const float* con
     const float factor = sums[r] == 0.0f ? 0.0f : 1.0f / sums[r];
     for (int64_t t = 0; t < head.value_tiles_number; ++t) {
       float* some = out + (r * head.value_tiles_number + t) * 16;
-      store(some, factor * load(some));
+      store(some, all_of(factor) * load(some));
     }
   }
 }
@@ -67,7 +68,7 @@ void shift(const float* rows, int64_t stride, int64_t count, int64_t width, cons
     for (; c + 16 <= width; c += 16) {
       Vector some = load(rows + c);
       if (bias != nullptr) some += load(bias + c);
-      store(to + c, factor * some);
+      store(to + c, all_of(factor) * some);
     }
     for (; c < width; ++c) to[c] = (rows[c] + (bias != nullptr ? bias[c] : 0.0f)) * factor;
   }

@@ -58,7 +58,7 @@ struct Tiles {
   // The same for two tiles, each with an `out` of its own.
   void (*products)(const Weight& weight, int64_t one, int64_t other, const Activations& rows, int64_t count,
                    float* out, float* other_out, int64_t stride);
-  // gate[i] = function(gate[i]) * up[i], or function(gate[i]) where `up` is null
+  // gate[i] = function(gate[i]) * up[i], or function(gate[i]) where `up` is null; `count` is a multiple of 16.
   void (*gate)(Gate function, float* gate, const float* up, int64_t count);
 };
 

@@ -9,43 +9,38 @@ inline void ask_ahead(const uint8_t* codes, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + kAhead + i);
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Vector sigmoid(Vector x) { return all_of(1.0f) / (all_of(1.0f) + exponential(all_of(0.0f) - x)); }
 
 // erf by Abramowitz and Stegun 7.1.26 is too coarse; this is a quotient of polynomials that is right to 2e-7,
 // the one that ONNX Runtime's MlasComputeErf and Eigen use in other forms: x clamped, odd over even.
-inline float error_function(float x) {
-  x = x < -3.925f ? -3.925f : x;
-  x = x > 3.925f ? 3.925f : x;
-  const float s = x * x;
-  float p = -2.72614225801306e-10f;
-  p = std::fma(p, s, 2.77068142495902e-08f);
-  p = std::fma(p, s, -2.10102402082508e-06f);
-  p = std::fma(p, s, -5.69250639462346e-05f);
-  p = std::fma(p, s, -7.34990630326855e-04f);
-  p = std::fma(p, s, -2.95459980854025e-03f);
-  p = std::fma(p, s, -1.60960333262415e-02f);
-  float q = -1.45660718464996e-05f;
-  q = std::fma(q, s, -2.13374055278905e-04f);
-  q = std::fma(q, s, -1.68282697438203e-03f);
-  q = std::fma(q, s, -7.37332916720468e-03f);
-  q = std::fma(q, s, -1.42647390514189e-02f);
-  return x * p / q;
+inline Vector error_function(Vector x) {
+  static constexpr float kAbove[] = {-1.60960333262415e-02f, -2.95459980854025e-03f, -7.34990630326855e-04f,
+                                     -5.69250639462346e-05f, -2.10102402082508e-06f, 2.77068142495902e-08f,
+                                     -2.72614225801306e-10f};
+  static constexpr float kBelow[] = {-1.42647390514189e-02f, -7.37332916720468e-03f, -1.68282697438203e-03f,
+                                     -2.13374055278905e-04f, -1.45660718464996e-05f};
+  x = smaller(all_of(3.925f), larger(all_of(-3.925f), x));
+  const Vector square = x * x;
+  return x * polynomial(kAbove, square) / polynomial(kBelow, square);
 }
 
 template <Gate kind>
-inline float activated(float x) {
+inline Vector activated(Vector x) {
   if (kind == Gate::kSilu) return x * sigmoid(x);
-  if (kind == Gate::kGelu) return 0.5f * x * (1.0f + error_function(x * 0.70710678118654752f));
-  const float inner = 0.7978845608028654f * std::fma(0.044715f * x * x, x, x);
-  return x * sigmoid(2.0f * inner);
+  if (kind == Gate::kGelu) {
+    return all_of(0.5f) * x * (all_of(1.0f) + error_function(x * all_of(0.70710678118654752f)));
+  }
+  const Vector inner = all_of(0.7978845608028654f) * fused(all_of(0.044715f) * x * x, x, x);
+  return x * sigmoid(all_of(2.0f) * inner);
 }
 
+// `count` is a multiple of 16.
 template <Gate kind>
-void gate_by(float* __restrict gate, const float* __restrict up, int64_t count) {
-  if (up == nullptr) {
-    for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) gate[i] = activated<kind>(gate[i]) * up[i];
+void gate_by(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    Vector some = activated<kind>(load(gate + i));
+    if (up != nullptr) some = some * load(up + i);
+    store(gate + i, some);
   }
 }
 

@@ -10,6 +10,8 @@
 namespace onnxsmith {
 namespace avx2 {
 
+#include "vector_avx2.inl"
+
 #include "tiles.inl"
 
 #include "tiles_256.inl"

@@ -9,6 +9,8 @@
 namespace onnxsmith {
 namespace avx512vnni {
 
+#include "vector_avx512.inl"
+
 #include "tiles.inl"
 
 // `round_by` of tiles.inl with sixteen numbers at a time, bit by bit.

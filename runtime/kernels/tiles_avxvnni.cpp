@@ -19,6 +19,8 @@
 namespace onnxsmith {
 namespace avxvnni {
 
+#include "vector_avx2.inl"
+
 #include "tiles.inl"
 #include "tiles_256.inl"
 

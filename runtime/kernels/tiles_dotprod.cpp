@@ -9,6 +9,8 @@
 namespace onnxsmith {
 namespace dotprod {
 
+#include "vector_generic.inl"
+
 #include "tiles.inl"
 
 // What 16 rows have each one of: those of rows 0 to 3, 4 to 7, 8 to 11, and 12 to 15.

@@ -5,6 +5,8 @@
 namespace onnxsmith {
 namespace generic {
 
+#include "vector_generic.inl"
+
 #include "tiles.inl"
 
 // Eight sums or codes side by side, which every processor has instructions for.
