@@ -7,7 +7,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
-from onnxsmith.graph_passes.float_products import find_float_products
+from onnxsmith.graph_passes.float_products import find_float_products, find_projections
+from onnxsmith.graph_passes.packed_attention import open_attention
 from onnxsmith.graph_passes.packed_functions import function_refusal
 from onnxsmith.graph_passes.packed_products import skip_reason
 from onnxsmith.graph_passes.packed_writer import write_uses
@@ -44,9 +45,13 @@ class UseFloatKernels(GraphPass):
         reason = function_refusal(model)
         if reason:
             return Changes(skipped={"graph": reason})
-        uses = find_float_products(
-            model, refuse=lambda node, weight: skip_reason(self.skip_nodes, node.name or "", weight)
-        )
+
+        def refuse(node: ir.Node, weight: str) -> str:
+            return skip_reason(self.skip_nodes, node.name or "", weight)
+
+        kept = open_attention(model, among=find_projections(model, refuse=refuse))
+        uses = find_float_products(model, refuse=refuse)
+        uses.refused |= kept
         if not uses.found:
             return Changes(skipped=uses.refused)
         changes = write_uses(model, uses, {})

@@ -12,7 +12,7 @@ from onnxsmith.graph_passes.packed_products import Lookup, Product, Uses, is_bia
 from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, is_transpose
 from onnxsmith.packed_tiles import TILE_ROWS
 
-__all__ = ["find_float_products"]
+__all__ = ["find_float_products", "find_projections"]
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -55,6 +55,34 @@ def find_float_products(model: ir.Model, *, refuse: Callable[[ir.Node, str], str
         else:
             products.append(_product(weight))
     return Uses(products, refused)
+
+
+def find_projections(model: ir.Model, *, refuse: Callable[[ir.Node, str], str]) -> set[ir.Node]:
+    """The Attention nodes of ONNX Runtime whose projection would be such a product.
+
+    Args:
+        model: Where to look.
+        refuse: As for products.
+    """
+    found: set[ir.Node] = set()
+    for node in model.graph:
+        if not is_operator(node, "Attention", "com.microsoft") or node.inputs[1] is None:
+            continue
+        source = node.inputs[1]
+        tensor = source.const_value if source.is_initializer() else None
+        if tensor is None or len(tensor.shape) != 2 or source.is_graph_output():
+            continue
+        columns, rows = tensor.shape.numpy()
+        weight = MatMulWeight(node, source, source, False, in_features=columns, out_features=rows)
+        if not _refusal(weight) and not refuse(node, source.name or ""):
+            found.add(node)
+    return {node for node in found if all(user in found for user in _weight(node).consumers())}
+
+
+def _weight(attention: ir.Node) -> ir.Value:
+    weight = attention.inputs[1]
+    assert weight is not None
+    return weight
 
 
 def _gemms(model: ir.Model) -> Iterator[MatMulWeight | tuple[ir.Node, str]]:

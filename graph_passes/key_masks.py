@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.integer_operators import GraphWriter
 from onnxsmith.graph_passes.matching import axes_of, int_attribute, is_operator, label
 from onnxsmith.graph_passes.packed_attention import open_attention
+from onnxsmith.graph_passes.padding_masks import KeyBiases, has_keys
 from onnxsmith.graph_passes.rewriting import NoMatchError, rewrite_each
 from onnxsmith.graph_passes.weights import constant_of, lazy_initializer
 from onnxsmith.onnx_file import drop_pages
@@ -33,33 +34,8 @@ _DOMAIN = "com.microsoft"
 _FLOAT = ir.DataType.FLOAT
 # Inputs of MultiHeadAttention. Attention has its padding at 3, and its bias of scores at 5 too.
 _VALUE, _BIAS, _PADDING, _SCORES = 2, 3, 4, 5
-# Each number of what they make follows from the numbers at the same place of what they read.
-_ELEMENTWISE = frozenset(
-    {
-        "Add",
-        "And",
-        "Cast",
-        "Div",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "Min",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Sub",
-        "Where",
-    }
-)
 # A float32 that any score is nothing beside, and that can still be divided by a scale.
 _LOWEST = np.float32(-1e30)
-# What ONNX Runtime adds where a mask of padding is 0.
-_FILTER = -10000.0
 
 
 class MaskInKeys(GraphPass):
@@ -111,38 +87,8 @@ def _must_fit(node: ir.Node) -> None:
         raise NoMatchError("attention with a causal mask of its own")
     if padding is not None and (bias is not None or len(axes_of(padding) or ()) != 2):
         raise NoMatchError("attention whose mask of padding is not a number for each key alone")
-    if bias is not None and not _has_keys(bias):
+    if bias is not None and not has_keys(bias):
         raise NoMatchError("attention whose bias is one number for all keys")
-
-
-def _has_keys(value: ir.Value) -> bool:
-    """Whether a bias of scores has a number for each key, and not one for all.
-
-    Raises:
-        NoMatchError: It may have more: it is not known to be the same for all queries and heads.
-    """
-    tensor, node = constant_of(value), value.producer()
-    if tensor is not None and tensor.size == 1:
-        return False
-    if _is_of_keys(value):
-        return True
-    if node is not None and node.domain in ("", "ai.onnx") and None not in node.inputs:
-        operands = _operands(node)
-        if node.op_type == "Expand":
-            return _has_keys(operands[0])
-        if node.op_type in _ELEMENTWISE:
-            return any([_has_keys(one) for one in operands])
-    raise NoMatchError(f"its mask holds {value.name!r}, which may differ between queries or heads")
-
-
-def _is_of_keys(value: ir.Value) -> bool:
-    """Whether the axes are (batch or 1, 1 for all heads, 1 for all queries, keys)."""
-    axes = axes_of(value)
-    return axes is not None and len(axes) == 4 and axes[1:3] == (1, 1)
-
-
-def _operands(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +149,7 @@ class _Mover:
 
     def __init__(self, model: ir.Model) -> None:
         self._writer = GraphWriter(model)
-        self._narrowed: dict[ir.Value, ir.Value] = {}
+        self._biases = KeyBiases(self._writer)
         self._spread: dict[tuple[ir.Value, int, int, float], ir.Value] = {}
 
     def rewrite(self, graph: ir.Graph, node: ir.Node) -> str | None:
@@ -279,7 +225,11 @@ class _Mover:
     def _spread_over_heads(self, node: ir.Node, heads: int, size: int, scale: float) -> ir.Value:
         """(batch or 1, keys, heads * (size + 1)): the mask behind each head, divided by the scale, else 0."""
         padding, bias = _masks_of(node)
-        mask = self._narrow(bias) if bias is not None else self._filter(node, padding)
+        if bias is not None:
+            mask = self._biases.narrow(bias)
+        else:
+            assert padding is not None
+            mask = self._biases.of_padding(node, padding)
         wanted = (mask, heads, size, scale)
         if wanted not in self._spread:
             writer, name = self._writer, mask.name or "mask"
@@ -300,52 +250,3 @@ class _Mover:
             made[3].shape = ir.Shape([axes[0], axes[3], heads * (size + 1)])
             self._spread[wanted] = made[3]
         return self._spread[wanted]
-
-    def _filter(self, node: ir.Node, padding: ir.Value | None) -> ir.Value:
-        """(batch, 1, 1, keys) from a mask of padding (batch, keys) that is 0 where a key is hidden."""
-        assert padding is not None
-        if padding not in self._narrowed:
-            given = node.attributes.get("mask_filter_value")
-            hidden = np.array(_FILTER if given is None else given.as_float(), np.float32)
-            writer, name = self._writer, padding.name or "padding"
-            (shown,) = writer.add(
-                node,
-                "Cast",
-                [padding],
-                f"{name}_shown",
-                (ir.DataType.BOOL,),
-                attributes={"to": ir.DataType.BOOL},
-            )
-            numbers = [writer.constant(np.array(0, np.float32), "shown"), writer.constant(hidden, "hidden")]
-            (bias,) = writer.add(node, "Where", [shown, *numbers], f"{name}_bias")
-            axes = writer.constant(np.array([1, 2], np.int64), "heads_and_queries")
-            (made,) = writer.add(node, "Unsqueeze", [bias, axes], f"{name}_of_heads")
-            known = list(axes_of(padding) or ())
-            shown.shape, bias.shape, made.shape = (
-                padding.shape,
-                padding.shape,
-                ir.Shape([known[0], 1, 1, known[1]]),
-            )
-            self._narrowed[padding] = made
-        return self._narrowed[padding]
-
-    def _narrow(self, value: ir.Value) -> ir.Value:
-        """The same bias for one query and one head; what ``_has_keys`` accepted."""
-        if value in self._narrowed or constant_of(value) is not None or _is_of_keys(value):
-            return self._narrowed.get(value, value)
-        node = value.producer()
-        assert node is not None
-        operands = [self._narrow(one) for one in _operands(node)[: 1 if node.op_type == "Expand" else None]]
-        if node.op_type == "Expand":
-            made = operands[0]
-        else:
-            attributes = {key: attribute.value for key, attribute in node.attributes.items()}
-            (made,) = self._writer.add(
-                node, node.op_type, operands, f"{value.name}_of_keys", (value.dtype or _FLOAT,),
-                attributes=attributes, domain=node.domain,
-            )  # fmt: skip
-            widest = [axes for one in operands if len(axes := axes_of(one) or ()) == 4]
-            if widest:
-                made.shape = ir.Shape(max(widest, key=lambda axes: sum(axis != 1 for axis in axes)))
-        self._narrowed[value] = made
-        return made

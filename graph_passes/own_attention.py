@@ -1,6 +1,6 @@
-"""GroupQueryAttention by the kernel of this project, which takes a third of the time for a token.
+"""Attention by the kernels of this project, with and without a cache.
 
-Its inputs are those of ONNX Runtime's operator, see docs/kernels.md.
+The inputs are those of ONNX Runtime's operators, see docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from onnxsmith.graph_passes.matching import (
     leads_only_to,
     small_constant,
 )
+from onnxsmith.graph_passes.own_heads import HeadsTaker, heads_refusal
 from onnxsmith.graph_passes.packed_functions import function_refusal, make_callable
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import depends_on_values
@@ -47,40 +48,54 @@ _VECTOR = 16
 
 
 class UseOwnAttention(GraphPass):
-    """Gives GroupQueryAttention to the kernel of this project, and the angles of new tokens only.
+    """Gives GroupQueryAttention and MultiHeadAttention to the kernels of this project.
 
-    ONNX Runtime's kernel wants a table of angles for every position of the cache, which graphs compute anew
-    for each token. This one takes a row for each token. A row's result is bitwise the same whatever other
-    rows are computed with it, so a prompt in pieces gives what the whole gives.
+    ONNX Runtime's GroupQueryAttention wants a table of angles for every position of the cache, which graphs
+    compute anew for each token. The kernel here takes a row for each token. MultiHeadAttention takes a mask
+    of padding as one row for all queries, where ONNX Runtime wants it repeated for each, and query, key and
+    value as one operand: three products of one value become one. A row's result is bitwise the same whatever
+    other rows are computed with it, so a prompt in pieces gives what the whole gives.
     """
 
     name: ClassVar[str] = "use_own_attention"
-    summary: ClassVar[str] = "GroupQueryAttention on the kernel of onnxsmith (CPU)"
+    summary: ClassVar[str] = "attention on the kernels of onnxsmith (CPU)"
     layerwise: ClassVar[bool] = True
 
     def apply(self, model: ir.Model) -> Changes:
-        """Changes each operator that the kernel can take, and says why others stay."""
+        """Changes each operator that a kernel can take, and says why others stay."""
         changes = Changes()
+        unable, heads = function_refusal(model), HeadsTaker(model)
         taken = []
-        for node in model.graph.all_nodes():
-            if not is_operator(node, "GroupQueryAttention", _DOMAIN):
+        plain = packed = 0
+        for node in list(model.graph.all_nodes()):
+            if is_operator(node, "GroupQueryAttention", _DOMAIN):
+                reason = unable or _refusal(node)
+            elif is_operator(node, "MultiHeadAttention", _DOMAIN):
+                reason = unable or (
+                    heads_refusal(node) if node.graph is model.graph else "it stands in a branch"
+                )
+            else:
                 continue
-            reason = function_refusal(model) or _refusal(node)
             if reason:
                 changes.skipped[label(node)] = reason
-                continue
-            node.domain = OWN_DOMAIN
-            node.resize_inputs(min(len(node.inputs), _TAKEN))
-            while node.inputs[-1] is None:
-                node.resize_inputs(len(node.inputs) - 1)
-            taken.append(node)
-        if taken:
+            elif node.op_type == "MultiHeadAttention":
+                plain += 1
+                packed += heads.take(node)
+            else:
+                node.domain = OWN_DOMAIN
+                node.resize_inputs(min(len(node.inputs), _TAKEN))
+                while node.inputs[-1] is None:
+                    node.resize_inputs(len(node.inputs) - 1)
+                taken.append(node)
+        changes.count = plain + len(taken)
+        if changes.count:
             model.opset_imports.setdefault(OWN_DOMAIN, 1)
-            angles = _rows_of_angles(model, taken)
-            make_callable(model)
+            angles = _rows_of_angles(model, taken) if taken else False
             common.RemoveUnusedNodesPass()(model)
-            changes.count = len(taken)
-            changes.details = {"attention": len(taken), "angles of new tokens only": angles}
+            make_callable(model)
+            changes.details = {"attention": changes.count}
+            changes.details |= {"angles of new tokens only": angles} if taken else {}
+            changes.details |= {"without a cache": plain, "of one operand": packed} if plain else {}
         return changes
 
 

@@ -18,6 +18,8 @@ _NORM, _CONTRIB = "SkipSimplifiedLayerNormalization", "com.microsoft"
 # Outputs of the norm: itself, mean, inverse deviation, and the sum that it is the norm of.
 _SUM = 3
 _VECTOR = 16
+# An input of MatMulPacked that NormMatMulPacked has not.
+_RESIDUAL = 5
 
 
 class NormsInProducts(GraphPass):
@@ -65,6 +67,8 @@ def _refusal(norm: ir.Node, product: ir.Node) -> str:
         return "its mean or deviation is read"
     if normed.dtype is not ir.DataType.FLOAT:
         return "the kernel computes in float32"
+    if len(product.inputs) > _RESIDUAL:
+        return "its product adds a residual"
     if int_attribute(product, "K") % _VECTOR:
         return f"its rows have {int_attribute(product, 'K')} columns; expected a multiple of {_VECTOR}"
     return ""

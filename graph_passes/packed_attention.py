@@ -78,7 +78,10 @@ def _in_one(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:
     packed.shape = _shape(x, int(tensor.shape.numpy()[1]))
     # Before opset 18, three outputs of equal size were what Split did by itself.
     split = {"axis": -1} | ({"num_outputs": 3} if writer.graph.opset_imports.get("", 0) >= 18 else {})
-    return writer.add(node, "Split", [packed], f"{_name(node)}_split", (_type(node),) * 3, attributes=split)
+    parts = writer.add(node, "Split", [packed], f"{_name(node)}_split", (_type(node),) * 3, attributes=split)
+    for part in parts:
+        part.shape = _shape(x, int(tensor.shape.numpy()[1]) // 3)
+    return parts
 
 
 def _apart(writer: GraphWriter, node: ir.Node) -> list[ir.Value]:

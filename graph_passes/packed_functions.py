@@ -8,12 +8,12 @@ a form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from onnxsmith.graph_passes.attention_function import attention_form, attention_text
+from onnxsmith.graph_passes.attention_function import attention_form, attention_text, heads_text
 from onnxsmith.graph_passes.matching import int_attribute
 from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN
 
@@ -169,6 +169,10 @@ _BEFORE: Mapping[str, tuple[str, ...]] = {
     "GatherPacked": ("ids",),
     "NormMatMulPacked": ("x", "skip", "norm"),
 }
+_ATTENTION: Mapping[str, Callable[[ir.Node, int], str]] = {
+    "GroupQueryAttention": attention_text,
+    "MultiHeadAttention": heads_text,
+}
 _NORM = """
   total = Add (x, skip)
   power = Mul (total, total)
@@ -191,7 +195,7 @@ _MEANS: Mapping[bool, str] = {
 
 def overload_of(node: ir.Node) -> str:
     """The name of a node's form: one function computes all nodes of a form."""
-    if node.op_type == "GroupQueryAttention":
+    if node.op_type in _ATTENTION:
         return attention_form(node)
     parts = [str(int_attribute(node, "bits")), _kind(node)]
     activation = node.attributes.get("activation")
@@ -201,6 +205,8 @@ def overload_of(node: ir.Node) -> str:
             parts.append("alone")
     if _weight_input(node, 3) is not None:
         parts.append("bias")
+    if _weight_input(node, 4) is not None:
+        parts.append("residual")
     return "_".join(parts)
 
 
@@ -255,7 +261,7 @@ def _kind(node: ir.Node) -> str:
 
 
 def _weight_input(node: ir.Node, index: int) -> ir.Value | None:
-    """Of codes, scales, offsets and bias."""
+    """Of codes, scales, offsets, bias and residual."""
     at = len(_BEFORE[node.op_type]) + index
     return node.inputs[at] if len(node.inputs) > at else None
 
@@ -263,7 +269,7 @@ def _weight_input(node: ir.Node, index: int) -> ir.Value | None:
 def _function(node: ir.Node, opset: int) -> ir.Function:
     import onnx.parser
 
-    make = attention_text if node.op_type == "GroupQueryAttention" else _text
+    make = _ATTENTION.get(node.op_type, _text)
     proto = onnx.parser.parse_function(make(node, opset))
     proto.overload = node.overload
     return ir.serde.deserialize_function(proto)
@@ -279,7 +285,7 @@ def _text(node: ir.Node, opset: int) -> str:
         body.insert(1, _NORM.format(mean=_MEANS[opset >= _AXES_AS_INPUT]))
     body += [_LOOKUP] if lookup else _result(node)
     before = _BEFORE[node.op_type]
-    names = ["B", "scales", "offsets", "bias"][: len(node.inputs) - len(before)]
+    names = ["B", "scales", "offsets", "bias", "residual"][: len(node.inputs) - len(before)]
     given = [*before, *names]
     attributes = ", ".join(node.attributes)
     return (
@@ -304,14 +310,18 @@ def _unpacked(node: ir.Node) -> list[str]:
 
 
 def _result(node: ir.Node) -> list[str]:
-    """From the product to the result: bias and activation."""
+    """From the product to the result: bias, activation and what is added to it."""
     body, whole = [], "product"
     if _weight_input(node, 3) is not None:
         body.append("  biased = Add (product, bias)")
         whole = "biased"
     activation = node.attributes["activation"].as_string()
-    if activation == "none":
-        return [*body, f"  Y = Identity ({whole})"]
-    if not int_attribute(node, "gated", 1):
-        return [*body, f"  gate = Identity ({whole})", _ACTIVATIONS[activation], "  Y = Identity (active)"]
-    return [*body, _HALVES.format(whole=whole), _ACTIVATIONS[activation], "  Y = Mul (active, up)"]
+    if activation != "none" and not int_attribute(node, "gated", 1):
+        body += [f"  gate = Identity ({whole})", _ACTIVATIONS[activation]]
+        whole = "active"
+    elif activation != "none":
+        body += [_HALVES.format(whole=whole), _ACTIVATIONS[activation], "  gated_up = Mul (active, up)"]
+        whole = "gated_up"
+    if _weight_input(node, 4) is not None:
+        return [*body, f"  Y = Add ({whole}, residual)"]
+    return [*body, f"  Y = Identity ({whole})"]

@@ -24,12 +24,8 @@ _FUSED: tuple[PassSpec, ...] = (
     ("flatten_attention", {}),
 )
 # Before quantization, which wants biases beside the products, and takes them out of Sum and attention.
-_ON_CPU: tuple[PassSpec, ...] = (
-    *_FUSED,
-    ("split_skip_layer_norm", {}),
-    ("split_bias_gelu", {}),
-    ("mask_in_keys", {}),
-)
+_APART: tuple[PassSpec, ...] = (*_FUSED, ("split_skip_layer_norm", {}), ("split_bias_gelu", {}))
+_ON_CPU: tuple[PassSpec, ...] = (*_APART, ("mask_in_keys", {}))
 _ON_GPU: tuple[PassSpec, ...] = (*_FUSED, ("lengths_in_attention", {}))
 # What ONNX Runtime 1.32 can and older ones cannot load.
 _NEWEST: tuple[PassSpec, ...] = (
@@ -72,11 +68,13 @@ _FINISH: tuple[PassSpec, ...] = (
     ("lower_opset", {}),
     ("lower_ir_version", {}),
 )
-# Query, key and value are joined by the last pass, where their formats agree: each keeps its own.
-_FOR_KERNELS: tuple[PassSpec, ...] = (*_ON_CPU, ("rotary_in_attention", {}), ("logits_to_keep", {}))
+# Query, key and value are joined behind quantization, where their formats agree: each keeps its own. The
+# kernels' attention reads masks as they are.
+_FOR_KERNELS: tuple[PassSpec, ...] = (*_APART, ("rotary_in_attention", {}), ("logits_to_keep", {}))
 _BEHIND_PRODUCTS: tuple[PassSpec, ...] = (
     ("use_own_attention", {}),
     ("norms_in_products", {}),
+    ("sums_in_products", {}),
     *_FINISH,
 )
 _KERNELS: tuple[PassSpec, ...] = (("use_packed_kernels", {}), *_BEHIND_PRODUCTS)
@@ -172,8 +170,9 @@ REASONS: Mapping[str, str] = {
     "float_columns": "after finer_activations, which finds block sums alone beside the products",
     "use_packed_kernels": "after quantization, whose blocks it puts in the order that the kernels read",
     "use_float_kernels": "when the matrices have their final form, and biases stand beside them",
-    "use_own_attention": "after the products of query, key and value are joined in front of it",
+    "use_own_attention": "after the products, of which it joins those of query, key and value",
     "norms_in_products": "after the products, which take the norms that they alone read",
+    "sums_in_products": "after norms_in_products, whose norms add residuals themselves",
     "quantize_dynamic": "when the matrices have their final form",
     "quantize_static": "when the matrices have their final form",
     "to_float16": "after quantization, so that scales follow the type of the activations",

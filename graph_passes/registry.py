@@ -68,6 +68,7 @@ PASSES: Mapping[str, str] = MappingProxyType(
         "split_bias_gelu": "onnxsmith.graph_passes.gelu:SplitBiasGelu",
         "split_skip_layer_norm": "onnxsmith.graph_passes.norms:SplitSkipLayerNorm",
         "strip_metadata": "onnxsmith.graph_passes.cleanup:StripMetadata",
+        "sums_in_products": "onnxsmith.graph_passes.own_sums:SumsInProducts",
         "to_bfloat16": "onnxsmith.graph_passes.precision:ToBfloat16",
         "to_float16": "onnxsmith.graph_passes.precision:ToFloat16",
         "to_float32": "onnxsmith.graph_passes.type_repairs:ToFloat32",

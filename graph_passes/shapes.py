@@ -204,6 +204,9 @@ def _grouped_attention(node: ir.Node) -> list[_Result]:
 
 def _multi_head_attention(node: ir.Node) -> list[_Result]:
     query, value = axes_of(node.inputs[0]), axes_of(_input(node, 2))
+    if query is not None and len(query) == 3 and _input(node, 1) is None:
+        # Query, key and value in one, which only the own kernel takes with three axes.
+        return [(_type(node), (*query[:2], query[2] // 3 if isinstance(query[2], int) else None))]
     if query is None or value is None or len(query) != 3 or len(value) != 3:
         return [(_type(node), None)]
     return [(_type(node), (*query[:2], value[2]))]
@@ -240,5 +243,6 @@ _RULES: Mapping[tuple[str, str], Callable[[ir.Node], list[_Result]]] = {
     (OWN_DOMAIN, "MatMulPacked"): _packed_columns,
     (OWN_DOMAIN, "NormMatMulPacked"): _norm_packed,
     (OWN_DOMAIN, "GroupQueryAttention"): _grouped_attention,
+    (OWN_DOMAIN, "MultiHeadAttention"): _multi_head_attention,
     (OWN_DOMAIN, "GatherPacked"): _packed_rows,
 }  # fmt: skip

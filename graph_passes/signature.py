@@ -43,6 +43,8 @@ _HEADS = frozenset(
         (OWN_DOMAIN, "MatMulPacked"),
     }
 )
+# Of MatMulPacked, what it adds to its result.
+_RESIDUAL = 5
 
 
 class SetAxes(GraphPass):
@@ -359,6 +361,8 @@ def _head_of(logits: ir.Value) -> ir.Node | str:
             hidden = axes_of(node.inputs[0])
             if hidden is None or len(hidden) != 3 or node.inputs[0].is_graph_output():  # type: ignore[union-attr]
                 return "its operand does not have the axes (batch, sequence, features)"
+            if node.domain == OWN_DOMAIN and len(node.inputs) > _RESIDUAL:
+                return f"{label(node)} adds a residual"
             return node
         if node.op_type not in _POINTWISE or node.domain not in ("", "ai.onnx"):
             return f"{label(node)} ({node.op_type}) lies between the output head and it"

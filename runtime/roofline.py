@@ -119,9 +119,10 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
         rows = count // out[-1] if out[-1] else 0
         inner = math.prod(shapes[0]) // rows if rows else 0
         operations = 2.0 * count * inner
-        # Tiles have so many numbers, and stand behind the activations.
+        # Tiles have so many numbers, and stand behind the activations, and before what is added to the result.
         sizes = (TILE_ROWS * inner, TILE_ROWS * inner // 2)
-        tiles = next((one for one in shapes[::-1] if len(one) == 3 and one[1] * one[2] in sizes), None)
+        behind = shapes[1:] if node.op_type == "MatMulPacked" else shapes[::-1]
+        tiles = next((one for one in behind if len(one) == 3 and one[1] * one[2] in sizes), None)
         if node.op_type in PACKED_OPERATORS and tiles is not None:
             # Two rows of the weight for one number of the result where it has the gate of an MLP.
             operations = 2.0 * rows * inner * TILE_ROWS * tiles[0]
@@ -137,6 +138,9 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
         moved = max(moved, _bytes(*node.inputs[0]) + written + weights.get(node.name, 0))
     elif node.op_type == "GroupQueryAttention" and len(node.outputs) > 1 and len(node.outputs[1][1]) == 4:
         operations = 4.0 * count * node.outputs[1][1][2]
+    elif node.op_type == "MultiHeadAttention" and shapes and shapes[0][-1:] == (3 * out[-1],):
+        # Query, key and value in one.
+        operations = 4.0 * count * shapes[0][-2]
     elif node.op_type == "MultiHeadAttention" and len(shapes) > 1 and len(shapes[1]) >= 3:
         operations = 4.0 * count * shapes[1][-2]
     elif node.op_type == "Attention" and len(shapes) > 0 and len(shapes[0]) == 3:
