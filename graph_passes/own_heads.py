@@ -39,8 +39,9 @@ def heads_refusal(node: ir.Node) -> str:
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "its keys and values are read, or its scores"
     for what, value in zip(("query", "key", "value"), inputs, strict=False):
-        if value is None or len(axes_of(value) or ()) != 3:
-            return f"its {what} is not known to have three axes"
+        axes = axes_of(value)
+        if value is None or axes is None or len(axes) != 3:
+            return f"its {what} has {len(axes) if axes else 'no known'} axes; the kernel wants three"
         if value.dtype is not _FLOAT:
             return "the kernel computes in float32"
     padding, scores = inputs[_PADDING], inputs[_SCORES]
@@ -75,7 +76,7 @@ class HeadsTaker:
         if padding is not None:
             scores = self._biases.of_padding(node, padding)
         elif scores is not None:
-            scores = self._one_row(scores)
+            scores = self._one_row(scores, key)
         given = [*((packed, None, None) if packed is not None else (query, key, value)), bias, scores]
         while given[-1] is None:
             given.pop()
@@ -89,16 +90,16 @@ class HeadsTaker:
         node.domain = OWN_DOMAIN
         return packed is not None
 
-    def _one_row(self, scores: ir.Value) -> ir.Value:
+    def _one_row(self, scores: ir.Value, key: ir.Value) -> ir.Value:
         """A mask that is the same for all queries, before it is repeated for each of them."""
         try:
             narrow = self._biases.narrow(scores) if has_keys(scores) else scores
         except NoMatchError:
             return scores
-        axes, wide = axes_of(narrow), axes_of(scores)
-        # Keys that only the repeated mask has are not in it.
-        known = axes is not None and wide is not None and axes[-1] is not None and axes[-1] == wide[-1]
-        return narrow if known else scores
+        # One number for all keys would have to be repeated for each.
+        keys = [axes[at] for one, at in ((scores, -1), (key, 1)) if (axes := axes_of(one))]
+        axes = axes_of(narrow)
+        return narrow if axes and axes[-1] is not None and axes[-1] in keys else scores
 
     def _joined(self, node: ir.Node, parts: Sequence[ir.Value]) -> ir.Value | None:
         """One product in the place of three of the own kernels, or None where these do not fit."""

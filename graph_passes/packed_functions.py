@@ -222,7 +222,7 @@ def make_callable(model: ir.Model) -> int:
     """Gives each node of the kernels' domain the function that computes it where there are no kernels.
 
     Args:
-        model: Changed in place.
+        model: Changed in place. Functions of that domain that no node calls any more are taken away.
 
     Returns:
         How many functions the model has for it.
@@ -237,6 +237,9 @@ def make_callable(model: ir.Model) -> int:
         if key not in made:
             model.functions[key] = _function(node, opset)
             made.add(key)
+    # Forms that a pass has changed into others.
+    for key in [key for key in model.functions if key[0] == OWN_DOMAIN and key not in made]:
+        del model.functions[key]
     if made:
         model.ir_version = max(model.ir_version, IR_VERSION)
     return len(made)

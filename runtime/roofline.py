@@ -119,7 +119,7 @@ def node_cost(node: NodeProfile, weights: Mapping[str, int]) -> NodeCost:
         rows = count // out[-1] if out[-1] else 0
         inner = math.prod(shapes[0]) // rows if rows else 0
         operations = 2.0 * count * inner
-        # Tiles have so many numbers, and stand behind the activations, and before what is added to the result.
+        # Tiles have so many numbers, and stand behind the activations, and before what is added.
         sizes = (TILE_ROWS * inner, TILE_ROWS * inner // 2)
         behind = shapes[1:] if node.op_type == "MatMulPacked" else shapes[::-1]
         tiles = next((one for one in behind if len(one) == 3 and one[1] * one[2] in sizes), None)
