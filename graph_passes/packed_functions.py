@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.attention_function import attention_form, attention_text, heads_text
 from onnxsmith.graph_passes.matching import int_attribute
-from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN
+from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN, own_nodes
 
 __all__ = ["IR_VERSION", "function_refusal", "inline_functions", "make_callable", "overload_of"]
 
@@ -238,7 +238,8 @@ def make_callable(model: ir.Model) -> int:
             model.functions[key] = _function(node, opset)
             made.add(key)
     # Forms that a pass has changed into others.
-    for key in [key for key in model.functions if key[0] == OWN_DOMAIN and key not in made]:
+    used = {node.op_identifier() for node in own_nodes(model)}
+    for key in [key for key in model.functions if key[0] == OWN_DOMAIN and key not in used]:
         del model.functions[key]
     if made:
         model.ir_version = max(model.ir_version, IR_VERSION)
