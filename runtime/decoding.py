@@ -56,7 +56,9 @@ class Decoder(abc.ABC):
         past = {pair.past.name for pair in self._cache}
         self._small = tuple(spec for spec in session.inputs if spec.name not in past)
         self.length = 0
+        # None while there is no padding.
         self._mask: Mask | None = None
+        self._rows = 0
         self._last_only = False
 
     def reset(self) -> None:
@@ -80,20 +82,24 @@ class Decoder(abc.ABC):
         Raises:
             FeedError: Another number of rows than the cache has, or padding that lengths cannot say.
         """
-        new = np.ones(token_ids.shape, np.bool_) if mask is None else mask
-        known = new[:, :0] if self._mask is None else self._mask
-        if len(known) != len(new):
+        rows, sequence = token_ids.shape
+        if self.length and rows != self._rows:
             raise FeedError(
-                self.session.name, got=f"{len(new)} rows", expected=f"{len(known)}, as in the cache",
+                self.session.name, got=f"{rows} rows", expected=f"{self._rows}, as in the cache",
                 remedy="Empty the cache with reset()",
             )  # fmt: skip
-        whole = np.concatenate([known, new], axis=1)
-        if self.session.reads_lengths:
-            self._require_lengths(new)
+        whole = None
+        if self._mask is not None or (mask is not None and not mask.all()):
+            new = np.ones(token_ids.shape, np.bool_) if mask is None else mask
+            known = np.ones((rows, self.length), np.bool_) if self._mask is None else self._mask
+            whole = np.concatenate([known, new], axis=1)
+            if self.session.reads_lengths:
+                self._require_lengths(new)
         self._last_only = last_only
         logits = self._step(token_ids, whole)
         self._mask = whole
-        self.length = whole.shape[1]
+        self._rows = rows
+        self.length += sequence
         return logits
 
     def _require_lengths(self, new: Mask) -> None:
@@ -125,8 +131,8 @@ class Decoder(abc.ABC):
         self._mask = None if self._mask is None else self._mask[:, :length]
 
     @abc.abstractmethod
-    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
-        """One call; the mask covers the cache too."""
+    def _step(self, token_ids: Tokens, mask: Mask | None) -> Array:
+        """One call; the mask covers the cache too, and is None where there is no padding."""
 
     @abc.abstractmethod
     def _rewind(self, length: int) -> None:
@@ -144,8 +150,12 @@ class _ArrayDecoder(Decoder):
         super().reset()
         self._past = None
 
-    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
-        feeds = decoder_feeds(self.session.inputs, token_ids, mask=mask, past=self._past)
+    def _step(self, token_ids: Tokens, mask: Mask | None) -> Array:
+        # A cache may keep fewer positions than there are.
+        whole = (
+            np.ones((len(token_ids), self.length + token_ids.shape[1]), np.bool_) if mask is None else mask
+        )
+        feeds = decoder_feeds(self.session.inputs, token_ids, mask=whole, past=self._past)
         outputs = self.session.run(feeds)
         self._past = {pair.past.name: outputs[pair.present.name] for pair in self._cache}
         return outputs["logits"]
@@ -172,8 +182,8 @@ class _OrtDecoder(Decoder):
         super().reset()
         self._past = {}
 
-    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
-        feeds = _small_feeds(self._small if self._past else self.session.inputs, token_ids, mask)
+    def _step(self, token_ids: Tokens, mask: Mask | None) -> Array:
+        feeds = _small_feeds(self._small if self._past else self.session.inputs, token_ids, mask, self.length)
         values = {name: self._ort.ort_value(array) for name, array in feeds.items()}
         if self._last_only and self._cuts:
             values[_KEPT] = self._ort.ort_value(np.array(1, np.int64))
@@ -208,20 +218,27 @@ class _SharedDecoder(Decoder):
         self._capacity = 0
         self._buffers: dict[str, Array] = {}
         self._binding: Any = None
+        self._one: _OneToken | None = None
 
     def reset(self) -> None:
         """Empties the cache and keeps the buffers, unless another number of rows comes."""
         super().reset()
 
-    def _step(self, token_ids: Tokens, mask: Mask) -> Array:
+    def _step(self, token_ids: Tokens, mask: Mask | None) -> Array:
         batch, sequence = token_ids.shape
-        self._reserve(batch, mask.shape[1])
+        self._reserve(batch, self.length + sequence)
         binding = self._binding
-        # These must live until the run is over: ONNX Runtime reads and writes their memory.
-        feeds = _small_feeds(self._small, token_ids, mask)
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
         rows = sequence
+        feeds: dict[str, Array] = {}
+        if self._one is not None and mask is None and sequence == 1:
+            self._one.feed(binding, token_ids, self.length)
+        else:
+            # These must live until the run is over: ONNX Runtime reads and writes their memory.
+            feeds = _small_feeds(self._small, token_ids, mask, self.length)
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            if self._one is not None:
+                self._one.bound = False
         if self._cuts:
             rows = 1 if self._last_only else sequence
             # An input with a default is none of those that numpy arrays can be bound to.
@@ -252,6 +269,36 @@ class _SharedDecoder(Decoder):
             _bind(binding.bind_output, pair.present.name, buffer)
             buffers[pair.past.name] = buffer
         self._buffers, self._binding, self._capacity = buffers, binding, capacity
+        known = all(spec.name in _OneToken.INPUTS for spec in self._small)
+        self._one = _OneToken(self._small, batch, capacity) if known else None
+
+
+class _OneToken:
+    """What a call with one token for each row and no padding reads, in arrays that stay where they are.
+
+    To make and to bind new ones takes longer than a layer of a small model.
+    """
+
+    INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], batch: int, capacity: int) -> None:
+        types = {spec.name: np.dtype(spec.dtype) for spec in inputs}
+        self._mask_type = types.pop("attention_mask", None)
+        self._values = {name: np.zeros((batch, 1), dtype) for name, dtype in types.items()}
+        self._ones = np.ones((batch, capacity), self._mask_type)
+        self._address = self._ones.ctypes.data
+        self.bound = False
+
+    def feed(self, binding: Any, token_ids: Tokens, length: int) -> None:
+        """Gives a run its inputs behind so many positions."""
+        for name, array in self._values.items():
+            array[...] = token_ids if name == "input_ids" else length
+            if not self.bound:
+                _bind(binding.bind_input, name, array)
+        self.bound = True
+        if self._mask_type is not None:
+            shape = [len(self._ones), length + 1]
+            binding.bind_input("attention_mask", "cpu", 0, self._mask_type.type, shape, self._address)
 
 
 def _cut(array: Array, positions: int, length: int, session: Session) -> Array:
@@ -273,9 +320,10 @@ def _bind(bind: Any, name: str, array: Array) -> None:
     bind(name, "cpu", 0, array.dtype.type, list(array.shape), array.ctypes.data)
 
 
-def _small_feeds(inputs: tuple[TensorSpec, ...], token_ids: Tokens, mask: Mask) -> dict[str, Array]:
-    """Some inputs; an empty cache where they have one."""
-    length = mask.shape[1] - token_ids.shape[1]
+def _small_feeds(
+    inputs: tuple[TensorSpec, ...], token_ids: Tokens, mask: Mask | None, length: int
+) -> dict[str, Array]:
+    """Some inputs, behind so many positions; an empty cache where they have one."""
     feeds = decoder_feeds(inputs, token_ids, mask=mask, past_length=length)
     return {name: np.ascontiguousarray(array) for name, array in feeds.items()}
 
