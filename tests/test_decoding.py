@@ -125,6 +125,38 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(
     np.testing.assert_allclose(decoder.step(ids[:1]), whole[:1], atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["session", "torch_session"])
+def test_calls_of_all_kinds_may_follow_each_other(
+    backend: str, request: pytest.FixtureRequest, torch_session: TorchSession
+) -> None:
+    """One token and several, with padding and without, and what was there before a step back."""
+    ids = np.random.default_rng(2).integers(0, 64, (1, 90), dtype=np.int64)
+    whole = open_decoder(torch_session).step(ids)[0]
+    # The buffer of 64 positions grows on the way.
+    decoder = open_decoder(request.getfixturevalue(backend), capacity=20)
+    for begin, end in itertools.pairwise((0, 3, 4, 5, 9, 10, 11, 40, 41, 88, 89, 90)):
+        logits = decoder.step(ids[:, begin:end], last_only=end - begin == 1)
+        np.testing.assert_allclose(logits[0, -1], whole[end - 1], atol=1e-4)
+    decoder.rewind(30)
+    for position in (30, 31, 32):
+        np.testing.assert_allclose(
+            decoder.step(ids[:, position : position + 1])[0, 0], whole[position], atol=1e-4
+        )
+    decoder.reset()
+    padded = np.array([[False, False, True, True], [True] * 4])
+    rows = np.stack([np.r_[7, 7, ids[0, :2]], ids[0, :4]])
+    decoder.step(rows, padded)
+    for step in range(3):
+        logits = decoder.step(ids[0, [[2 + step], [4 + step]]])
+        np.testing.assert_allclose(logits[:, 0], whole[[2 + step, 4 + step]], atol=1e-4)
+    with pytest.raises(FeedError, match="1 rows; expected 2, as in the cache"):
+        decoder.step(ids[:, :1])
+    decoder.reset()
+    for position in range(3):
+        both = decoder.step(np.repeat(ids[:, position : position + 1], 2, axis=0))
+        np.testing.assert_allclose(both[:, 0], whole[[position, position]], atol=1e-4)
+
+
 def test_a_model_without_a_cache_is_no_decoder(onnx_package: Make) -> None:
     text = "g (float[batch, n] x) => (float[batch, n] logits) { logits = Relu(x) }"
     with (
