@@ -111,7 +111,7 @@ void try_all(const Tiles& tiles) {
   Numbers numbers;
   Hash hash;
   for (const int bits : {4, 8}) {
-    for (const int64_t unit : {16, 32}) {
+    for (const int64_t unit : {16, 32, 64, 128}) {
       for (const int64_t block_size : {16, 32, 64, 128}) {
         for (const Offsets kind : {Offsets::kMiddle, Offsets::kZeroPoints, Offsets::kMinimums}) {
           for (const bool half : {false, true}) {

@@ -52,8 +52,15 @@ void PackedAttributes::check_blocks() const {
   if (block_size < 16 || (block_size != 16 && block_size % 32 != 0)) {
     fail(where + ", block_size", std::to_string(block_size), "16 or a multiple of 32");
   }
-  if (activation_block != 16 && activation_block != 32) {
-    fail(where + ", activation_block", std::to_string(activation_block), "16 or 32");
+  if (activation_block != 16 && activation_block != 32 && activation_block != 64 && activation_block != 128) {
+    fail(where + ", activation_block", std::to_string(activation_block), "16, 32, 64 or 128");
+  }
+  if (block_size > activation_block && block_size % activation_block != 0) {
+    fail(where + ", block_size", std::to_string(block_size),
+         "a multiple of the activation_block " + std::to_string(activation_block) + ", or less");
+  }
+  if (block_size < activation_block && block_size != 16 && block_size != 32 && block_size != 64) {
+    fail(where + ", block_size", std::to_string(block_size), "16, 32, 64, or a multiple of the activation_block");
   }
   if (columns % block_size != 0 || columns % 32 != 0) {
     fail(where + ", K", std::to_string(columns), "a multiple of 32 and of block_size");

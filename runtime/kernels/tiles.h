@@ -26,10 +26,12 @@ struct Weight {
   int bits;
   int64_t columns;     // K
   int64_t block_size;  // of its scales, along K
-  int64_t unit;        // 16 or 32: what has one scale, of the weight and of the activations
+  int64_t unit;        // 16, 32, 64 or 128: what has one scale, of the weight and of the activations
 
   int64_t code_bytes() const { return columns * kTile * bits / 8; }  // of one tile
   int64_t blocks() const { return columns / block_size; }
+  // A unit is multiplied in steps of 16 or 32.
+  int64_t step() const { return unit < 32 ? unit : 32; }
 };
 
 // Rounded rows of activations: codes [rows, K]; of each unit its scale, the sum of its codes, and that sum

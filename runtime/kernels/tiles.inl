@@ -89,11 +89,10 @@ void round_by(const float* __restrict row, int64_t columns, Activations out) {
 }
 
 void round(const float* row, int64_t columns, int64_t unit, Activations out) {
-  if (unit == 16) {
-    round_by<16>(row, columns, out);
-  } else {
-    round_by<32>(row, columns, out);
-  }
+  if (unit == 16) round_by<16>(row, columns, out);
+  if (unit == 32) round_by<32>(row, columns, out);
+  if (unit == 64) round_by<64>(row, columns, out);
+  if (unit == 128) round_by<128>(row, columns, out);
 }
 
 void normalize(const float* row, const float* skip, const float* weight, float epsilon, int64_t columns,

@@ -29,16 +29,17 @@ inline __m256i four(const int8_t* from) {
   return _mm256_set1_epi32(bits);
 }
 
-// dot[r][h] = the products of a unit's codes with `R` rows, which are `stride` apart.
-template <int R, int BITS, int UNIT>
-void unit_products(const uint8_t* codes, const int8_t* rows, int64_t stride, __m256i dot[R][kHalves]);
+// dot[r][h] = the products of a step's codes with `R` rows, which are `stride` apart.
+template <int R, int BITS, int STEP>
+void step_products(const uint8_t* codes, const int8_t* rows, int64_t stride, __m256i dot[R][kHalves]);
 
-// `R` rows at once: the codes of a unit are unpacked once for all of them.
-template <int R, int BITS, int UNIT, Offsets KIND>
+// `R` rows at once: the codes of a step are unpacked once for all of them.
+template <int R, int BITS, int STEP, Offsets KIND>
 void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t first, float* out,
                int64_t stride) {
-  const int64_t units = weight.columns / UNIT;
-  const int64_t per_block = weight.block_size / UNIT;
+  const int64_t units = weight.columns / weight.unit;
+  const int64_t per_block = weight.block_size / weight.unit;
+  const int64_t steps = weight.unit / STEP;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int8_t* row = rows.codes + first * weight.columns;
   const float* row_scales = rows.scales + first * units;
@@ -51,7 +52,7 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
   __m256i zero_points[kHalves] = {};
   int64_t left = 0;  // units of this block
   int64_t at = tile * weight.blocks() * kTile - kTile;
-  for (int64_t u = 0; u < units; ++u, codes += UNIT * kTile * BITS / 8) {
+  for (int64_t u = 0; u < units; ++u) {
     if (left == 0) {
       left = per_block;
       at += kTile;
@@ -65,9 +66,15 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       }
     }
     --left;
-    ask_ahead(codes, UNIT * kTile * BITS / 8);
     __m256i dot[R][kHalves];
-    unit_products<R, BITS, UNIT>(codes, row + u * UNIT, weight.columns, dot);
+    for (int64_t s = 0; s < steps; ++s, codes += STEP * kTile * BITS / 8) {
+      ask_ahead(codes, STEP * kTile * BITS / 8);
+      __m256i some[R][kHalves];
+      step_products<R, BITS, STEP>(codes, row + (u * steps + s) * STEP, weight.columns, some);
+      for (int r = 0; r < R; ++r) {
+        for (int h = 0; h < kHalves; ++h) dot[r][h] = s == 0 ? some[r][h] : _mm256_add_epi32(dot[r][h], some[r][h]);
+      }
+    }
     for (int r = 0; r < R; ++r) {
       const __m256i sum = _mm256_set1_epi32(sums[r * units + u]);
       const __m256 scale = _mm256_set1_ps(row_scales[r * units + u]);
@@ -90,31 +97,31 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
   }
 }
 
-template <int BITS, int UNIT, Offsets KIND>
+template <int BITS, int STEP, Offsets KIND>
 void all_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
               int64_t stride) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) some_rows<4, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
-  if (r + 2 <= count) some_rows<2, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 2;
-  if (r < count) some_rows<1, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
+  for (; r + 4 <= count; r += 4) some_rows<4, BITS, STEP, KIND>(weight, tile, rows, r, out, stride);
+  if (r + 2 <= count) some_rows<2, BITS, STEP, KIND>(weight, tile, rows, r, out, stride), r += 2;
+  if (r < count) some_rows<1, BITS, STEP, KIND>(weight, tile, rows, r, out, stride);
 }
 
-template <int BITS, int UNIT>
+template <int BITS, int STEP>
 void by_kind(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
   if (weight.kind == Offsets::kMiddle) {
-    all_rows<BITS, UNIT, Offsets::kMiddle>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, STEP, Offsets::kMiddle>(weight, tile, rows, count, out, stride);
   } else if (weight.kind == Offsets::kZeroPoints) {
-    all_rows<BITS, UNIT, Offsets::kZeroPoints>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, STEP, Offsets::kZeroPoints>(weight, tile, rows, count, out, stride);
   } else {
-    all_rows<BITS, UNIT, Offsets::kMinimums>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, STEP, Offsets::kMinimums>(weight, tile, rows, count, out, stride);
   }
 }
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  if (weight.bits == 4 && weight.unit == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 4 && weight.unit == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.step() == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4 && weight.step() == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.step() == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8 && weight.step() == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
 }

@@ -44,11 +44,10 @@ void round_vectors(const float* row, int64_t columns, Activations out) {
 }
 
 void round_fast(const float* row, int64_t columns, int64_t unit, Activations out) {
-  if (unit == 16) {
-    round_vectors<16>(row, columns, out);
-  } else {
-    round_vectors<32>(row, columns, out);
-  }
+  if (unit == 16) round_vectors<16>(row, columns, out);
+  if (unit == 32) round_vectors<32>(row, columns, out);
+  if (unit == 64) round_vectors<64>(row, columns, out);
+  if (unit == 128) round_vectors<128>(row, columns, out);
 }
 
 inline __m512 load(const void* from, bool half, int64_t at) {
@@ -62,13 +61,14 @@ inline __m512i load_bytes(const void* from, int64_t at) {
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(from) + at)));
 }
 
-// `R` rows at once: the codes of a unit are unpacked once for all of them.
-template <int R, int BITS, int UNIT, Offsets KIND>
+// `R` rows at once: the codes of a step are unpacked once for all of them.
+template <int R, int BITS, int STEP, Offsets KIND>
 void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t first, float* out,
                int64_t stride) {
-  constexpr int kGroups = UNIT / 4;
-  const int64_t units = weight.columns / UNIT;
-  const int64_t per_block = weight.block_size / UNIT;
+  constexpr int kGroups = STEP / 4;
+  const int64_t steps = weight.unit / STEP;
+  const int64_t units = weight.columns / weight.unit;
+  const int64_t per_block = weight.block_size / weight.unit;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int64_t scales_at = tile * weight.blocks() * kTile;
   const __m512i low = _mm512_set1_epi8(15);
@@ -92,29 +92,36 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       if (KIND == Offsets::kZeroPoints) zero_points = load_bytes(weight.offsets, at);
     }
     --left;
-    ask_ahead(codes, UNIT * kTile * BITS / 8);
-    __m512i q[kGroups];
-    if (BITS == 4) {
-      for (int g = 0; g < kGroups / 2; ++g, codes += 64) {
-        const __m512i both = _mm512_loadu_si512(codes);
-        q[2 * g] = _mm512_and_si512(both, low);
-        q[2 * g + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    __m512i dots[R];
+    for (int r = 0; r < R; ++r) dots[r] = _mm512_setzero_si512();
+    for (int64_t s = 0; s < steps; ++s) {
+      ask_ahead(codes, STEP * kTile * BITS / 8);
+      __m512i q[kGroups];
+      if (BITS == 4) {
+        for (int g = 0; g < kGroups / 2; ++g, codes += 64) {
+          const __m512i both = _mm512_loadu_si512(codes);
+          q[2 * g] = _mm512_and_si512(both, low);
+          q[2 * g + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        }
+      } else {
+        for (int g = 0; g < kGroups; ++g, codes += 64) q[g] = _mm512_loadu_si512(codes);
       }
-    } else {
-      for (int g = 0; g < kGroups; ++g, codes += 64) q[g] = _mm512_loadu_si512(codes);
+      for (int r = 0; r < R; ++r) {
+        const int8_t* a = row + r * weight.columns + (u * steps + s) * STEP;
+        __m512i even = dots[r];
+        __m512i odd = _mm512_setzero_si512();
+        for (int g = 0; g < kGroups; g += 2) {
+          int32_t four;
+          std::memcpy(&four, a + 4 * g, 4);
+          even = _mm512_dpbusd_epi32(even, q[g], _mm512_set1_epi32(four));
+          std::memcpy(&four, a + 4 * g + 4, 4);
+          odd = _mm512_dpbusd_epi32(odd, q[g + 1], _mm512_set1_epi32(four));
+        }
+        dots[r] = _mm512_add_epi32(even, odd);
+      }
     }
     for (int r = 0; r < R; ++r) {
-      const int8_t* a = row + r * weight.columns + u * UNIT;
-      __m512i even = _mm512_setzero_si512();
-      __m512i odd = _mm512_setzero_si512();
-      for (int g = 0; g < kGroups; g += 2) {
-        int32_t four;
-        std::memcpy(&four, a + 4 * g, 4);
-        even = _mm512_dpbusd_epi32(even, q[g], _mm512_set1_epi32(four));
-        std::memcpy(&four, a + 4 * g + 4, 4);
-        odd = _mm512_dpbusd_epi32(odd, q[g + 1], _mm512_set1_epi32(four));
-      }
-      __m512i dot = _mm512_add_epi32(even, odd);
+      __m512i dot = dots[r];
       if (KIND == Offsets::kMiddle) {
         dot = _mm512_sub_epi32(dot, _mm512_slli_epi32(_mm512_set1_epi32(sums[r * units + u]), BITS - 1));
       }
@@ -134,11 +141,12 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
 
 // `R` rows and two tiles at once, for prompts: an activation is loaded once for both, which a processor with two
 // units for `vpdpbusd` cannot do for each of them. Bitwise what `some_rows` gives.
-template <int R, int BITS, int UNIT, Offsets KIND>
+template <int R, int BITS, int STEP, Offsets KIND>
 void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Activations& rows, int64_t first,
                       float* const (&out)[2], int64_t stride) {
-  const int64_t units = weight.columns / UNIT;
-  const int64_t per_block = weight.block_size / UNIT;
+  const int64_t units = weight.columns / weight.unit;
+  const int64_t per_block = weight.block_size / weight.unit;
+  const int64_t steps = weight.unit / STEP;
   const __m512i low = _mm512_set1_epi8(15);
   const int8_t* row = rows.codes + first * weight.columns;
   const float* row_scales = rows.scales + first * units;
@@ -177,24 +185,26 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
       dot[r][0] = dot[r][1] = begin;
     }
     constexpr int kHalves = BITS == 4 ? 2 : 1;  // of a byte
+    for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 8
-    for (int g = 0; g < UNIT / (4 * kHalves); ++g) {
-      __m512i q[2][2];
-      for (int t = 0; t < 2; ++t) {
-        const __m512i both = _mm512_loadu_si512(codes[t]);
-        codes[t] += 64;
-        q[t][0] = BITS == 4 ? _mm512_and_si512(both, low) : both;
-        if (BITS == 4) q[t][1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-      }
+      for (int g = 0; g < STEP / (4 * kHalves); ++g) {
+        __m512i q[2][2];
+        for (int t = 0; t < 2; ++t) {
+          const __m512i both = _mm512_loadu_si512(codes[t]);
+          codes[t] += 64;
+          q[t][0] = BITS == 4 ? _mm512_and_si512(both, low) : both;
+          if (BITS == 4) q[t][1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        }
 #pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) {
+        for (int h = 0; h < kHalves; ++h) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          int32_t four;
-          std::memcpy(&four, row + r * weight.columns + u * UNIT + 4 * (kHalves * g + h), 4);
-          const __m512i activations = _mm512_set1_epi32(four);
-          dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], q[0][h], activations);
-          dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], q[1][h], activations);
+          for (int r = 0; r < R; ++r) {
+            int32_t four;
+            std::memcpy(&four, row + r * weight.columns + (u * steps + s) * STEP + 4 * (kHalves * g + h), 4);
+            const __m512i activations = _mm512_set1_epi32(four);
+            dot[r][0] = _mm512_dpbusd_epi32(dot[r][0], q[0][h], activations);
+            dot[r][1] = _mm512_dpbusd_epi32(dot[r][1], q[1][h], activations);
+          }
         }
       }
     }
@@ -219,43 +229,43 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
 }
 
 struct OneTile {
-  template <int BITS, int UNIT, Offsets KIND>
+  template <int BITS, int STEP, Offsets KIND>
   static void run(const Weight& weight, int64_t tile, const Activations& rows, int64_t r, int64_t count, float* out,
                   int64_t stride) {
-    for (; r + 8 <= count; r += 8) some_rows<8, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
-    if (r + 4 <= count) some_rows<4, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 4;
-    if (r + 2 <= count) some_rows<2, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 2;
-    if (r < count) some_rows<1, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
+    for (; r + 8 <= count; r += 8) some_rows<8, BITS, STEP, KIND>(weight, tile, rows, r, out, stride);
+    if (r + 4 <= count) some_rows<4, BITS, STEP, KIND>(weight, tile, rows, r, out, stride), r += 4;
+    if (r + 2 <= count) some_rows<2, BITS, STEP, KIND>(weight, tile, rows, r, out, stride), r += 2;
+    if (r < count) some_rows<1, BITS, STEP, KIND>(weight, tile, rows, r, out, stride);
   }
 };
 
 struct TwoTiles {
-  template <int BITS, int UNIT, Offsets KIND>
+  template <int BITS, int STEP, Offsets KIND>
   static void run(const Weight& weight, const int64_t (&tiles)[2], const Activations& rows, int64_t count,
                   float* const (&out)[2], int64_t stride) {
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) some_rows_of_two<4, BITS, UNIT, KIND>(weight, tiles, rows, r, out, stride);
-    for (int t = 0; t < 2; ++t) OneTile::run<BITS, UNIT, KIND>(weight, tiles[t], rows, r, count, out[t], stride);
+    for (; r + 4 <= count; r += 4) some_rows_of_two<4, BITS, STEP, KIND>(weight, tiles, rows, r, out, stride);
+    for (int t = 0; t < 2; ++t) OneTile::run<BITS, STEP, KIND>(weight, tiles[t], rows, r, count, out[t], stride);
   }
 };
 
-template <typename Work, int BITS, int UNIT, typename... Given>
+template <typename Work, int BITS, int STEP, typename... Given>
 void by_kind(const Weight& weight, const Given&... given) {
   if (weight.kind == Offsets::kMiddle) {
-    Work::template run<BITS, UNIT, Offsets::kMiddle>(weight, given...);
+    Work::template run<BITS, STEP, Offsets::kMiddle>(weight, given...);
   } else if (weight.kind == Offsets::kZeroPoints) {
-    Work::template run<BITS, UNIT, Offsets::kZeroPoints>(weight, given...);
+    Work::template run<BITS, STEP, Offsets::kZeroPoints>(weight, given...);
   } else {
-    Work::template run<BITS, UNIT, Offsets::kMinimums>(weight, given...);
+    Work::template run<BITS, STEP, Offsets::kMinimums>(weight, given...);
   }
 }
 
 template <typename Work, typename... Given>
 void by_form(const Weight& weight, const Given&... given) {
-  if (weight.bits == 4 && weight.unit == 32) by_kind<Work, 4, 32>(weight, given...);
-  if (weight.bits == 4 && weight.unit == 16) by_kind<Work, 4, 16>(weight, given...);
-  if (weight.bits == 8 && weight.unit == 32) by_kind<Work, 8, 32>(weight, given...);
-  if (weight.bits == 8 && weight.unit == 16) by_kind<Work, 8, 16>(weight, given...);
+  if (weight.bits == 4 && weight.step() == 32) by_kind<Work, 4, 32>(weight, given...);
+  if (weight.bits == 4 && weight.step() == 16) by_kind<Work, 4, 16>(weight, given...);
+  if (weight.bits == 8 && weight.step() == 32) by_kind<Work, 8, 32>(weight, given...);
+  if (weight.bits == 8 && weight.step() == 16) by_kind<Work, 8, 16>(weight, given...);
 }
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,

@@ -24,11 +24,11 @@ namespace avxvnni {
 #include "tiles.inl"
 #include "tiles_256.inl"
 
-template <int R, int BITS, int UNIT>
-inline void unit_products(const uint8_t* codes, const int8_t* rows, int64_t stride, __m256i dot[R][kHalves]) {
+template <int R, int BITS, int STEP>
+inline void step_products(const uint8_t* codes, const int8_t* rows, int64_t stride, __m256i dot[R][kHalves]) {
   for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
   if (BITS == 8) {
-    for (int g = 0; g < UNIT / 4; ++g) {
+    for (int g = 0; g < STEP / 4; ++g) {
       for (int h = 0; h < kHalves; ++h) {
         const __m256i q = load(codes + 64 * g + 32 * h);
         for (int r = 0; r < R; ++r) {
@@ -38,7 +38,7 @@ inline void unit_products(const uint8_t* codes, const int8_t* rows, int64_t stri
     }
     return;
   }
-  for (int g = 0; g < UNIT / 8; ++g) {
+  for (int g = 0; g < STEP / 8; ++g) {
     __m256i low[kHalves];
     __m256i high[kHalves];
     unpack(codes + 64 * g, low, high);

@@ -53,12 +53,13 @@ inline void products_of_16(const uint8_t* codes, int h, const int8x16_t* a, int3
   }
 }
 
-// `R` rows at once: the codes of a unit are unpacked once for all of them.
-template <int R, int BITS, int UNIT, Offsets KIND>
+// `R` rows at once: the codes of a step are unpacked once for all of them.
+template <int R, int BITS, Offsets KIND>
 void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t first, float* out,
                int64_t stride) {
-  const int64_t units = weight.columns / UNIT;
-  const int64_t per_block = weight.block_size / UNIT;
+  const int64_t units = weight.columns / weight.unit;
+  const int64_t per_block = weight.block_size / weight.unit;
+  const int64_t parts = weight.unit / kColumns;
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int8_t* row = rows.codes + first * weight.columns;
   const float* row_scales = rows.scales + first * units;
@@ -84,14 +85,14 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
       }
     }
     --left;
-    ask_ahead(codes, UNIT * kTile * BITS / 8);
     int32x4_t dot[R][kQuarters];
     for (int r = 0; r < R; ++r) {
       for (int h = 0; h < kQuarters; ++h) dot[r][h] = vdupq_n_s32(0);
     }
-    for (int i = 0; i < UNIT / kColumns; ++i, codes += kColumns * kTile * BITS / 8) {
+    for (int64_t i = 0; i < parts; ++i, codes += kColumns * kTile * BITS / 8) {
+      ask_ahead(codes, kColumns * kTile * BITS / 8);
       int8x16_t a[R];
-      for (int r = 0; r < R; ++r) a[r] = vld1q_s8(row + r * weight.columns + u * UNIT + i * kColumns);
+      for (int r = 0; r < R; ++r) a[r] = vld1q_s8(row + r * weight.columns + (u * parts + i) * kColumns);
       for (int h = 0; h < kQuarters; ++h) products_of_16<R, BITS>(codes, h, a, dot);
     }
     for (int r = 0; r < R; ++r) {
@@ -112,33 +113,31 @@ void some_rows(const Weight& weight, int64_t tile, const Activations& rows, int6
   }
 }
 
-template <int BITS, int UNIT, Offsets KIND>
+template <int BITS, Offsets KIND>
 void all_rows(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
               int64_t stride) {
   int64_t r = 0;
-  for (; r + 4 <= count; r += 4) some_rows<4, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
-  if (r + 2 <= count) some_rows<2, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride), r += 2;
-  if (r < count) some_rows<1, BITS, UNIT, KIND>(weight, tile, rows, r, out, stride);
+  for (; r + 4 <= count; r += 4) some_rows<4, BITS, KIND>(weight, tile, rows, r, out, stride);
+  if (r + 2 <= count) some_rows<2, BITS, KIND>(weight, tile, rows, r, out, stride), r += 2;
+  if (r < count) some_rows<1, BITS, KIND>(weight, tile, rows, r, out, stride);
 }
 
-template <int BITS, int UNIT>
+template <int BITS>
 void by_kind(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
   if (weight.kind == Offsets::kMiddle) {
-    all_rows<BITS, UNIT, Offsets::kMiddle>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, Offsets::kMiddle>(weight, tile, rows, count, out, stride);
   } else if (weight.kind == Offsets::kZeroPoints) {
-    all_rows<BITS, UNIT, Offsets::kZeroPoints>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, Offsets::kZeroPoints>(weight, tile, rows, count, out, stride);
   } else {
-    all_rows<BITS, UNIT, Offsets::kMinimums>(weight, tile, rows, count, out, stride);
+    all_rows<BITS, Offsets::kMinimums>(weight, tile, rows, count, out, stride);
   }
 }
 
 void product(const Weight& weight, int64_t tile, const Activations& rows, int64_t count, float* out,
              int64_t stride) {
-  if (weight.bits == 4 && weight.unit == 32) by_kind<4, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 4 && weight.unit == 16) by_kind<4, 16>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 32) by_kind<8, 32>(weight, tile, rows, count, out, stride);
-  if (weight.bits == 8 && weight.unit == 16) by_kind<8, 16>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 4) by_kind<4>(weight, tile, rows, count, out, stride);
+  if (weight.bits == 8) by_kind<8>(weight, tile, rows, count, out, stride);
 }
 
 }  // namespace dotprod

@@ -30,12 +30,12 @@ inline int32_t sum(Lanes lanes, int row) {
   return int32_t(static_cast<int16_t>(lanes[2 * row])) + static_cast<int16_t>(lanes[2 * row + 1]);
 }
 
-// The integer products of one unit of a tile's codes with one row. A product of 4 bits is at most 15 * 127, and
+// The integer products of one step of a tile's codes with one row. A product of 4 bits is at most 15 * 127, and
 // 16 of them fit a lane of 16 bits; 8 bits are multiplied in halves.
-inline void unit_product(const uint8_t* codes, int bits, const int8_t* row, int64_t unit, int32_t* out) {
+inline void step_product(const uint8_t* codes, int bits, const int8_t* row, int64_t step, int32_t* out) {
   Lanes low[kVectors] = {};
   if (bits == 4) {
-    for (int64_t g = 0; g < unit / 8; ++g, codes += 64, row += 8) {
+    for (int64_t g = 0; g < step / 8; ++g, codes += 64, row += 8) {
       const Lanes a = pairs(row[0], row[2]);
       const Lanes b = pairs(row[1], row[3]);
       const Lanes c = pairs(row[4], row[6]);
@@ -49,7 +49,7 @@ inline void unit_product(const uint8_t* codes, int bits, const int8_t* row, int6
     return;
   }
   Lanes high[kVectors] = {};
-  for (int64_t g = 0; g < unit / 4; ++g, codes += 64, row += 4) {
+  for (int64_t g = 0; g < step / 4; ++g, codes += 64, row += 4) {
     const Lanes a = pairs(row[0], row[2]);
     const Lanes b = pairs(row[1], row[3]);
     for (int j = 0; j < kVectors; ++j) {
@@ -72,7 +72,7 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
              int64_t stride) {
   const int64_t unit = weight.unit;
   const int64_t units = weight.columns / unit;
-  const int64_t unit_bytes = unit * kTile * weight.bits / 8;
+  const int64_t step = weight.step();
   const uint8_t* codes = weight.codes + tile * weight.code_bytes();
   const int64_t scales_at = tile * weight.blocks() * kTile;
   for (int64_t r = 0; r < count; ++r) {
@@ -82,7 +82,12 @@ void product(const Weight& weight, int64_t tile, const Activations& rows, int64_
       const float scale_of_row = rows.scales[r * units + u];
       const int32_t sum = rows.sums[r * units + u];
       int32_t dot[kTile];
-      unit_product(codes + u * unit_bytes, weight.bits, rows.codes + r * weight.columns + u * unit, unit, dot);
+      for (int64_t s = 0; s < unit; s += step) {
+        int32_t some[kTile];
+        step_product(codes + (u * unit + s) * kTile * weight.bits / 8, weight.bits,
+                     rows.codes + r * weight.columns + u * unit + s, step, some);
+        for (int c = 0; c < kTile; ++c) dot[c] = s == 0 ? some[c] : dot[c] + some[c];
+      }
       float scales[kTile];
       load(weight.scales, weight.half_scales, at, scales);
       if (weight.kind == Offsets::kMiddle) {
