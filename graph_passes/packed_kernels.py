@@ -35,7 +35,7 @@ class UsePackedKernels(GraphPass):
         "weights in blocks in the layout of this project's own kernels, which compute them"
     )
 
-    def __init__(self, *, skip_nodes: tuple[str, ...] = (), activation_block: Literal[0, 16, 32] = 0) -> None:
+    def __init__(self, *, skip_nodes: tuple[str, ...] = (), activation_block: Literal[0, 16, 32, 64, 128] = 0) -> None:
         """Sets what stays.
 
         Args:

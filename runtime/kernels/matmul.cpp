@@ -41,11 +41,7 @@ inline void write_row(const float* from, int64_t present, float* to) {
 }
 
 inline void add_row(const float* more, int64_t present, float* to) {
-  if (present == kTile) {
-    for (int64_t c = 0; c < kTile; ++c) to[c] += more[c];
-  } else {
-    for (int64_t c = 0; c < present; ++c) to[c] += more[c];
-  }
+  for (int64_t c = 0; c < present; ++c) to[c] += more[c];
 }
 
 struct Rounded;
@@ -68,6 +64,42 @@ Activations row_of(const Activations& rows, int64_t row, int64_t columns, int64_
 }
 
 }  // namespace
+
+// Where a product and what belongs to it are.
+struct MatMulPacked::Place {
+  int64_t tile;  // of [tile, tile + number)
+  int64_t number;
+  int64_t first;  // of rows [first, first + count)
+  int64_t count;
+};
+
+struct MatMulPacked::Results {
+  const Tensor& y;
+  const Tensor& residual;
+  const Tensor& bias;
+  int64_t width;
+
+  float* at(const Tensor& tensor, const Place& place) const {
+    return tensor.as<float>() + place.first * width + place.tile * kTile;
+  }
+  // Where each tile's product is to be written: what is not multiplied with something else belongs to the result
+  // itself, which the answer tells; all else goes into memory of its own.
+  template <size_t COUNT>
+  bool place(const Place& place, bool plain, float (&memory)[COUNT][kRowsAtOnce * kTile], float* (&to)[COUNT]) const {
+    float* const result = at(y, place);
+    const bool straight = plain && (place.tile + place.number) * kTile <= width;
+    for (size_t t = 0; t < COUNT; ++t) to[t] = straight ? result + t * kTile : memory[t];
+    // Where results go is asked for while they are computed, and what is added to them.
+    const float* const more = residual ? at(residual, place) : nullptr;
+    for (int64_t r = 0; r < place.count; ++r) {
+      for (int64_t t = 0; t < place.number; ++t) {
+        __builtin_prefetch(result + r * width + t * kTile, 1);
+        if (more != nullptr) __builtin_prefetch(more + r * width + t * kTile);
+      }
+    }
+    return straight;
+  }
+};
 
 MatMulPacked::MatMulPacked(const Node& node, const char* name, size_t first_input, size_t residual)
     : name_(name), packed_(node, name, first_input), bias_(first_input + 3), residual_(residual), gate_(gate_of(node.word("activation", "none"))),
@@ -111,48 +143,25 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prep
   const int64_t bytes = weight.code_bytes() * (gated ? 2 : together);
   const int64_t work = bytes * std::min<int64_t>(rows, 8);
   const int64_t pieces = std::max<int64_t>(1, std::min(std::min(kPieces, steps), steps * work / kLeastBytes));
+  const Results results{y, residual, bias, width};
   run.parallel(pieces, [&](size_t piece) {
-    alignas(64) float out[kRowsAtOnce * kTile];
-    alignas(64) float other[kRowsAtOnce * kTile];
+    alignas(64) float sums[2][kRowsAtOnce * kTile];
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - first);
       const Activations some = row_of(rounded, first, columns, unit);
-      const auto add_bias = [&](float* sums, int64_t tile) {
-        if (!bias) return;
-        const float* add = bias.as<float>() + tile * kTile;
-        const int64_t present = std::min(kTile, packed_.rows - tile * kTile);
-        for (int64_t r = 0; r < count; ++r) add_row(add, present, sums + r * kTile);
-      };
-      const auto write = [&](float* sums, int64_t tile) {
-        if (gate_ != Gate::kNone && !gated) isa.gate(gate_, sums, nullptr, count * kTile);
-        const int64_t present = std::min(kTile, width - tile * kTile);
-        float* const result = y.as<float>() + first * width + tile * kTile;
-        if (residual) {
-          const float* more = residual.as<float>() + first * width + tile * kTile;
-          for (int64_t r = 0; r < count; ++r) add_row(more + r * width, present, sums + r * kTile);
-        }
-        for (int64_t r = 0; r < count; ++r) write_row(sums + r * kTile, present, result + r * width);
-      };
       for (int64_t s = steps * piece / pieces; s < steps * int64_t(piece + 1) / pieces; ++s) {
-        const int64_t tile = s * together;
-        if (gated) {
-          // N / 2 is a multiple of the tile's rows.
-          isa.products(weight, tile, tile + outputs, some, count, out, other, kTile);
-          add_bias(out, tile);
-          add_bias(other, tile + outputs);
-          isa.gate(gate_, out, other, count * kTile);
-          write(out, tile);
-        } else if (together == 2 && tile + 1 < outputs) {
-          isa.products(weight, tile, tile + 1, some, count, out, other, kTile);
-          add_bias(out, tile);
-          add_bias(other, tile + 1);
-          write(out, tile);
-          write(other, tile + 1);
+        Place place{s * together, std::min(together, outputs - s * together), first, count};
+        float* to[2];
+        const bool straight = results.place(place, gate_ == Gate::kNone, sums, to);
+        const int64_t stride = straight ? width : kTile;
+        if (gated || place.number == 2) {
+          // With a gate N / 2 is a multiple of the tile's rows.
+          isa.products(weight, place.tile, gated ? place.tile + outputs : place.tile + 1, some, count, to[0], to[1],
+                       stride);
         } else {
-          isa.product(weight, tile, some, count, out, kTile);
-          add_bias(out, tile);
-          write(out, tile);
+          isa.product(weight, place.tile, some, count, to[0], stride);
         }
+        finish(results, place, to, straight, true);
       }
     }
   });
@@ -170,7 +179,6 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
   const int64_t count_of_rows = y.size() / width;
   if (count_of_rows == 0) return;
 
-  const Tiles& isa = tiles();
   const Attend& floats = attend();
   float last_of_bias[kTile] = {};
   if (bias) {
@@ -187,6 +195,7 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
   const int64_t groups = std::min(row_blocks, kPieces);
   const int64_t most = std::max<int64_t>(1, kPieces / groups);
   const int64_t pieces = std::max<int64_t>(1, std::min(std::min(most, steps), steps * work / kLeastBytes));
+  const Results results{y, residual, bias, width};
   run.parallel(pieces * groups, [&](size_t task) {
     const int64_t piece = task % pieces;
     const int64_t group = task / pieces;
@@ -195,55 +204,60 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
       const int64_t first = block * kRowsAtOnce;
       const int64_t count = std::min(kRowsAtOnce, count_of_rows - first);
       for (int64_t s = steps * piece / pieces; s < steps * (piece + 1) / pieces; ++s) {
-        const int64_t tile = s * together;
-        const int64_t number = std::min(together, outputs - tile);
-        float* const result = y.as<float>() + first * width + tile * kTile;
-        const float* const more = residual ? residual.as<float>() + first * width + tile * kTile : nullptr;
-        const int64_t all = halves() ? 2 * number : number;
-        // What is not multiplied with something else is written where it belongs.
-        const bool straight = !halves() && (tile + number) * kTile <= width;
-        const int64_t stride = straight ? width : kTile;
+        const Place place{s * together, std::min(together, outputs - s * together), first, count};
+        const int64_t all = halves() ? 2 * place.number : place.number;
         const float* from[2 * kFloatTiles];
         const float* starts[2 * kFloatTiles];
         float* to[2 * kFloatTiles];
+        const bool straight = results.place(place, !halves(), sums, to);
         for (int64_t t = 0; t < all; ++t) {
-          const int64_t which = tile + t % number + t / number * outputs;
+          const int64_t which = place.tile + t % place.number + t / place.number * outputs;
           from[t] = tiles_of_weight + which * columns * kTile;
-          to[t] = straight ? result + t * kTile : sums[t];
           if (bias) {
             // Only the last of all tiles may have fewer rows.
             const bool whole = (which + 1) * kTile <= packed_.rows;
             starts[t] = whole ? bias.as<float>() + which * kTile : last_of_bias;
           }
         }
-        // Where results go is asked for while they are computed, and what is added to them.
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t t = 0; t < number; ++t) {
-            __builtin_prefetch(result + r * width + t * kTile, 1);
-            if (more != nullptr) __builtin_prefetch(more + r * width + t * kTile);
-          }
-        }
         floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count, to,
-                        stride);
-        if (straight && gate_ != Gate::kNone) {
-          for (int64_t r = 0; r < count; ++r) isa.gate(gate_, result + r * width, nullptr, number * kTile);
-        }
-        for (int64_t r = 0; straight && more != nullptr && r < count; ++r) {
-          for (int64_t t = 0; t < number; ++t) {
-            add_row(more + r * width + t * kTile, kTile, result + r * width + t * kTile);
-          }
-        }
-        for (int64_t t = 0; t < number && !straight; ++t) {
-          if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + number] : nullptr, count * kTile);
-          const int64_t present = std::min(kTile, width - (tile + t) * kTile);
-          for (int64_t r = 0; r < count; ++r) {
-            if (more != nullptr) add_row(more + r * width + t * kTile, present, to[t] + r * kTile);
-            write_row(to[t] + r * kTile, present, result + r * width + t * kTile);
-          }
-        }
+                        straight ? width : kTile);
+        finish(results, place, to, straight, false);
       }
     }
   });
+}
+
+void MatMulPacked::finish(const Results& results, const Place& place, float* const* to, bool straight,
+                          bool add_bias) const {
+  const Tiles& isa = tiles();
+  const int64_t width = results.width;
+  const float* const bias = add_bias && results.bias ? results.bias.as<float>() : nullptr;
+  const float* const residual = results.residual ? results.at(results.residual, place) : nullptr;
+  if (straight) {
+    const int64_t columns = place.number * kTile;
+    for (int64_t r = 0; r < place.count; ++r) {
+      float* const row = to[0] + r * width;
+      if (bias != nullptr) add_row(bias + place.tile * kTile, columns, row);
+      if (gate_ != Gate::kNone) isa.gate(gate_, row, nullptr, columns);
+      if (residual != nullptr) add_row(residual + r * width, columns, row);
+    }
+    return;
+  }
+  const auto with_bias = [&](float* sums, int64_t tile) {
+    const int64_t present = std::min(kTile, packed_.rows - tile * kTile);
+    for (int64_t r = 0; bias != nullptr && r < place.count; ++r) add_row(bias + tile * kTile, present, sums + r * kTile);
+  };
+  float* const result = results.at(results.y, place);
+  for (int64_t t = 0; t < place.number; ++t) {
+    with_bias(to[t], place.tile + t);
+    if (halves()) with_bias(to[t + place.number], place.tile + t + width / kTile);
+    if (gate_ != Gate::kNone) isa.gate(gate_, to[t], halves() ? to[t + place.number] : nullptr, place.count * kTile);
+    const int64_t present = std::min(kTile, width - (place.tile + t) * kTile);
+    for (int64_t r = 0; r < place.count; ++r) {
+      if (residual != nullptr) add_row(residual + r * width + t * kTile, present, to[t] + r * kTile);
+      write_row(to[t] + r * kTile, present, result + r * width + t * kTile);
+    }
+  }
 }
 
 Tensor MatMulPacked::checked_bias(const Run& run) const {

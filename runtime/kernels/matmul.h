@@ -18,6 +18,10 @@ class MatMulPacked : public Kernel {
   void multiply(const Run& run, const Tensor& a, const Prepare& prepare) const;
   // The same for a weight of 32 bits, and rows [rows, K] that are ready.
   void multiply_floats(const Run& run, const Shape& shape, const float* rows) const;
+  struct Place;
+  struct Results;
+  // What comes behind a product: bias, unless products began with it, activation and residual.
+  void finish(const Results& results, const Place& place, float* const* to, bool straight, bool add_bias) const;
   Tensor checked_bias(const Run& run) const;
   // What is added to a result of this shape.
   Tensor checked_residual(const Run& run, const Shape& shape) const;

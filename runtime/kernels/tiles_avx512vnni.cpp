@@ -158,15 +158,18 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
   __m512 minimums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512i zero_points[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   int64_t at[2];
+#pragma GCC unroll 2
   for (int t = 0; t < 2; ++t) {
     codes[t] = weight.codes + tiles[t] * weight.code_bytes();
     at[t] = (tiles[t] * weight.blocks() - 1) * kTile;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[r][t] = _mm512_setzero_ps();
   }
   int64_t left = 0;  // units of this block
   for (int64_t u = 0; u < units; ++u) {
     if (left == 0) {
       left = per_block;
+#pragma GCC unroll 2
       for (int t = 0; t < 2; ++t) {
         at[t] += kTile;
         scales[t] = load(weight.scales, weight.half_scales, at[t]);
@@ -189,6 +192,7 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
 #pragma GCC unroll 8
       for (int g = 0; g < STEP / (4 * kHalves); ++g) {
         __m512i q[2][2];
+#pragma GCC unroll 2
         for (int t = 0; t < 2; ++t) {
           const __m512i both = _mm512_loadu_si512(codes[t]);
           codes[t] += 64;
@@ -211,6 +215,7 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512 scale = _mm512_set1_ps(row_scales[r * units + u]);
+#pragma GCC unroll 2
       for (int t = 0; t < 2; ++t) {
         __m512i exact = dot[r][t];
         if (KIND == Offsets::kZeroPoints) {
@@ -223,7 +228,9 @@ void some_rows_of_two(const Weight& weight, const int64_t (&tiles)[2], const Act
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
     for (int t = 0; t < 2; ++t) _mm512_storeu_ps(out[t] + (first + r) * stride, acc[r][t]);
   }
 }
@@ -244,6 +251,10 @@ struct TwoTiles {
   static void run(const Weight& weight, const int64_t (&tiles)[2], const Activations& rows, int64_t count,
                   float* const (&out)[2], int64_t stride) {
     int64_t r = 0;
+    // As many products side by side as keep both units busy, where few registers are needed for scales.
+    for (; weight.unit >= 64 && r + 6 <= count; r += 6) {
+      some_rows_of_two<6, BITS, STEP, KIND>(weight, tiles, rows, r, out, stride);
+    }
     for (; r + 4 <= count; r += 4) some_rows_of_two<4, BITS, STEP, KIND>(weight, tiles, rows, r, out, stride);
     for (int t = 0; t < 2; ++t) OneTile::run<BITS, STEP, KIND>(weight, tiles[t], rows, r, count, out[t], stride);
   }
