@@ -126,6 +126,8 @@ ENCODERS = (
     ),
     Candidate("onnxsmith cpu-int8-kernels", "onnxsmith", "cpu-int8-kernels", "checkpoint",
               note=f"blocks of 32, {_OWN_KERNELS}"),
+    Candidate("onnxsmith cpu-int8-dynamic-kernels", "onnxsmith", "cpu-int8-dynamic-kernels", "checkpoint",
+              note=f"blocks of 128, {_OWN_KERNELS}"),
 )  # fmt: skip
 _FROM_FLOATS = "4 bits, from float weights"
 _FLOAT_HEAD = "embedding and head, one weight, stay in float"

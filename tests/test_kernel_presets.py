@@ -133,10 +133,13 @@ def test_decoders(name: str, preset: str, tmp_path: Path, tiny_llama_dir: Path, 
     assert_agrees(exact, packed, tmp_path / "packed", "logits", 0.99)
 
 
-def test_an_encoder_in_8_bits(save_tiny_bert: Callable[..., None], tmp_path: Path, kernels: Path) -> None:
+@pytest.mark.parametrize("preset", ["cpu-int8-kernels", "cpu-int8-dynamic-kernels"])
+def test_an_encoder_in_8_bits(
+    preset: str, save_tiny_bert: Callable[..., None], tmp_path: Path, kernels: Path
+) -> None:
     save_tiny_bert(tmp_path / "model", positions=64)
     loaded = load_torch(ModelSource.parse(str(tmp_path / "model")))
-    exact, packed = halves(export(loaded, torch_program(loaded)), "cpu-int8-kernels")
+    exact, packed = halves(export(loaded, torch_program(loaded)), preset)
     assert own(packed).count("GatherPacked") >= 1 and own(packed).count("MatMulPacked") >= 8
     assert_agrees(exact, packed, tmp_path / "packed", "last_hidden_state", 0.999)
 

@@ -80,6 +80,25 @@ def test_products(bits: int, block_size: int, offsets: str, scales: type[Any], t
     assert_product(tmp_path, matrix, a)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 11, 70])
+@pytest.mark.parametrize("activation_block", [16, 64, 128])
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_of_activations(
+    bits: int, block_size: int, activation_block: int, rows: int, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(bits + block_size + rows)
+    matrix = random_matrix(random, 72, 256, bits=bits, block_size=block_size, offsets=OFFSETS[rows % 3])
+    matrix = dataclasses.replace(matrix, activation_block=activation_block)
+    bias = random.standard_normal(72).astype(np.float32)
+    a = random.standard_normal((rows, 256)).astype(np.float32)
+    assert_product(tmp_path, matrix, a, bias=bias)
+    with open_session(tmp_path, matmul_model(matrix, bias=bias)) as session:
+        whole = session.run({"A": a})["Y"]
+        for row in range(0, rows, 13):
+            np.testing.assert_array_equal(session.run({"A": a[row : row + 1]})["Y"][0], whole[row])
+
+
 def test_a_wrong_scale_is_seen(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     matrix = random_matrix(random, 40, 64)
@@ -392,6 +411,15 @@ def test_attention_holds_on_every_instruction_set(isa: str) -> None:
         ({"N": 2**62}, "N: got .*less than"),
         ({"K": 2**62}, "K: got .*less than"),
         ({"block_size": 64}, r"scales: got \[2, 2, 16\], expected \[2, 1, 16\]"),
+        ({"activation_block": 48}, "activation_block: got 48, expected 16, 32, 64 or 128"),
+        (
+            {"activation_block": 64, "block_size": 96},
+            "block_size: got 96, expected a multiple of the activation",
+        ),
+        (
+            {"activation_block": 128, "block_size": 96},
+            "block_size: got 96, expected 16, 32, 64, or a multiple",
+        ),
         ({"activation": "relu"}, "activation: got 'relu', expected none, silu, gelu or gelu_tanh"),
     ],
 )

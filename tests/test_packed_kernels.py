@@ -236,8 +236,10 @@ def test_blocks_of_activations_are_smaller_where_there_is_a_cache(tiny_package: 
     assert packed(model).details["arithmetic"].endswith("blocks of 32")
     assert model.graph[0].attributes["activation_block"].as_int() == 32
     model = product({"bits": 4})
-    packed(model, activation_block=16)
-    assert model.graph[0].attributes["activation_block"].as_int() == 16
+    for columns in (16, 64, 128):
+        model = product({"bits": 4})
+        packed(model, activation_block=columns)
+        assert model.graph[0].attributes["activation_block"].as_int() == columns
     specs = [("quantize_weights", {"bits": 4}), ("use_packed_kernels", {})]
     decoder = run_passes(tiny_package, make_passes(specs))
     assert decoder.steps[-1].details["arithmetic"].endswith("blocks of 16")

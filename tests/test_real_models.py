@@ -300,7 +300,7 @@ def test_minilm_knows_what_is_alike(tmp_path: Path, kernels: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     texts = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell today."]
     given = tokenizer(texts, padding=True, return_tensors="np")
-    presets = ("cpu-fp32-kernels", "cpu-int8-kernels")
+    presets = ("cpu-fp32-kernels", "cpu-int8-kernels", "cpu-int8-dynamic-kernels")
     for preset in presets:
         optimize_model(tmp_path / "artifact", tmp_path / preset, PRESETS[preset])
     found = []
@@ -308,9 +308,10 @@ def test_minilm_knows_what_is_alike(tmp_path: Path, kernels: Path) -> None:
         with OrtSession(load_package(tmp_path / name)) as session:
             feeds = {s.name: given[s.name] for s in exported.main.inputs}
             found.append(session.run(feeds)["sentence_embedding"])
-    vectors, floats, integers = found
+    vectors, floats, integers, fast = found
     np.testing.assert_allclose(floats, vectors, rtol=0, atol=1e-6)
     assert (integers * vectors).sum(-1).min() > 0.999
+    assert (fast * vectors).sum(-1).min() > 0.998
     alike = vectors @ vectors.T
     np.testing.assert_allclose(np.diag(alike), 1, rtol=1e-5)
     assert alike[0, 1] > 0.5 > 0.2 > alike[0, 2]
