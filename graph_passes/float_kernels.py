@@ -22,9 +22,9 @@ class UseFloatKernels(GraphPass):
     The weights lie in the order in which the kernels read them, so nothing is packed while a model is loaded.
     A bias and an activation behind a product are computed while its result is in the cache; query, key and
     value become one product, and so do gate and up of an MLP. A row's result is bitwise the same whatever
-    other rows are computed with it. ONNX Runtime's Attention keeps its projection: opened, it is no faster.
-    The graph is for the kernels, which are compiled where it runs; without them, functions in the model
-    compute it.
+    other rows are computed with it. ONNX Runtime's Attention is opened, so that its projection is such a
+    product too. The graph is for the kernels, which are compiled where it runs; without them, functions in
+    the model compute it.
     """
 
     name: ClassVar[str] = "use_float_kernels"

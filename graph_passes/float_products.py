@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.float_weights import FloatWeight
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
+from onnxsmith.graph_passes.packed_attention import why_closed
 from onnxsmith.graph_passes.packed_products import Lookup, Product, Uses, is_bias, with_bias
 from onnxsmith.graph_passes.weights import MatMulWeight, constant_of, find_matmul_weights, is_transpose
 from onnxsmith.packed_tiles import TILE_ROWS
@@ -74,7 +75,7 @@ def find_projections(model: ir.Model, *, refuse: Callable[[ir.Node, str], str]) 
             continue
         columns, rows = tensor.shape.numpy()
         weight = MatMulWeight(node, source, source, False, in_features=columns, out_features=rows)
-        if not _refusal(weight) and not refuse(node, source.name or ""):
+        if not _refusal(weight) and not refuse(node, source.name or "") and not why_closed(node):
             found.add(node)
     return {node for node in found if all(user in found for user in _weight(node).consumers())}
 

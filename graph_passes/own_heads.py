@@ -15,7 +15,7 @@ from onnxsmith.graph_passes.padding_masks import KeyBiases, has_keys
 from onnxsmith.graph_passes.rewriting import NoMatchError
 from onnxsmith.graph_passes.weights import common_name, constant_of, lazy_initializer
 from onnxsmith.onnx_file import drop_pages
-from onnxsmith.own_operators import OWN_DOMAIN
+from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 from onnxsmith.packed_tiles import TILE_ROWS
 
 __all__ = ["HeadsTaker", "heads_refusal"]
@@ -25,7 +25,7 @@ _FLOAT = ir.DataType.FLOAT
 # Inputs of ONNX Runtime's MultiHeadAttention; those behind belong to a cache.
 _PADDING, _SCORES = 4, 5
 # Of MatMulPacked.
-_NUMBERS, _PRODUCT_BIAS, _RESIDUAL = (1, 2, 3), 4, 5
+_NUMBERS, _PRODUCT_BIAS = (1, 2, 3), 4
 _ATTRIBUTES = frozenset({"num_heads", "scale"})
 
 
@@ -198,7 +198,11 @@ def _fit(node: ir.Node, products: Sequence[ir.Node]) -> bool:
         tiles = [value for index in _NUMBERS if (value := _input(product, index)) is not None]
         if any(constant_of(value) is None or len(value.uses()) != 1 for value in tiles):
             return False
-    return first.attributes["activation"].as_string() == "none" and len(first.inputs) <= _RESIDUAL
+        bias = _input(product, _PRODUCT_BIAS)
+        if bias is not None and constant_of(bias) is None:
+            return False
+    activation = first.attributes.get("activation")
+    return (activation is None or activation.as_string() == "none") and len(first.inputs) <= RESIDUAL_INPUT
 
 
 def _form(product: ir.Node) -> tuple[Any, ...]:
@@ -206,7 +210,7 @@ def _form(product: ir.Node) -> tuple[Any, ...]:
     tiles = [_input(product, index) for index in _NUMBERS]
     kinds = [None if value is None else (value.dtype, axes_of(value)) for value in tiles]
     attributes = sorted((name, str(attribute.value)) for name, attribute in product.attributes.items())
-    return kinds, attributes, len(product.inputs) > _RESIDUAL
+    return kinds, attributes, len(product.inputs) > RESIDUAL_INPUT
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
 from onnxsmith.graph_passes.packed_functions import make_callable
-from onnxsmith.own_operators import OWN_DOMAIN
+from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 
 __all__ = ["NormsInProducts"]
 
@@ -18,8 +18,6 @@ _NORM, _CONTRIB = "SkipSimplifiedLayerNormalization", "com.microsoft"
 # Outputs of the norm: itself, mean, inverse deviation, and the sum that it is the norm of.
 _SUM = 3
 _VECTOR = 16
-# An input of MatMulPacked that NormMatMulPacked has not.
-_RESIDUAL = 5
 
 
 class NormsInProducts(GraphPass):
@@ -67,7 +65,7 @@ def _refusal(norm: ir.Node, product: ir.Node) -> str:
         return "its mean or deviation is read"
     if normed.dtype is not ir.DataType.FLOAT:
         return "the kernel computes in float32"
-    if len(product.inputs) > _RESIDUAL:
+    if len(product.inputs) > RESIDUAL_INPUT:
         return "its product adds a residual"
     if int_attribute(product, "K") % _VECTOR:
         return f"its rows have {int_attribute(product, 'K')} columns; expected a multiple of {_VECTOR}"

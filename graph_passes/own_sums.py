@@ -10,11 +10,9 @@ import onnx_ir.passes.common as common
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, is_operator, label, same_axes
 from onnxsmith.graph_passes.packed_functions import make_callable
-from onnxsmith.own_operators import OWN_DOMAIN
+from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 
 __all__ = ["SumsInProducts"]
-
-_RESIDUAL = 5
 
 
 class SumsInProducts(GraphPass):
@@ -66,7 +64,7 @@ def _fitting(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     operands = [value for value in node.inputs if value is not None]
     for value in operands:
         product = _product_of(value)
-        if product is None or product.graph is not node.graph or len(product.inputs) > _RESIDUAL:
+        if product is None or product.graph is not node.graph or len(product.inputs) > RESIDUAL_INPUT:
             continue
         if len(value.uses()) != 1 or value.is_graph_output():
             continue
@@ -84,6 +82,11 @@ def _reason(node: ir.Node, products: list[ir.Value]) -> str:
     others = [one for one in node.inputs if one is not None]
     if not any(_is_alike(one, value) for value in products for one in others if one is not value):
         return "what it adds to a product is not known to have its shape"
+    made = [product for value in products if (product := _product_of(value)) is not None]
+    if all(product.graph is not node.graph for product in made):
+        return "the product is in another graph"
+    if all(len(product.inputs) > RESIDUAL_INPUT for product in made):
+        return "the product adds something already"
     return "something else reads the product"
 
 
@@ -91,8 +94,8 @@ def _move(node: ir.Node, value: ir.Value, addend: ir.Value) -> bool:
     """Gives an operand's product another operand; whether nothing is left of the sum."""
     product = _product_of(value)
     assert product is not None and node.graph is not None
-    product.resize_inputs(_RESIDUAL + 1)
-    product.replace_input_with(_RESIDUAL, addend)
+    product.resize_inputs(RESIDUAL_INPUT + 1)
+    product.replace_input_with(RESIDUAL_INPUT, addend)
     kept = list(node.inputs)
     # Only once, where it is added twice.
     del kept[next(index for index, one in enumerate(kept) if one is addend)]

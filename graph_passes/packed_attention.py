@@ -12,7 +12,7 @@ from onnxsmith.graph_passes.integer_operators import GraphWriter
 from onnxsmith.graph_passes.weights import PACKED_FROM, constant_of
 from onnxsmith.onnx_file import drop_pages
 
-__all__ = ["open_attention"]
+__all__ = ["open_attention", "why_closed"]
 
 _DOMAIN = "com.microsoft"
 # Of Attention, and MultiHeadAttention has them too.
@@ -41,7 +41,7 @@ def open_attention(
     for node in list(model.graph):
         if (node.domain, node.op_type) != (_DOMAIN, "Attention") or (among is not None and node not in among):
             continue
-        reason = _reason(node)
+        reason = why_closed(node)
         if reason:
             kept[node.name or f"Attention of {node.outputs[0].name!r}"] = reason
             continue
@@ -117,7 +117,8 @@ def _columns_of(writer: GraphWriter, tensor: ir.TensorProtocol, columns: slice, 
     return value
 
 
-def _reason(node: ir.Node) -> str:
+def why_closed(node: ir.Node) -> str:
+    """Why an Attention cannot be written as MatMul and MultiHeadAttention; empty where it can."""
     inputs = [*node.inputs, *[None] * 7]
     weight, mask = constant_of(inputs[1]), inputs[3]
     if weight is None or len(weight.shape) != 2:

@@ -319,7 +319,8 @@ def _result(node: ir.Node) -> list[str]:
     if _weight_input(node, 3) is not None:
         body.append("  biased = Add (product, bias)")
         whole = "biased"
-    activation = node.attributes["activation"].as_string()
+    named = node.attributes.get("activation")
+    activation = "none" if named is None else named.as_string()
     if activation != "none" and not int_attribute(node, "gated", 1):
         body += [f"  gate = Identity ({whole})", _ACTIVATIONS[activation]]
         whole = "active"

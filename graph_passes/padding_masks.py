@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -133,8 +135,15 @@ class KeyBiases:
                 node, node.op_type, operands, f"{value.name}_of_keys", (value.dtype or _FLOAT,),
                 attributes=attributes, domain=node.domain,
             )  # fmt: skip
-            widest = [axes for one in operands if len(axes := axes_of(one) or ()) == 4]
-            if widest:
-                made.shape = ir.Shape(max(widest, key=lambda axes: sum(axis != 1 for axis in axes)))
+            shapes = [axes_of(one) for one in operands]
+            if None not in shapes:
+                made.shape = ir.Shape(_broadcast([axes for axes in shapes if axes is not None]))
         self._narrowed[value] = made
         return made
+
+
+def _broadcast(shapes: Sequence[Sequence[int | str | None]]) -> list[int | str | None]:
+    """What shapes become together, where none is wrong: of an axis, the size that is not 1."""
+    rank = max(map(len, shapes))
+    wide: list[list[int | str | None]] = [[*[1] * (rank - len(axes)), *axes] for axes in shapes]
+    return [next((size for size in sizes if size != 1), 1) for sizes in zip(*wide, strict=True)]

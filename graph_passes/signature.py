@@ -19,7 +19,7 @@ from onnxsmith.graph_passes.matching import axes_of, label, small_constant
 from onnxsmith.graph_passes.packed_functions import inline_functions
 from onnxsmith.graph_passes.shapes import infer_shapes
 from onnxsmith.graph_passes.weights import constant_of
-from onnxsmith.own_operators import OWN_DOMAIN
+from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 
 __all__ = ["LogitsToKeep", "RemoveUnusedInputs", "SelectOutputs", "SetAxes"]
 
@@ -44,7 +44,6 @@ _HEADS = frozenset(
     }
 )
 # Of MatMulPacked, what it adds to its result.
-_RESIDUAL = 5
 
 
 class SetAxes(GraphPass):
@@ -361,7 +360,7 @@ def _head_of(logits: ir.Value) -> ir.Node | str:
             hidden = axes_of(node.inputs[0])
             if hidden is None or len(hidden) != 3 or node.inputs[0].is_graph_output():  # type: ignore[union-attr]
                 return "its operand does not have the axes (batch, sequence, features)"
-            if node.domain == OWN_DOMAIN and len(node.inputs) > _RESIDUAL:
+            if node.domain == OWN_DOMAIN and len(node.inputs) > RESIDUAL_INPUT:
                 return f"{label(node)} adds a residual"
             return node
         if node.op_type not in _POINTWISE or node.domain not in ("", "ai.onnx"):

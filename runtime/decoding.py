@@ -126,6 +126,9 @@ class Decoder(abc.ABC):
             )
         if length == self.length:
             return
+        if length == 0:
+            self.reset()
+            return
         self._rewind(length)
         self.length = length
         self._mask = None if self._mask is None else self._mask[:, :length]
@@ -285,7 +288,7 @@ class _OneToken:
         types = {spec.name: np.dtype(spec.dtype) for spec in inputs}
         self._mask_type = types.pop("attention_mask", None)
         self._values = {name: np.zeros((batch, 1), dtype) for name, dtype in types.items()}
-        self._ones = np.ones((batch, capacity), self._mask_type)
+        self._ones = np.ones((batch, capacity if self._mask_type else 0), self._mask_type)
         self._address = self._ones.ctypes.data
         self.bound = False
 

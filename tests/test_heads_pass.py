@@ -201,6 +201,26 @@ def test_a_mask_of_padding_is_one_row(mask: str, kernels: Path) -> None:
         assert_same_as(before, model, feeds(*shape), kernels)
 
 
+def test_what_masks_become_together(kernels: Path) -> None:
+    """Numbers of texts and of keys make one for each key of each text, and are known to."""
+    masks = """p = Tanh(keys) m0 = Expand(p, square) m1 = Expand(texts, square) m2 = Mul(m0, m1)
+        m3 = Add(m2, m1) m4 = Expand(both, square) bias = Add(m3, m4) """
+    inputs = """, float[1, 1, 1, tokens] keys, float[batch, 1, 1, 1] texts, float[batch, 1, 1, tokens] both,
+        int64[4] square"""
+    before = attention("q, k0, v, , , bias", masks + PARTS, inputs=inputs)
+    for node in before.graph:
+        if node.op_type in ("Expand", "Mul", "Add") and node.outputs[0].name not in ("q", "v"):
+            node.outputs[0].shape = ir.Shape(["batch", 1, "tokens", "tokens"])
+    given = feeds(3, 5) | {"keys": random(1, 1, 1, 5, seed=4), "texts": random(3, 1, 1, 1, seed=5)}
+    given |= {"both": random(3, 1, 1, 5, seed=6), "square": np.array([3, 1, 5, 5])}
+    with_products(before)
+    model = before.clone()
+    taken(model)
+    scores = heads(model).inputs[4]
+    assert scores is not None and scores.shape == ir.Shape(["batch", 1, 1, "tokens"])
+    assert_same_as(before, model, given, kernels)
+
+
 @pytest.mark.parametrize(
     ("bias", "inputs"),
     [

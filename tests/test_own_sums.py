@@ -136,6 +136,13 @@ def test_what_does_not_fit_stays(body: str, inputs: str, reason: str) -> None:
     assert reason in said
 
 
+def test_a_product_takes_one_sum() -> None:
+    model = products("h = MatMul(x, w1) a = Add(h, r) y = Add(a, x)")
+    changes = SumsInProducts()(model).changes
+    assert changes.count == 1
+    assert list(changes.skipped.values()) == ["the product adds something already"]
+
+
 def test_sums_of_other_types_and_nodes_are_nothing_to_it() -> None:
     model = products("h = MatMul(x, w1) t = Tanh(h) y = Add(t, r)")
     outcome = SumsInProducts()(model)

@@ -38,8 +38,9 @@ inline float exponential(float x) {
   return all[0];
 }
 
-// 2^x for x <= 0, and exactly 0 below 2^-126: x apart in an integer and a rest, whose power is a polynomial of degree 6.
-// It has the least relative error on [-0.5, 0.5] (2e-9, found by Lawson's iteration); in float32 a unit in the last place.
+// 2^x for x <= 0, and exactly 0 for x below -126.5: x apart in an integer and a rest, whose power is a polynomial of
+// degree 6. It has the least relative error on [-0.5, 0.5] (2e-9, found by Lawson's iteration); in float32 a unit in
+// the last place.
 inline Vector power_of_two(Vector x) {
   static constexpr float kFactors[] = {1.0f,           6.93147206e-1f, 2.40226469e-1f, 5.55032878e-2f,
                                        9.61848896e-3f, 1.33999314e-3f, 1.53458122e-4f};

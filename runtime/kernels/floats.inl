@@ -46,7 +46,8 @@ void float_rows(const float* const* tiles, const float* const* starts, int64_t c
   const auto some = [&](auto number) {
     float* at[T];
     for (int t = 0; t < T; ++t) at[t] = out[t] + r * stride;
-    float_block<number, T>(tiles, starts, columns, rows + r * columns, at, stride, ahead, number == kFloatRows ? fetched : 0);
+    float_block<number, T>(tiles, starts, columns, rows + r * columns, at, stride, ahead,
+                           number == kFloatRows ? fetched : 0);
     ahead += (columns + 7) / 8 * fetched * 16;
     r += number;
   };

@@ -60,7 +60,8 @@ void MultiHeadAttention::compute(const Run& run) const {
     expect(v.shape.size() == 3 && v.shape[0] == batch && v.shape[1] == keys && v.shape[2] > 0 &&
                v.shape[2] % heads_ == 0,
            "value", text(v.shape),
-           "[" + std::to_string(batch) + ", " + std::to_string(keys) + ", a multiple of " + std::to_string(heads_) + "]");
+           "[" + std::to_string(batch) + ", " + std::to_string(keys) + ", a multiple of " +
+               std::to_string(heads_) + "]");
     values_width = v.shape[2];
   }
   expect(!bias || bias.shape == Shape{2 * width + values_width}, "bias", text(bias.shape),
@@ -71,7 +72,8 @@ void MultiHeadAttention::compute(const Run& run) const {
                (shape[2] == 1 || shape[2] == rows) && shape[3] == keys,
            "attention_bias", text(shape),
            "[1 or batch, 1 or num_heads, 1 or sequence, keys] for a batch of " + std::to_string(batch) + ", " +
-               std::to_string(heads_) + " heads, " + std::to_string(rows) + " rows and " + std::to_string(keys) + " keys");
+               std::to_string(heads_) + " heads, " + std::to_string(rows) + " rows and " +
+               std::to_string(keys) + " keys");
   }
   const Tensor y = run.output(0, {batch, rows, values_width}, kFloat);
   if (batch == 0 || rows == 0) return;

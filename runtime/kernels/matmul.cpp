@@ -102,8 +102,8 @@ struct MatMulPacked::Results {
 };
 
 MatMulPacked::MatMulPacked(const Node& node, const char* name, size_t first_input, size_t residual)
-    : name_(name), packed_(node, name, first_input), bias_(first_input + 3), residual_(residual), gate_(gate_of(node.word("activation", "none"))),
-      gated_(node.integer("gated", 1) != 0) {
+    : name_(name), packed_(node, name, first_input), bias_(first_input + 3), residual_(residual),
+      gate_(gate_of(node.word("activation", "none"))), gated_(node.integer("gated", 1) != 0) {
   if (halves() && packed_.rows % (2 * kTile) != 0) {
     fail(std::string(name) + ", N with an activation that is gated", std::to_string(packed_.rows),
          "a multiple of 32");
@@ -219,8 +219,8 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
             starts[t] = whole ? bias.as<float>() + which * kTile : last_of_bias;
           }
         }
-        floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count, to,
-                        straight ? width : kTile);
+        floats.products(from, bias ? starts : nullptr, static_cast<int>(all), columns, rows + first * columns, count,
+                        to, straight ? width : kTile);
         finish(results, place, to, straight, false);
       }
     }
@@ -245,7 +245,9 @@ void MatMulPacked::finish(const Results& results, const Place& place, float* con
   }
   const auto with_bias = [&](float* sums, int64_t tile) {
     const int64_t present = std::min(kTile, packed_.rows - tile * kTile);
-    for (int64_t r = 0; bias != nullptr && r < place.count; ++r) add_row(bias + tile * kTile, present, sums + r * kTile);
+    for (int64_t r = 0; bias != nullptr && r < place.count; ++r) {
+      add_row(bias + tile * kTile, present, sums + r * kTile);
+    }
   };
   float* const result = results.at(results.y, place);
   for (int64_t t = 0; t < place.number; ++t) {

@@ -1,6 +1,6 @@
-// Sixteen floats, in two registers of 256 bits. Included inside a namespace of its own. All of these
-// vectors have the same functions, and give the same bits: operators, load, store, all_of, fused, larger, smaller,
-// two_to; but plus_product rounds as is fastest.
+// Sixteen floats, in two registers of 256 bits.
+// Included inside a namespace of its own. All of these vectors have the same functions, and give the same bits:
+// operators, load, store, all_of, fused, larger, smaller, two_to; but plus_product rounds as is fastest.
 
 struct Vector {
   __m256 low = _mm256_setzero_ps();

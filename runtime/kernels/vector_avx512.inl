@@ -1,6 +1,6 @@
-// Sixteen floats, in a register of 512 bits. Included inside a namespace of its own. All of these
-// vectors have the same functions, and give the same bits: operators, load, store, all_of, fused, larger, smaller,
-// two_to; but plus_product rounds as is fastest.
+// Sixteen floats, in a register of 512 bits.
+// Included inside a namespace of its own. All of these vectors have the same functions, and give the same bits:
+// operators, load, store, all_of, fused, larger, smaller, two_to; but plus_product rounds as is fastest.
 
 typedef __m512 Vector;
 

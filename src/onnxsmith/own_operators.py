@@ -14,6 +14,7 @@ __all__ = [
     "FLOAT_BITS",
     "OWN_DOMAIN",
     "PACKED_OPERATORS",
+    "RESIDUAL_INPUT",
     "WEIGHT_INPUT",
     "brings_own_operators",
     "own_nodes",
@@ -27,6 +28,8 @@ WEIGHT_INPUT: Mapping[str, int] = MappingProxyType(
 )
 """Operators with a matrix in tiles, to the first of its three inputs: codes, scales and offsets."""
 PACKED_OPERATORS = frozenset(WEIGHT_INPUT)
+RESIDUAL_INPUT = 5
+"""Of MatMulPacked: what is added behind its activation."""
 FLOAT_BITS = 32
 """The attribute ``bits`` of operators whose matrix is in float32, without scales and offsets."""
 
