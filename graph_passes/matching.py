@@ -14,6 +14,7 @@ __all__ = [
     "Axes",
     "axes_of",
     "constant_integers",
+    "input_of",
     "insert_after",
     "int_attribute",
     "is_operator",
@@ -61,6 +62,11 @@ def reads_dequantized(node: ir.Node) -> bool:
         if maker is not None and maker.op_type == "DequantizeLinear":
             return True
     return False
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value | None:
+    """An input, or None where it is left out."""
+    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.attention import range_of_rows
 from onnxsmith.graph_passes.contract import Changes, GraphPass
@@ -22,7 +21,7 @@ from onnxsmith.graph_passes.matching import (
     small_constant,
 )
 from onnxsmith.graph_passes.own_heads import HeadsTaker, heads_refusal
-from onnxsmith.graph_passes.packed_functions import function_refusal, make_callable
+from onnxsmith.graph_passes.packed_functions import function_refusal, settle
 from onnxsmith.own_operators import OWN_DOMAIN
 from onnxsmith.package import depends_on_values
 
@@ -89,10 +88,8 @@ class UseOwnAttention(GraphPass):
                 taken.append(node)
         changes.count = plain + len(taken)
         if changes.count:
-            model.opset_imports.setdefault(OWN_DOMAIN, 1)
             angles = _rows_of_angles(model, taken) if taken else False
-            common.RemoveUnusedNodesPass()(model)
-            make_callable(model)
+            settle(model)
             changes.details = {"attention": changes.count}
             changes.details |= {"angles of new tokens only": angles} if taken else {}
             changes.details |= {"without a cache": plain, "of one operand": packed} if plain else {}

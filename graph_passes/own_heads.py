@@ -10,7 +10,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxsmith.graph_passes.integer_operators import GraphWriter
-from onnxsmith.graph_passes.matching import axes_of, constant_integers, int_attribute, is_operator
+from onnxsmith.graph_passes.matching import (
+    axes_of,
+    constant_integers,
+    input_of,
+    int_attribute,
+    is_operator,
+)
 from onnxsmith.graph_passes.padding_masks import KeyBiases, has_keys
 from onnxsmith.graph_passes.rewriting import NoMatchError
 from onnxsmith.graph_passes.weights import common_name, constant_of, lazy_initializer
@@ -110,7 +116,7 @@ class HeadsTaker:
             return None
         inputs = [first.inputs[0]]
         for index in _NUMBERS:
-            tiles = [_input(product, index) for product in found]
+            tiles = [input_of(product, index) for product in found]
             inputs.append(self._stacked([one for one in tiles if one is not None]))
         inputs.append(self._biases_of(found))
         while inputs[-1] is None:
@@ -135,7 +141,7 @@ class HeadsTaker:
         return self._stored(tiles, tensors, shape)
 
     def _biases_of(self, products: Sequence[ir.Node]) -> ir.Value | None:
-        biases = [_input(product, _PRODUCT_BIAS) for product in products]
+        biases = [input_of(product, _PRODUCT_BIAS) for product in products]
         given = [one for one in biases if one is not None]
         if not given:
             return None
@@ -195,10 +201,10 @@ def _fit(node: ir.Node, products: Sequence[ir.Node]) -> bool:
         if len(result.uses()) != 1 or result.is_graph_output() or _form(product) != _form(first):
             return False
         # What something else reads too would be stored twice.
-        tiles = [value for index in _NUMBERS if (value := _input(product, index)) is not None]
+        tiles = [value for index in _NUMBERS if (value := input_of(product, index)) is not None]
         if any(constant_of(value) is None or len(value.uses()) != 1 for value in tiles):
             return False
-        bias = _input(product, _PRODUCT_BIAS)
+        bias = input_of(product, _PRODUCT_BIAS)
         if bias is not None and constant_of(bias) is None:
             return False
     activation = first.attributes.get("activation")
@@ -207,11 +213,7 @@ def _fit(node: ir.Node, products: Sequence[ir.Node]) -> bool:
 
 def _form(product: ir.Node) -> tuple[Any, ...]:
     """Equal for products whose tiles can be put one behind the other."""
-    tiles = [_input(product, index) for index in _NUMBERS]
+    tiles = [input_of(product, index) for index in _NUMBERS]
     kinds = [None if value is None else (value.dtype, axes_of(value)) for value in tiles]
     attributes = sorted((name, str(attribute.value)) for name, attribute in product.attributes.items())
     return kinds, attributes, len(product.inputs) > RESIDUAL_INPUT
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if len(node.inputs) > index else None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import int_attribute, is_operator, label
-from onnxsmith.graph_passes.packed_functions import make_callable
+from onnxsmith.graph_passes.packed_functions import settle
 from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 
 __all__ = ["NormsInProducts"]
@@ -47,8 +46,7 @@ class NormsInProducts(GraphPass):
             changes.count += 1
         if changes.count:
             model.graph.sort()
-            common.RemoveUnusedNodesPass()(model)
-            make_callable(model)
+            settle(model)
             changes.details = {"norms": changes.count}
         return changes
 

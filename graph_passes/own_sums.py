@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.matching import axes_of, is_operator, label, same_axes
-from onnxsmith.graph_passes.packed_functions import make_callable
+from onnxsmith.graph_passes.packed_functions import settle
 from onnxsmith.own_operators import OWN_DOMAIN, RESIDUAL_INPUT
 
 __all__ = ["SumsInProducts"]
@@ -45,8 +44,7 @@ class SumsInProducts(GraphPass):
                 changes.skipped[label(node)] = _reason(node, products)
         if changes.count:
             model.graph.sort()
-            common.RemoveUnusedNodesPass()(model)
-            make_callable(model)
+            settle(model)
             changes.details = {"sums": changes.count}
         return changes
 

@@ -14,10 +14,10 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.attention_function import attention_form, attention_text, heads_text
-from onnxsmith.graph_passes.matching import int_attribute
+from onnxsmith.graph_passes.matching import input_of, int_attribute
 from onnxsmith.own_operators import FLOAT_BITS, OWN_DOMAIN, own_nodes
 
-__all__ = ["IR_VERSION", "function_refusal", "inline_functions", "make_callable", "overload_of"]
+__all__ = ["IR_VERSION", "function_refusal", "inline_functions", "make_callable", "overload_of", "settle"]
 
 IR_VERSION = 10
 """The first with overloads."""
@@ -218,6 +218,18 @@ def function_refusal(model: ir.Model) -> str:
     return f"the operator set is {opset}; expected {_LEAST_OPSET} or later (convert_opset changes it)"
 
 
+def settle(model: ir.Model) -> None:
+    """What comes behind a pass that made or changed nodes of the kernels' domain.
+
+    Args:
+        model: Changed in place: without what nothing reads any more, with the domain, and with a function for
+            each of its nodes.
+    """
+    common.RemoveUnusedNodesPass()(model)
+    model.opset_imports.setdefault(OWN_DOMAIN, 1)
+    make_callable(model)
+
+
 def make_callable(model: ir.Model) -> int:
     """Gives each node of the kernels' domain the function that computes it where there are no kernels.
 
@@ -266,8 +278,7 @@ def _kind(node: ir.Node) -> str:
 
 def _weight_input(node: ir.Node, index: int) -> ir.Value | None:
     """Of codes, scales, offsets, bias and residual."""
-    at = len(_BEFORE[node.op_type]) + index
-    return node.inputs[at] if len(node.inputs) > at else None
+    return input_of(node, len(_BEFORE[node.op_type]) + index)
 
 
 def _function(node: ir.Node, opset: int) -> ir.Function:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
 from onnxsmith.graph_passes.block_nodes import BlockTarget, add_node, lazy, unused
 from onnxsmith.graph_passes.contract import Changes
 from onnxsmith.graph_passes.float_weights import FloatWeight
 from onnxsmith.graph_passes.matching import label
 from onnxsmith.graph_passes.names import value_names
-from onnxsmith.graph_passes.packed_functions import make_callable
+from onnxsmith.graph_passes.packed_functions import settle
 from onnxsmith.graph_passes.packed_joins import (
     Activated,
     Gate,
@@ -66,9 +65,7 @@ def write_uses(model: ir.Model, uses: Uses, attributes: Mapping[str, Any]) -> Ch
         writer.activated(one)
     for whole in joined:
         writer.joined(whole)
-    common.RemoveUnusedNodesPass()(model)
-    model.opset_imports.setdefault(OWN_DOMAIN, 1)
-    make_callable(model)
+    settle(model)
     lookups = sum(isinstance(use, Lookup) for use in uses.found)
     details = {
         "needs": "the kernels of onnxsmith, see docs/kernels.md",

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxsmith.graph_passes.contract import Changes, GraphPass
 from onnxsmith.graph_passes.folding import node_inference
-from onnxsmith.graph_passes.matching import Axes, axes_of, int_attribute
+from onnxsmith.graph_passes.matching import Axes, axes_of, input_of, int_attribute
 from onnxsmith.own_operators import OWN_DOMAIN
 
 __all__ = ["InferShapes", "infer_shapes"]
@@ -113,12 +113,8 @@ def _better(old: int | str | None, new: int | str | None) -> int | str | None:
     return old
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if len(node.inputs) > index else None
-
-
 def _type(node: ir.Node, index: int = 0) -> ir.DataType | None:
-    value = _input(node, index)
+    value = input_of(node, index)
     return value.dtype if value is not None else None
 
 
@@ -187,9 +183,9 @@ def _gather_blocks(node: ir.Node) -> list[_Result]:
 
 
 def _grouped_attention(node: ir.Node) -> list[_Result]:
-    kind, query, past = _type(node), axes_of(node.inputs[0]), axes_of(_input(node, 3))
+    kind, query, past = _type(node), axes_of(node.inputs[0]), axes_of(input_of(node, 3))
     heads, kv_heads = int_attribute(node, "num_heads"), int_attribute(node, "kv_num_heads")
-    if query is not None and _input(node, 1) is None:
+    if query is not None and input_of(node, 1) is None:
         # Query, key and value in one.
         width = query[-1]
         parts = heads + 2 * kv_heads
@@ -203,8 +199,8 @@ def _grouped_attention(node: ir.Node) -> list[_Result]:
 
 
 def _multi_head_attention(node: ir.Node) -> list[_Result]:
-    query, value = axes_of(node.inputs[0]), axes_of(_input(node, 2))
-    if query is not None and len(query) == 3 and _input(node, 1) is None:
+    query, value = axes_of(node.inputs[0]), axes_of(input_of(node, 2))
+    if query is not None and len(query) == 3 and input_of(node, 1) is None:
         # Query, key and value in one, which only the own kernel takes with three axes.
         return [(_type(node), (*query[:2], query[2] // 3 if isinstance(query[2], int) else None))]
     if query is None or value is None or len(query) != 3 or len(value) != 3:

@@ -43,7 +43,6 @@ _HEADS = frozenset(
         (OWN_DOMAIN, "MatMulPacked"),
     }
 )
-# Of MatMulPacked, what it adds to its result.
 
 
 class SetAxes(GraphPass):

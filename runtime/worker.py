@@ -142,7 +142,7 @@ class _Worker:
         if what == "step":
             assert self._decoder is not None
             given = self._reader.read(request["feeds"])
-            return self._tensors({"logits": self._decoder.step(np.array(given["tokens"]), given["mask"])})
+            return self._tensors({"logits": self._decoder.step(np.array(given["tokens"]), given.get("mask"))})
         raise ValueError(f"unknown request {what!r}")
 
     @property

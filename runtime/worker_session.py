@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from onnxsmith.context_length import POSITIONS
 from onnxsmith.package import ModelPackage
 from onnxsmith.runtime.decoding import Decoder, Mask, Tokens
@@ -136,10 +134,9 @@ class WorkerDecoder(Decoder):
         self._worker.ask({"do": "rewind", "length": length})
 
     def _step(self, token_ids: Tokens, mask: Mask | None) -> Array:
-        # The other side remembers the mask of what is in the cache.
-        if mask is None:
-            new = np.ones(token_ids.shape, np.bool_)
-        else:
-            new = mask[:, mask.shape[1] - token_ids.shape[1] :]
-        logits: Array = self._worker.ask_tensors({"do": "step"}, {"tokens": token_ids, "mask": new})["logits"]
+        feeds: dict[str, Array] = {"tokens": token_ids}
+        if mask is not None:
+            # The other side remembers the mask of what is in the cache.
+            feeds["mask"] = mask[:, mask.shape[1] - token_ids.shape[1] :]
+        logits: Array = self._worker.ask_tensors({"do": "step"}, feeds)["logits"]
         return logits

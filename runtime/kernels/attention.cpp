@@ -46,10 +46,6 @@ struct Call {
   }
 };
 
-void expect(bool holds, const char* what, const std::string& got, const std::string& expected) {
-  if (!holds) fail(std::string(kName) + ", " + what, got, expected);
-}
-
 Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rotary_rows) {
   Call call;
   call.heads = heads;
@@ -66,46 +62,68 @@ Call read(const Run& run, int64_t heads, int64_t kv_heads, bool rotary, bool rot
   call.bias = run.input(10);
   call.sinks = run.input(11);
   const Shape& shape = call.query.shape;
-  expect(shape.size() == 3, "query", text(shape), "[batch, sequence, width]");
+  if (shape.size() != 3) {
+    fail(kName, "query", text(shape), "[batch, sequence, width]");
+  }
   call.batch = shape[0];
   call.rows = shape[1];
   const bool packed = !call.key;
-  expect(packed == !call.value, "key and value", "one of them", "both or none");
+  if (packed != !call.value) {
+    fail(kName, "key and value", "one of them", "both or none");
+  }
   const int64_t parts = packed ? heads + 2 * kv_heads : heads;
-  expect(shape[2] > 0 && shape[2] % (16 * parts) == 0, "query", text(shape),
-         "a width of " + std::to_string(parts) + " heads, each a multiple of 16");
+  if (shape[2] <= 0 || shape[2] % (16 * parts) != 0) {
+    fail(kName, "query", text(shape), "a width of " + std::to_string(parts) + " heads, each a multiple of 16");
+  }
   call.size = shape[2] / parts;
   if (!packed) {
     const Shape wanted{call.batch, call.rows, kv_heads * call.size};
-    expect(call.key.shape == wanted, "key", text(call.key.shape), text(wanted));
-    expect(call.value.shape == wanted, "value", text(call.value.shape), text(wanted));
+    if (call.key.shape != wanted) {
+      fail(kName, "key", text(call.key.shape), text(wanted));
+    }
+    if (call.value.shape != wanted) {
+      fail(kName, "value", text(call.value.shape), text(wanted));
+    }
   }
   const Shape& past = call.past_key.shape;
-  expect(past.size() == 4 && past[0] == call.batch && past[1] == kv_heads && past[3] == call.size, "past_key",
-         text(past), "[batch, kv_num_heads, past, head size]");
-  expect(call.past_value.shape == past, "past_value", text(call.past_value.shape), text(past));
+  if (past.size() != 4 || past[0] != call.batch || past[1] != kv_heads || past[3] != call.size) {
+    fail(kName, "past_key", text(past), "[batch, kv_num_heads, past, head size]");
+  }
+  if (call.past_value.shape != past) {
+    fail(kName, "past_value", text(call.past_value.shape), text(past));
+  }
   call.past = past[2];
-  expect(total.type == kInt32 && total.size() == 1, "total_sequence_length", text(total.shape), "one int32");
+  if (total.type != kInt32 || total.size() != 1) {
+    fail(kName, "total_sequence_length", text(total.shape), "one int32");
+  }
   call.total = total.as<int32_t>()[0];
-  expect(call.total >= call.rows && call.total - call.rows <= call.past, "total_sequence_length",
-         std::to_string(call.total),
+  if (call.total < call.rows || call.total - call.rows > call.past) {
+    fail(kName, "total_sequence_length", std::to_string(call.total),
          "at least " + std::to_string(call.rows) + " and at most " + std::to_string(call.rows + call.past));
+  }
   if (rotary) {
-    expect(call.cosine && call.sine && call.cosine.shape.size() == 2 && call.cosine.shape == call.sine.shape &&
-               2 * call.cosine.shape[1] <= call.size,
-           "cos_cache", text(call.cosine.shape), "[positions, at most half a head], as sin_cache");
-    expect(!rotary_rows || call.cosine.shape[0] == call.batch * call.rows, "cos_cache", text(call.cosine.shape),
+    if (!call.cosine || !call.sine || call.cosine.shape.size() != 2 || call.cosine.shape != call.sine.shape ||
+        2 * call.cosine.shape[1] > call.size) {
+      fail(kName, "cos_cache", text(call.cosine.shape), "[positions, at most half a head], as sin_cache");
+    }
+    if (rotary_rows && call.cosine.shape[0] != call.batch * call.rows) {
+      fail(kName, "cos_cache", text(call.cosine.shape),
            "a row for each of " + std::to_string(call.batch * call.rows) + " queries");
-    expect(!call.positions || call.positions.size() == call.batch * call.rows, "position_ids",
-           text(call.positions.shape), text({call.batch, call.rows}));
+    }
+    if (call.positions && call.positions.size() != call.batch * call.rows) {
+      fail(kName, "position_ids", text(call.positions.shape), text({call.batch, call.rows}));
+    }
   }
   if (call.bias) {
     const Shape& bias = call.bias.shape;
-    expect(bias.size() == 4 && (bias[0] == 1 || bias[0] == call.batch) && (bias[1] == 1 || bias[1] == heads) &&
-               bias[2] == call.rows && bias[3] >= call.total,
-           "attention_bias", text(bias), "[1 or batch, 1 or num_heads, sequence, total]");
+    if (bias.size() != 4 || (bias[0] != 1 && bias[0] != call.batch) || (bias[1] != 1 && bias[1] != heads) ||
+        bias[2] != call.rows || bias[3] < call.total) {
+      fail(kName, "attention_bias", text(bias), "[1 or batch, 1 or num_heads, sequence, total]");
+    }
   }
-  expect(!call.sinks || call.sinks.size() == heads, "head_sink", text(call.sinks.shape), "one for each head");
+  if (call.sinks && call.sinks.size() != heads) {
+    fail(kName, "head_sink", text(call.sinks.shape), "one for each head");
+  }
   return call;
 }
 
@@ -120,9 +138,10 @@ GroupQueryAttention::GroupQueryAttention(const Node& node)
       rotary_(node.integer("do_rotary", 0) != 0),
       interleaved_(node.integer("rotary_interleaved", 0) != 0),
       rotary_rows_(node.integer("rotary_rows", 0) != 0) {
-  expect(heads_ > 0 && heads_ <= kMost && kv_heads_ > 0 && heads_ % kv_heads_ == 0, "num_heads",
-         std::to_string(heads_),
+  if (heads_ <= 0 || heads_ > kMost || kv_heads_ <= 0 || heads_ % kv_heads_ != 0) {
+    fail(kName, "num_heads", std::to_string(heads_),
          "at most 2^20, and a multiple of kv_num_heads = " + std::to_string(kv_heads_));
+  }
 }
 
 void GroupQueryAttention::compute(const Run& run) const {

@@ -1,14 +1,10 @@
 #include "gather.h"
 
-#include <algorithm>
-
 #include "half.h"
 
 namespace onnxsmith {
 
 namespace {
-
-constexpr int64_t kRowsOfTask = 16;
 
 float element(const void* from, bool half, int64_t at) {
   return half ? float_of_half(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
@@ -49,18 +45,14 @@ void GatherPacked::compute(const Run& run) const {
   Shape shape = ids.shape;
   shape.push_back(packed_.columns);
   const Tensor y = run.output(0, shape, kFloat);
-  const int64_t count = ids.size();
-  run.parallel((count + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
-    const int64_t end = std::min<int64_t>(count, (task + 1) * kRowsOfTask);
-    for (int64_t i = task * kRowsOfTask; i < end; ++i) {
-      int64_t row = ids.as<int64_t>()[i];
-      if (row < 0) row += packed_.rows;
-      if (row < 0 || row >= packed_.rows) {
-        fail("GatherPacked, ids", std::to_string(ids.as<int64_t>()[i]),
-             "numbers in [-N, N) with N = " + std::to_string(packed_.rows));
-      }
-      unpack_row(weight, row, y.as<float>() + i * packed_.columns);
+  run.for_rows(ids.size(), [&](int64_t i) {
+    int64_t row = ids.as<int64_t>()[i];
+    if (row < 0) row += packed_.rows;
+    if (row < 0 || row >= packed_.rows) {
+      fail("GatherPacked, ids", std::to_string(ids.as<int64_t>()[i]),
+           "numbers in [-N, N) with N = " + std::to_string(packed_.rows));
     }
+    unpack_row(weight, row, y.as<float>() + i * packed_.columns);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "attend.h"
+#include "tiles.h"
 
 namespace onnxsmith {
 
@@ -13,10 +14,6 @@ namespace {
 constexpr const char* kName = "MultiHeadAttention";
 constexpr int64_t kRowsOfTask = 128;  // which share the tiles of a head
 constexpr int64_t kMost = 1 << 20;    // heads: what is computed from their number stays far from overflow
-
-void expect(bool holds, const char* what, const std::string& got, const std::string& expected) {
-  if (!holds) fail(std::string(kName) + ", " + what, got, expected);
-}
 
 // Where one of query, key and value begins, and how far its rows are apart.
 struct Operand {
@@ -28,13 +25,13 @@ struct Operand {
   const float* bias_at(int64_t at) const { return bias == nullptr ? nullptr : bias + at; }
 };
 
-int64_t filled(int64_t count) { return (count + 15) / 16 * 16; }
-
 }  // namespace
 
 MultiHeadAttention::MultiHeadAttention(const Node& node)
     : heads_(node.integer("num_heads")), scale_(node.number("scale", 0.0f)) {
-  expect(heads_ > 0 && heads_ <= kMost, "num_heads", std::to_string(heads_), "at least 1, and at most 2^20");
+  if (heads_ <= 0 || heads_ > kMost) {
+    fail(kName, "num_heads", std::to_string(heads_), "at least 1, and at most 2^20");
+  }
 }
 
 void MultiHeadAttention::compute(const Run& run) const {
@@ -43,37 +40,46 @@ void MultiHeadAttention::compute(const Run& run) const {
   const Tensor v = run.input(2);
   const Tensor bias = run.input(3);
   const Tensor mask = run.input(4);
-  expect(q.shape.size() == 3, "query", text(q.shape), "[batch, sequence, width]");
-  expect(bool(k) == bool(v), "key and value", "one of them", "both or none");
+  if (q.shape.size() != 3) {
+    fail(kName, "query", text(q.shape), "[batch, sequence, width]");
+  }
+  if (bool(k) != bool(v)) {
+    fail(kName, "key and value", "one of them", "both or none");
+  }
   const int64_t batch = q.shape[0];
   const int64_t rows = q.shape[1];
   const int64_t parts = k ? 1 : 3;
-  expect(q.shape[2] > 0 && q.shape[2] % (parts * heads_) == 0, "query", text(q.shape),
-         "a width of " + std::to_string(parts * heads_) + " times the size of a head");
+  if (q.shape[2] <= 0 || q.shape[2] % (parts * heads_) != 0) {
+    fail(kName, "query", text(q.shape), "a width of " + std::to_string(parts * heads_) + " times the size of a head");
+  }
   const int64_t width = q.shape[2] / parts;
   int64_t keys = rows;
   int64_t values_width = width;
   if (k) {
-    expect(k.shape.size() == 3 && k.shape[0] == batch && k.shape[2] == width, "key", text(k.shape),
-           "[" + std::to_string(batch) + ", keys, " + std::to_string(width) + "]");
+    if (k.shape.size() != 3 || k.shape[0] != batch || k.shape[2] != width) {
+      fail(kName, "key", text(k.shape), "[" + std::to_string(batch) + ", keys, " + std::to_string(width) + "]");
+    }
     keys = k.shape[1];
-    expect(v.shape.size() == 3 && v.shape[0] == batch && v.shape[1] == keys && v.shape[2] > 0 &&
-               v.shape[2] % heads_ == 0,
-           "value", text(v.shape),
-           "[" + std::to_string(batch) + ", " + std::to_string(keys) + ", a multiple of " +
-               std::to_string(heads_) + "]");
+    if (v.shape.size() != 3 || v.shape[0] != batch || v.shape[1] != keys || v.shape[2] <= 0 ||
+        v.shape[2] % heads_ != 0) {
+      fail(kName, "value", text(v.shape),
+           "[" + std::to_string(batch) + ", " + std::to_string(keys) + ", a multiple of " + std::to_string(heads_) +
+               "]");
+    }
     values_width = v.shape[2];
   }
-  expect(!bias || bias.shape == Shape{2 * width + values_width}, "bias", text(bias.shape),
-         text({2 * width + values_width}));
+  if (bias && bias.shape != Shape{2 * width + values_width}) {
+    fail(kName, "bias", text(bias.shape), text({2 * width + values_width}));
+  }
   if (mask) {
     const Shape& shape = mask.shape;
-    expect(shape.size() == 4 && (shape[0] == 1 || shape[0] == batch) && (shape[1] == 1 || shape[1] == heads_) &&
-               (shape[2] == 1 || shape[2] == rows) && shape[3] == keys,
-           "attention_bias", text(shape),
+    if (shape.size() != 4 || (shape[0] != 1 && shape[0] != batch) || (shape[1] != 1 && shape[1] != heads_) ||
+        (shape[2] != 1 && shape[2] != rows) || shape[3] != keys) {
+      fail(kName, "attention_bias", text(shape),
            "[1 or batch, 1 or num_heads, 1 or sequence, keys] for a batch of " + std::to_string(batch) + ", " +
-               std::to_string(heads_) + " heads, " + std::to_string(rows) + " rows and " +
-               std::to_string(keys) + " keys");
+               std::to_string(heads_) + " heads, " + std::to_string(rows) + " rows and " + std::to_string(keys) +
+               " keys");
+    }
   }
   const Tensor y = run.output(0, {batch, rows, values_width}, kFloat);
   if (batch == 0 || rows == 0) return;
@@ -91,8 +97,10 @@ void MultiHeadAttention::compute(const Run& run) const {
   const Operand value{v ? v.as<float>() : q.as<float>() + 2 * width, keys, v ? values_width : q.shape[2],
                       bias ? added + 2 * width : nullptr};
   const float scale = scale_ != 0.0f ? scale_ : 1.0f / std::sqrt(static_cast<float>(size));
-  const int64_t tiles = filled(keys) / 16;
-  const int64_t value_tiles = filled(value_size) / 16;
+  const int64_t tiles = tiles_of(keys);
+  const int64_t value_tiles = tiles_of(value_size);
+  const int64_t filled = tiles * kTile;
+  const int64_t values_filled = value_tiles * kTile;
   const Attend& isa = attend();
   const int64_t blocks = (rows + kRowsOfTask - 1) / kRowsOfTask;
 
@@ -100,25 +108,25 @@ void MultiHeadAttention::compute(const Run& run) const {
     const int64_t block = task % blocks;
     const int64_t h = task / blocks % heads_;
     const int64_t b = task / blocks / heads_;
-    struct Tiles;
-    float* key_tiles =
-        reinterpret_cast<float*>(scratch<Tiles>(sizeof(float) * (tiles * 16 * (size + 16 * value_tiles) +
-                                                                 kRowsOfHeads * (size + 16 * (tiles + value_tiles)))));
-    float* values = key_tiles + tiles * 16 * size;
-    float* scores = values + tiles * 16 * 16 * value_tiles;
-    float* out = scores + kRowsOfHeads * 16 * tiles;
-    float* scaled = out + kRowsOfHeads * 16 * value_tiles;
+    struct OfHead;
+    const int64_t of_tiles = filled * (size + values_filled);
+    const int64_t of_rows = kRowsOfHeads * (size + filled + values_filled);
+    float* key_tiles = reinterpret_cast<float*>(scratch<OfHead>(sizeof(float) * (of_tiles + of_rows)));
+    float* values = key_tiles + filled * size;
+    float* scores = values + filled * values_filled;
+    float* out = scores + kRowsOfHeads * filled;
+    float* scaled = out + kRowsOfHeads * values_filled;
     for (int64_t t = 0; t < tiles; ++t) {
-      isa.transpose(key.row(b, 16 * t, h * size), key.stride, std::min<int64_t>(16, keys - 16 * t), size,
-                    key.bias_at(h * size), key_tiles + t * 16 * size);
+      isa.transpose(key.row(b, kTile * t, h * size), key.stride, std::min(kTile, keys - kTile * t), size,
+                    key.bias_at(h * size), key_tiles + t * kTile * size);
     }
     for (int64_t t = 0; t < value_tiles; ++t) {
-      const int64_t at = h * value_size + 16 * t;
-      const int64_t present = std::min<int64_t>(16, value_size - 16 * t);
-      float* const tile = values + t * 16 * filled(keys);
+      const int64_t at = h * value_size + kTile * t;
+      const int64_t present = std::min(kTile, value_size - kTile * t);
+      float* const tile = values + t * kTile * filled;
       // What has no value is multiplied all the same.
-      std::fill(present == 16 ? tile + 16 * keys : tile, tile + 16 * filled(keys), 0.0f);
-      isa.shift(value.row(b, 0, at), value.stride, keys, present, value.bias_at(at), 1.0f, tile, 16);
+      std::fill(present == kTile ? tile + kTile * keys : tile, tile + kTile * filled, 0.0f);
+      isa.shift(value.row(b, 0, at), value.stride, keys, present, value.bias_at(at), 1.0f, tile, kTile);
     }
     const Heads head{key_tiles, values, keys, size, value_tiles};
     const int64_t end = std::min(rows, (block + 1) * kRowsOfTask);
@@ -133,7 +141,7 @@ void MultiHeadAttention::compute(const Run& run) const {
       }
       isa.heads(head, scaled, count, mask ? biases : nullptr, scores, out);
       for (int64_t r = 0; r < count; ++r) {
-        std::memcpy(y.as<float>() + (b * rows + first + r) * values_width + h * value_size, out + r * 16 * value_tiles,
+        std::memcpy(y.as<float>() + (b * rows + first + r) * values_width + h * value_size, out + r * values_filled,
                     sizeof(float) * value_size);
       }
     }

@@ -15,8 +15,8 @@ void heads(const Heads& head, const float* rows, int64_t count, const float* con
       products(from, nullptr, some, columns, operand, count, results, number * 16);
     }
   };
-  const int64_t width = (head.keys + 15) / 16 * 16;
-  all(head.key_tiles, width / 16, head.size, rows, scores);
+  const int64_t width = tiles_of(head.keys) * kTile;
+  all(head.key_tiles, width / kTile, head.size, rows, scores);
   // One thing for all rows after the other: what one row waits for, another does not.
   float highest[kRowsOfHeads];
   for (int64_t r = 0; r < count; ++r) {

@@ -19,6 +19,11 @@ namespace onnxsmith {
   throw std::invalid_argument("onnxsmith: " + where + ": got " + got + ", expected " + expected);
 }
 
+[[noreturn]] inline void fail(const char* kernel, const char* what, const std::string& got,
+                              const std::string& expected) {
+  fail(std::string(kernel) + ", " + what, got, expected);
+}
+
 // The extents of a tensor, of which a kernel makes several in each run: nothing is allocated for them.
 class Shape {
  public:
@@ -135,6 +140,16 @@ class Run {
         },
         count, 0, &shared));
     if (shared.error) std::rethrow_exception(shared.error);
+  }
+
+  // Calls body(row) for each row in [0, count), in the same way; a thread takes some at a time.
+  template <typename Body>
+  void for_rows(int64_t count, const Body& body) const {
+    constexpr int64_t kAtOnce = 16;
+    parallel((count + kAtOnce - 1) / kAtOnce, [&](size_t task) {
+      const int64_t end = std::min<int64_t>(count, (task + 1) * kAtOnce);
+      for (int64_t row = task * kAtOnce; row < end; ++row) body(row);
+    });
   }
 
  private:

@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kPieces = 32;
 constexpr int64_t kLeastBytes = 16 << 10;  // of codes, for one piece
 constexpr int64_t kRowsAtOnce = 64;
-constexpr int64_t kRowsOfTask = 16;  // that one thread rounds
 constexpr int64_t kFloatTiles = 4;   // of a weight in float32
 
 Gate gate_of(const std::string& word) {
@@ -127,16 +126,13 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prep
   const Tiles& isa = tiles();
   const int64_t unit = weight.unit;
   const Activations rounded = rounded_rows(rows, columns, unit);
-  run.parallel((rows + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
+  run.for_rows(rows, [&](int64_t r) {
     struct Row;
     float* memory = reinterpret_cast<float*>(scratch<Row>(sizeof(float) * columns));
-    const int64_t end = std::min<int64_t>(rows, (task + 1) * kRowsOfTask);
-    for (int64_t r = task * kRowsOfTask; r < end; ++r) {
-      isa.round(prepare(r, memory), columns, unit, row_of(rounded, r, columns, unit));
-    }
+    isa.round(prepare(r, memory), columns, unit, row_of(rounded, r, columns, unit));
   });
 
-  const int64_t outputs = (width + kTile - 1) / kTile;
+  const int64_t outputs = tiles_of(width);
   // Tiles of a step: a gate and its values, or of several rows two that lie side by side.
   const int64_t together = !gated && rows > 1 ? 2 : 1;
   const int64_t steps = (outputs + together - 1) / together;
@@ -150,7 +146,7 @@ void MatMulPacked::multiply(const Run& run, const Tensor& a, const Prepare& prep
       const int64_t count = std::min(kRowsAtOnce, rows - first);
       const Activations some = row_of(rounded, first, columns, unit);
       for (int64_t s = steps * piece / pieces; s < steps * int64_t(piece + 1) / pieces; ++s) {
-        Place place{s * together, std::min(together, outputs - s * together), first, count};
+        const Place place{s * together, std::min(together, outputs - s * together), first, count};
         float* to[2];
         const bool straight = results.place(place, gate_ == Gate::kNone, sums, to);
         const int64_t stride = straight ? width : kTile;
@@ -185,7 +181,7 @@ void MatMulPacked::multiply_floats(const Run& run, const Shape& shape_of_rows, c
     const int64_t begin = packed_.rows / kTile * kTile;
     std::copy(bias.as<float>() + begin, bias.as<float>() + packed_.rows, last_of_bias);
   }
-  const int64_t outputs = (width + kTile - 1) / kTile;
+  const int64_t outputs = tiles_of(width);
   // Tiles of a step: for one row as many as there are streams from memory, for several what fits the nearest cache.
   const int64_t together = count_of_rows == 1 ? kFloatTiles : kFloatTiles / 2;
   const int64_t steps = (outputs + together - 1) / together;
@@ -320,11 +316,7 @@ void NormMatMulPacked::compute(const Run& run) const {
   }
   struct Normed;
   float* normed = reinterpret_cast<float*>(scratch<Normed>(sizeof(float) * a.size()));
-  const int64_t rows = a.size() / columns;
-  run.parallel((rows + kRowsOfTask - 1) / kRowsOfTask, [&](size_t task) {
-    const int64_t end = std::min<int64_t>(rows, (task + 1) * kRowsOfTask);
-    for (int64_t r = task * kRowsOfTask; r < end; ++r) normalize(r, normed + r * columns);
-  });
+  run.for_rows(a.size() / columns, [&](int64_t r) { normalize(r, normed + r * columns); });
   multiply_floats(run, a.shape, normed);
 }
 

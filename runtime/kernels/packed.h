@@ -16,7 +16,7 @@ struct PackedAttributes {
   // The weight is the inputs from `first_input` on. Throws std::invalid_argument where attributes do not fit
   // each other.
   PackedAttributes(const Node& node, const char* name, size_t first_input);
-  int64_t tiles() const { return (rows + kTile - 1) / kTile; }
+  int64_t tiles() const { return tiles_of(rows); }
   // The weight, whose types and sizes were checked: once, where it is the same in every run.
   Weight weight(const Run& run) const;
   // A weight of 32 bits: its tiles [K, 16], one after the other.

@@ -11,7 +11,10 @@
 
 namespace onnxsmith {
 
-constexpr int64_t kTile = 16;         // rows of a weight that lie interleaved
+constexpr int64_t kTile = 16;  // rows of a weight that lie interleaved
+
+// How many tiles so many rows, or columns of a result, fill, the last one perhaps in part.
+constexpr int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
 enum class Offsets { kMiddle, kZeroPoints, kMinimums };
 
